@@ -1,0 +1,147 @@
+"""EgAS: entropy-guided adversarial sampling. PGD that raises a policy's entropy through the image it looks at.
+
+What it computes
+    x_0 = I,   x_{k+1} = Proj(x_k + a * sign(grad_x H(x_k))),   Proj onto {|x - I| <= eps} and [0, 1]
+    where H is any objective of the images: for SaEI, the entropy of the tokens that TsEC chose (tsec.py),
+    teacher-forced on the responses that the policy gave to the clean image, mean over a prompt's responses.
+
+Where the rules come from
+    paper        the entropy of the sampled responses is the adversarial objective; its gradient goes back to the
+                 visual input, which is attacked to raise it; the policy then also samples from the attacked image
+    second-hand  the policy that is trained attacks itself, no surrogate; random noise is no substitute
+    inferred     one attacked image per prompt
+    ours         L-infinity, eps, number and size of the steps, random start: the brief says PGD on pixel inputs
+    random_signs and diffusion_noise are the controls: the same budget without the gradient, and NoisyRollout's noise.
+
+Images are float tensors in [0, 1], at the size the vision tower sees, never normalised pixel_values: eps is in units of
+the pixel range (8/255 = 0.031), and normalising belongs inside the objective.
+
+    x = torch.rand(2, 3, 8, 8)
+    attacked = pgd_ascent(lambda x: (x - 0.5).pow(2).flatten(1).sum(1), x, eps=8 / 255, steps=5)
+    print(psnr(attacked, x), (attacked - x).abs().max())
+"""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def linf_step(x: Tensor, x0: Tensor, grad: Tensor, step_size: float, eps: float) -> Tensor:
+    """x <- Proj(x + step_size * sign(grad)) onto {|x - x0| <= eps} and [0, 1].   all (...)
+
+    Both sets are boxes, so clamping to one and then to the other is the exact projection.
+    """
+    x = x + step_size * grad.sign()
+    x = torch.minimum(torch.maximum(x, x0 - eps), x0 + eps)
+    return x.clamp(0.0, 1.0)
+
+
+def pgd_ascent(
+    objective: Callable[[Tensor | list[Tensor]], Tensor],
+    images: Tensor | list[Tensor],
+    eps: float = 8 / 255,
+    step_size: float | None = None,
+    steps: int = 1,
+    random_start: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor | list[Tensor]:
+    """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> the same, detached
+
+    objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar or one value an
+    image; the values are summed, which leaves the images independent as long as each value depends on its own image.
+    eps and step_size are in [0, 1] pixel units; step_size None: 2.5 * eps / steps, at most eps. All of these: ours.
+    random_start: begin at a uniform point of the eps ball, drawn from `generator`.
+    The parameters' .grad is never touched. To lower the objective, pass its negative.
+
+    Raises ValueError on images outside [0, 1] or not floating, eps < 0, steps < 1; RuntimeError when the objective does
+    not depend on an image; FloatingPointError when a gradient is not finite. Warns when all gradients are exactly zero:
+    the attack then does nothing, most often because an operation between image and entropy drops the gradient.
+    """
+    clean = [images] if isinstance(images, Tensor) else list(images)
+    check_images(clean)
+    if eps < 0 or steps < 1:
+        raise ValueError(f"eps must be >= 0 and steps >= 1, got eps={eps}, steps={steps}")
+    step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
+
+    clean = [x.detach() for x in clean]
+    attacked = [x.clone() for x in clean]
+    if random_start:
+        attacked = [(x + eps * (2 * uniform_like(x, generator) - 1)).clamp(0.0, 1.0) for x in clean]
+    for _ in range(steps):
+        attacked = [x.requires_grad_() for x in attacked]
+        with torch.enable_grad():
+            value = objective(attacked[0] if isinstance(images, Tensor) else attacked)
+            grads = image_gradients(value.sum(), attacked)
+        attacked = [
+            linf_step(x.detach(), x0, g, step_size, eps) for x, x0, g in zip(attacked, clean, grads, strict=True)
+        ]
+    return attacked[0] if isinstance(images, Tensor) else attacked
+
+
+def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
+    """d value / d image of each image, checked.   scalar, B images -> B gradients of their shapes"""
+    if not value.requires_grad:
+        raise RuntimeError(
+            "the objective does not depend on the images: something before it detaches or has no gradient"
+        )
+    # autograd.grad, not backward(): the policy's own .grad stays clean and no weight gradient is computed
+    grads = torch.autograd.grad(value, images, allow_unused=True)
+    for i, grad in enumerate(grads):
+        if grad is None:
+            raise RuntimeError(f"the objective does not depend on image {i}")
+        if not grad.isfinite().all():
+            raise FloatingPointError(f"the gradient of image {i} is not finite; is the entropy computed in float32?")
+    if not any(grad.any() for grad in grads):
+        warnings.warn(
+            "the image gradient is exactly zero, so the attack does nothing: no token was kept, the policy is certain of "
+            "every token, or an operation between image and entropy (a fused head, a detach) drops the gradient",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return list(grads)
+
+
+def random_signs(images: list[Tensor], eps: float, generator: torch.Generator | None = None) -> list[Tensor]:
+    """x + eps * s, s = +1 or -1 with equal chance for every value, clamped to [0, 1]: EgAS's budget without its gradient."""
+    check_images(images)
+    return [(x + eps * (2 * uniform_like(x, generator) - 1).sign()).clamp(0.0, 1.0) for x in images]
+
+
+def diffusion_noise(images: list[Tensor], t: float, generator: torch.Generator | None = None) -> list[Tensor]:
+    """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; t of 1,000 steps.
+
+    abar_t = prod_{k <= t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5 (arXiv 2504.13055).
+    """
+    check_images(images)
+    beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    abar = float((1 - beta[: round(t)]).prod())
+    normals = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in images]
+    return [
+        (math.sqrt(abar) * x + math.sqrt(1 - abar) * n).clamp(0.0, 1.0) for x, n in zip(images, normals, strict=True)
+    ]
+
+
+def psnr(x: Tensor, x0: Tensor) -> float:
+    """10 log10(1 / mean((x - x0)^2)) in dB, of two images in [0, 1]; infinite when they are equal."""
+    mse = (x.double() - x0.double()).pow(2).mean().item()
+    return math.inf if mse == 0 else -10 * math.log10(mse)
+
+
+def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """U[0, 1) of x's shape, drawn on the CPU so that a seed gives the same values on every device."""
+    return torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+
+
+def check_images(images: list[Tensor]) -> None:
+    """Raise ValueError unless every image is floating point, finite and within [0, 1]."""
+    for i, x in enumerate(images):
+        if not x.is_floating_point():
+            raise ValueError(f"image {i} is {x.dtype}; pass floats in [0, 1] (divide 8-bit images by 255)")
+        if x.numel() == 0 or not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError(
+                f"image {i} of shape {tuple(x.shape)} is empty, not finite or outside [0, 1]: "
+                "attack pixels, not normalised pixel_values"
+            )

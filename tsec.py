@@ -1,0 +1,84 @@
+"""TsEC: token-selective entropy computation. Which tokens' entropy becomes the adversarial objective of EgAS.
+
+What it computes
+    1. token_entropy      H_t = -sum_v p_t(v) log p_t(v), over the full vocabulary, in nats
+    2. select_tokens      keep the tokens of moderate entropy: q_low(H) <= H_t <= q_high(H)
+    3. selective_entropy  the mean entropy of a response's kept tokens
+
+Where the rules come from
+    paper        TsEC selects the tokens whose entropy enters the objective, so that the attack is effective
+                 "without distorting factual knowledge"
+    second-hand  the selected tokens are those of moderate, not extreme, entropy; the entropy is that of the full
+                 vocabulary, averaged over each response
+    inferred     both tails go: the low one is factual knowledge, the high one is uncertain already
+    ours         cuts at the 20% and the 80% quantile, each response on its own (scope); the choice carries no gradient
+
+Symbols: N responses, T tokens (padded), V vocabulary; mask is True on a response's tokens, its end token included.
+
+    entropy = token_entropy(logits)                               # (N, T, V) -> (N, T)
+    keep = select_tokens(entropy, mask, low=0.2, high=0.8)        # (N, T) bool
+    objective = selective_entropy(entropy, keep).mean()           # a scalar to ascend
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """H = -sum_v p(v) log p(v) with p = softmax(logits / temperature), in nats.   (..., V) -> (...) float32
+
+    Differentiable. A logit of -inf (a banned token) has p = 0 and adds nothing, to the value and to the gradient.
+    """
+    logp = torch.log_softmax(logits.float() / temperature, dim=-1)
+    # 0 * log 0 = 0: -inf is replaced before the product, or both the value and the gradient would be NaN
+    return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
+
+
+def entropy_quantile(entropy: Tensor, mask: Tensor, q: float, scope: str = "response") -> Tensor:
+    """The q-quantile of the entropies where mask is True, interpolated linearly as in numpy.   (N, T), (N, T) -> (N,)
+
+    scope "response": each row on its own; "batch": all rows pooled, the one value repeated N times.
+    A row without tokens gets NaN (which selects nothing).
+    """
+    if scope not in ("response", "batch"):
+        raise ValueError(f"scope must be 'response' or 'batch', got {scope!r}")
+    rows = entropy.shape[0]
+    if scope == "batch":
+        entropy, mask = entropy.reshape(1, -1), mask.reshape(1, -1)
+    values = entropy.double().masked_fill(~mask, torch.inf).sort(dim=1).values  # (R, T) the row's tokens come first
+    count = mask.sum(dim=1, keepdim=True)  # (R, 1)
+    position = q * (count - 1).clamp(min=0).double()
+    below, above = values.gather(1, position.floor().long()), values.gather(1, position.ceil().long())
+    quantile = torch.where(count > 0, below + (above - below) * (position - position.floor()), torch.nan)
+    # Back to the entropy's own precision: a position such as 0.2 * 5 = 1.0000000000000002 must not exclude its token.
+    return quantile.to(entropy.dtype).squeeze(1).expand(rows)
+
+
+@torch.no_grad()
+def select_tokens(
+    entropy: Tensor, mask: Tensor, low: float = 0.2, high: float = 0.8, scope: str = "response"
+) -> Tensor:
+    """keep_t = mask_t and q_low <= H_t <= q_high, the quantiles taken over the scope.   (N, T), (N, T) -> (N, T) bool
+
+    Moderate, not extreme, entropy: second-hand; the quantiles, their values and the scope: ours. low = 0 keeps the
+    low tail, high = 1 the high one (both: EgAS without TsEC). Every response with a token keeps at least one where
+    the scope is "response" and its cut holds a token; short responses can fall between two cuts and keep none.
+    Raises ValueError on shapes that differ, a mask that is not bool, cuts outside 0 <= low < high <= 1, NaN entropy.
+    """
+    if entropy.ndim != 2 or entropy.shape != mask.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"entropy and a bool mask must both be (N, T), got {tuple(entropy.shape)} and {tuple(mask.shape)} {mask.dtype}"
+        )
+    if not 0.0 <= low < high <= 1.0:
+        raise ValueError(f"the cuts must satisfy 0 <= low < high <= 1, got low={low}, high={high}")
+    if entropy[mask].isnan().any():
+        raise ValueError("the entropy of a masked-in token is NaN")
+    lower = entropy_quantile(entropy, mask, low, scope)[:, None]  # (N, 1)
+    upper = entropy_quantile(entropy, mask, high, scope)[:, None]
+    return mask & (entropy >= lower) & (entropy <= upper)
+
+
+def selective_entropy(entropy: Tensor, keep: Tensor) -> Tensor:
+    """(1 / |kept|) sum over a response's kept tokens of H_t; 0 where none is kept.   (N, T), (N, T) bool -> (N,)"""
+    kept = entropy.masked_fill(~keep, 0.0)  # not entropy * keep: a padded position may hold NaN
+    return kept.sum(dim=1) / keep.sum(dim=1).clamp(min=1)
