@@ -48,7 +48,7 @@ def pgd_ascent(
     random_start: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor | list[Tensor]:
-    """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> the same, detached
+    """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> same, detached
 
     objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar or one value an
     image; the values are summed, which leaves the images independent as long as each value depends on its own image.
@@ -96,8 +96,8 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
             raise FloatingPointError(f"the gradient of image {i} is not finite; is the entropy computed in float32?")
     if not any(grad.any() for grad in grads):
         warnings.warn(
-            "the image gradient is exactly zero, so the attack does nothing: no token was kept, the policy is certain of "
-            "every token, or an operation between image and entropy (a fused head, a detach) drops the gradient",
+            "the image gradient is exactly zero, so the attack does nothing: no token was kept, the policy is certain "
+            "of every token, or an operation between image and entropy (a fused head, a detach) drops the gradient",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -105,7 +105,7 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
 
 
 def random_signs(images: list[Tensor], eps: float, generator: torch.Generator | None = None) -> list[Tensor]:
-    """x + eps * s, s = +1 or -1 with equal chance for every value, clamped to [0, 1]: EgAS's budget without its gradient."""
+    """x + eps * s with s = +1 or -1 at random, clamped to [0, 1]: EgAS's budget without its gradient."""
     check_images(images)
     return [(x + eps * (2 * uniform_like(x, generator) - 1).sign()).clamp(0.0, 1.0) for x in images]
 
@@ -113,7 +113,8 @@ def random_signs(images: list[Tensor], eps: float, generator: torch.Generator | 
 def diffusion_noise(images: list[Tensor], t: float, generator: torch.Generator | None = None) -> list[Tensor]:
     """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; t of 1,000 steps.
 
-    abar_t = prod_{k <= t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5 (arXiv 2504.13055).
+    abar_t = prod_{k <= t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5
+    (arXiv 2504.13055, from its code; t = 500 there).
     """
     check_images(images)
     beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5

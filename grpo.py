@@ -11,9 +11,9 @@ Where the rules come from
                (DAPO's clip-higher); std with G - 1 (as TRL and verl); no KL by default, k3 when on; no entropy bonus in
                any arm, it would confound every claim on entropy
 
-Symbols: P prompts, G responses per prompt, N = P * G, T tokens (padded), V vocabulary. In SaEI a group holds the responses
-sampled on the clean image and those sampled on the attacked one. With one update per batch and no KL the loss is 0 in
-value (rho = 1 and the advantages sum to about 0): its gradient is not.
+Symbols: P prompts, G responses per prompt, N = P * G, T tokens (padded), V vocabulary. In SaEI a group holds the
+responses sampled on the clean image and those sampled on the attacked one. With one update per batch and no KL the loss
+is near 0 in value (rho = 1, and a group's advantages sum to 0): its gradient is not.
 
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))      # (P, G)
     logprobs = torch.full((4, 3), -1.0, requires_grad=True); mask = torch.ones(4, 3, dtype=torch.bool)
@@ -29,7 +29,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6, scale: str = "std") -> 
 
     std divides by G - 1, as in TRL and verl (G = 4 with one right answer: 1.50, not 1.73). scale "none" leaves the
     division out (Dr. GRPO). A group of equal rewards gets exactly zero by rule: float32 rounding of its mean would
-    otherwise be divided by itself. Raises ValueError on a shape that is not (P, G >= 2), on rewards that are not finite.
+    otherwise be divided by itself. Raises ValueError on a shape that is not (P, G >= 2) or rewards that are not finite.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, G) with G >= 2, got {tuple(rewards.shape)}")
@@ -100,9 +100,9 @@ def policy_loss(
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1 with d = log pi_ref - log pi: an unbiased, never negative estimate of KL(pi || pi_ref) per token.
+    """k3 = exp(d) - d - 1 with d = log pi_ref - log pi, per token.   (N, T), (N, T) -> (N, T)
 
-    (N, T), (N, T) -> (N, T)
+    An unbiased estimate of KL(pi || pi_ref) that is never negative.
     """
     d = ref_logprobs - logprobs
     return d.exp() - d - 1

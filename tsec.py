@@ -61,13 +61,13 @@ def select_tokens(
     """keep_t = mask_t and q_low <= H_t <= q_high, the quantiles taken over the scope.   (N, T), (N, T) -> (N, T) bool
 
     Moderate, not extreme, entropy: second-hand; the quantiles, their values and the scope: ours. low = 0 keeps the
-    low tail, high = 1 the high one (both: EgAS without TsEC). Every response with a token keeps at least one where
-    the scope is "response" and its cut holds a token; short responses can fall between two cuts and keep none.
+    low tail, high = 1 the high one (both: EgAS without TsEC). A response of one token keeps it; the tokens of one of
+    two can both fall outside the cuts, and it keeps none.
     Raises ValueError on shapes that differ, a mask that is not bool, cuts outside 0 <= low < high <= 1, NaN entropy.
     """
     if entropy.ndim != 2 or entropy.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"entropy and a bool mask must both be (N, T), got {tuple(entropy.shape)} and {tuple(mask.shape)} {mask.dtype}"
+            f"entropy and a bool mask must be (N, T), got {tuple(entropy.shape)} and {tuple(mask.shape)} {mask.dtype}"
         )
     if not 0.0 <= low < high <= 1.0:
         raise ValueError(f"the cuts must satisfy 0 <= low < high <= 1, got low={low}, high={high}")
