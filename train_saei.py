@@ -17,30 +17,27 @@ generator: a run is the same on any number of processes and after any resume, up
 """
 
 import contextlib
-import json
 import math
-import resource
-import shutil
 import sys
-import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor
-from torchvision.utils import save_image
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import data
 import egas
 import grpo
 import rewards
+import runs
 import tsec
 from policy import Policy, Prompts, Responses
 
@@ -150,7 +147,7 @@ class Config:
 def main(cfg: Config) -> None:
     accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to)
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
-    first_step, source = prepare_output(cfg, accelerator)
+    first_step, source = runs.prepare_output(cfg, accelerator)
     policy = Policy.from_pretrained(source, cfg.dtype, cfg.attention)
     reference = (
         Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).requires_grad_(False) if cfg.kl_coef else None
@@ -165,56 +162,70 @@ def main(cfg: Config) -> None:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
     reference = reference and reference.to(accelerator.device)
-    weights_apart(accelerator)
+    runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))
-    log = Log(cfg, accelerator, first_step)
+    log = runs.Log(cfg, accelerator, first_step)
 
     for step in log.progress(range(first_step, cfg.steps)):
         indices = my_rows(cfg, step, len(rows), accelerator)
         batch = [rows[i] for i in indices]
         prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
-        clock = Clock(accelerator.device)
+        sampling = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
+        clock = runs.Clock(accelerator.device)
 
         with accelerator.autocast():
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            seeds = [seed_of(cfg.seed, step, i, 0) for i in indices]
-            clean = policy.sample(prompts, cfg.clean_rollouts, seeds, cfg.max_new_tokens, cfg.temperature)
+            clean = policy.sample(prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, 0), **sampling)
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
             keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope)
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            attacked = intervene(cfg, policy, prompts, clean, keep, step, indices, micro)
+            seeds = seeds_of(cfg, step, indices, 1)
+            attacked = intervene(cfg, policy, prompts, clean, keep, step, seeds, micro)
             clock.lap("attack")
 
             # 4  y ~ pi_old(. | I_adv, Q)
             fresh = None
             if cfg.adversarial_rollouts:
-                seeds = [seed_of(cfg.seed, step, i, 1) for i in indices]
-                fresh = policy.sample(attacked, cfg.adversarial_rollouts, seeds, cfg.max_new_tokens, cfg.temperature)
+                seeds = seeds_of(cfg, step, indices, 2)
+                fresh = policy.sample(attacked, cfg.adversarial_rollouts, seeds, **sampling)
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group
-        scores, texts = reward(cfg, policy, batch, clean, fresh)  # each (P, G)
+        texts, scores = reward(cfg, policy, batch, clean, fresh)  # (P, G) each
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
+        rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
 
-        # 6  GRPO update on (prompt, response, advantage), the prompt's image chosen by `condition`
-        parts = update_parts(cfg, prompts, attacked, clean, fresh, advantages, scores["accuracy"])
-        lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-        losses = update(cfg, accelerator, wrapped, reference, optimizer, parts, micro, lr, step)
+        # 6  GRPO update, each response on the image that `condition` names
+        losses = update(cfg, accelerator, wrapped, reference, optimizer, rollouts, micro, step)
         clock.lap("update")
 
-        metrics = sampling_metrics(cfg, policy, prompts, attacked, clean, fresh, keep, scores, texts)
-        log.step(step, metrics | clock.seconds(), losses | {"lr": lr})
-        log.samples(step, indices, batch, prompts, attacked, clean, fresh, keep, scores, advantages, texts, policy)
+        log.step(step, sampling_metrics(cfg, policy, rollouts) | clock.seconds(), losses)
+        log.samples(step, policy, indices, rollouts)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
-            save_checkpoint(cfg, accelerator, wrapped, step + 1)
+            runs.save_checkpoint(cfg, accelerator, wrapped, step + 1)
     accelerator.end_training()
 
 
 # ------------------------------------------------------------------------------------------------ the steps, in detail
+
+
+@dataclass
+class Rollouts:
+    """What steps 1 to 5 made of P prompts; fresh is None in plain GRPO, where attacked is prompts."""
+
+    batch: list[dict]
+    prompts: Prompts
+    attacked: Prompts
+    clean: Responses  # P * G_clean rows
+    fresh: Responses | None  # P * G_adv rows
+    keep: Tensor  # TsEC's choice among clean's tokens
+    texts: list[list[str]]  # (P, G), the clean ones first
+    scores: dict[str, Tensor]  # reward, accuracy, format: (P, G)
+    advantages: Tensor  # (P, G)
 
 
 def intervene(
@@ -224,113 +235,112 @@ def intervene(
     clean: Responses,
     keep: Tensor,
     step: int,
-    rows: list[int],
+    seeds: list[int],
     micro: int,
 ) -> Prompts:
     """Step 3: the prompts with the images that the adversarial responses are sampled on.
 
-    egas: one attacked image per image, against the mean over a prompt's clean responses of their selective entropy,
-    micro prompts at a time, the parameters frozen so that no weight gradient is computed. random: signs at the same eps.
-    noise: NoisyRollout's, annealed as there.
+    egas attacks `micro` prompts at a time, the parameters frozen so that no weight gradient is computed.
+    random: signs at the same eps. noise: NoisyRollout's, annealed as there.
     """
     if cfg.intervention == "none":
         return prompts
     fade = annealing(step, cfg.steps)
     eps = cfg.eps * (fade if cfg.anneal else 1.0)
-    images = []
-    with frozen(policy):
-        for i in range(0, len(prompts), 1 if cfg.intervention != "egas" else micro):
-            part = prompts[i : i + (1 if cfg.intervention != "egas" else micro)]
-            generator = torch.Generator().manual_seed(seed_of(cfg.seed, step, rows[i], 2))
-            if cfg.intervention == "random":
-                images += egas.random_signs(part.images, eps, generator)
-            elif cfg.intervention == "noise":
-                images += egas.diffusion_noise(part.images, cfg.noise_t * fade, generator)
-            else:
-                objective = entropy_objective(policy, prompts, clean, keep, slice(i, i + micro), cfg.temperature)
-                settings = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, generator)
-                images += egas.pgd_ascent(objective, part.images, *settings)
+    images, width = [], micro if cfg.intervention == "egas" else 1
+    for i in range(0, len(prompts), width):
+        part, generator = slice(i, i + width), torch.Generator().manual_seed(seeds[i])
+        clean_images = prompts[part].images
+        if cfg.intervention == "random":
+            images += egas.random_signs(clean_images, eps, generator)
+        elif cfg.intervention == "noise":
+            images += egas.diffusion_noise(clean_images, cfg.noise_t * fade, generator)
+        else:
+            objective = entropy_objective(policy, prompts, clean, keep, cfg.temperature, part)
+            with frozen(policy):
+                pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, generator)
+                images += egas.pgd_ascent(objective, clean_images, *pgd)
     return prompts.with_images(images)
 
 
 def entropy_objective(
-    policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, rows: slice, temperature: float
+    policy: Policy,
+    prompts: Prompts,
+    responses: Responses,
+    keep: Tensor,
+    temperature: float,
+    part: slice = slice(None),
 ) -> Callable[[list[Tensor]], Tensor]:
-    """H(images) = mean over a prompt's n responses of the mean entropy of their kept tokens, teacher-forced.   -> (P,)"""
-    part, n = prompts[rows], len(clean.tokens) // len(prompts)
-    tokens, mask, keep = (x.view(len(prompts), n, -1)[rows].flatten(0, 1) for x in (clean.tokens, clean.mask, keep))
+    """H(images) = (1/n) sum over a prompt's n responses of the mean entropy of their kept tokens, teacher-forced.
+
+    A function of the images of prompts[part].   -> (P,), differentiable in the images
+    """
+    P, prompts = len(prompts), prompts[part]
+    tokens, mask, keep = (by_prompt(x, P)[part].flatten(0, 1) for x in (responses.tokens, responses.mask, keep))
 
     def objective(images: list[Tensor]) -> Tensor:
-        _, entropy = policy.score(part.with_images(images), tokens, mask, temperature)  # (P * n, T)
-        return tsec.selective_entropy(entropy, keep).view(len(part), n).mean(dim=1)
+        _, entropy = policy.score(prompts.with_images(images), tokens, mask, temperature)  # (P * n, T)
+        return by_prompt(tsec.selective_entropy(entropy, keep), len(prompts)).mean(dim=1)
 
     return objective
 
 
+def by_prompt(x: Tensor, P: int) -> Tensor:
+    """(P * n, ...) -> (P, n, ...)"""
+    return x.unflatten(0, (P, -1))
+
+
 def annealing(step: int, steps: int) -> float:
-    """NoisyRollout's schedule, 1 -> 0, scaled to the run: 1 - 1 / (1 + exp(-30 (step - mid) / steps)), mid = 2/3 steps."""
+    """NoisyRollout's schedule, 1 -> 0, scaled to the run: 1 - 1 / (1 + exp(-30 (step / steps - 2/3)))."""
     return 1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps))
 
 
 def reward(
     cfg: Config, policy: Policy, batch: list[dict], clean: Responses, fresh: Responses | None
-) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Step 5: {"reward", "accuracy", "format"} of all responses, each (P, G), and their texts, clean ones first."""
+) -> tuple[list[list[str]], dict[str, Tensor]]:
+    """Step 5: the responses' texts and {"reward", "accuracy", "format"}, all (P, G), the clean ones first."""
     P = len(batch)
-    texts = [[] for _ in range(P)]
-    for responses in filter(None, (clean, fresh)):
-        decoded = policy.decode(responses)
-        n = len(decoded) // P
-        for p in range(P):
-            texts[p] += decoded[p * n : (p + 1) * n]
-    G = len(texts[0])
-    columns = {k: [row[k] for row in batch for _ in range(G)] for k in batch[0] if k not in ("images", "answer")}
-    table = {
+    halves = [np.array(policy.decode(r), dtype=object).reshape(P, -1) for r in (clean, fresh) if r]
+    texts = np.concatenate(halves, axis=1).tolist()
+    repeated = [row for row, group in zip(batch, texts, strict=True) for _ in group]
+    columns = {name: [row[name] for row in repeated] for name in batch[0] if name != "images"}
+    parts = {
         "accuracy": (rewards.accuracy_reward, cfg.accuracy_weight),
         "format": (rewards.format_reward, cfg.format_weight),
     }
-    answers = [row["answer"] for row in batch for _ in range(G)]
-    scores = rewards.total_reward([text for row in texts for text in row], answers, table, **columns)
-    return {name: torch.tensor(values, device=policy.device).view(P, G) for name, values in scores.items()}, texts
+    scores = rewards.total_reward([text for group in texts for text in group], rewards=parts, **columns)
+    return texts, {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
 
 
-@dataclass
-class Part:
-    """What one conditioning image contributes to the update; P prompts, n responses each."""
+class Part(NamedTuple):
+    """Responses that are updated on the same prompts and images."""
 
     prompts: Prompts
     tokens: Tensor  # (P, n, T)
     mask: Tensor  # (P, n, T)
     advantages: Tensor  # (P, n)
 
-    def __getitem__(self, rows: slice) -> "Part":
-        return Part(self.prompts[rows], self.tokens[rows], self.mask[rows], self.advantages[rows])
+    def rows(self, start: int, stop: int) -> "Part":
+        return Part(*(x[start:stop] for x in self))
+
+    def logprobs(self, policy: torch.nn.Module, temperature: float) -> Tensor:
+        """-> (P * n, T)"""
+        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)[0]
 
 
-def update_parts(
-    cfg: Config,
-    prompts: Prompts,
-    attacked: Prompts,
-    clean: Responses,
-    fresh: Responses | None,
-    advantages: Tensor,
-    accuracy: Tensor,
-) -> list[Part]:
+def update_parts(cfg: Config, x: Rollouts) -> list[Part]:
     """condition clean: all G responses on the clean image; sampled: each on the image it was sampled from."""
-    P, n = len(prompts), cfg.clean_rollouts
-    stacks = [
-        (r.tokens.view(P, -1, r.tokens.shape[1]), r.mask.view(P, -1, r.mask.shape[1])) for r in (clean, fresh) if r
-    ]
-    if cfg.condition == "clean" or fresh is None:
-        longest = max(tokens.shape[2] for tokens, _ in stacks)
-        padded = [[torch.nn.functional.pad(x, (0, longest - x.shape[2])) for x in stack] for stack in stacks]
-        parts = [Part(prompts, *(torch.cat(x, dim=1) for x in zip(*padded, strict=True)), advantages)]
+    P, n = len(x.prompts), cfg.clean_rollouts
+    halves = [[by_prompt(r.tokens, P), by_prompt(r.mask, P)] for r in (x.clean, x.fresh) if r]  # (P, n, T) each
+    if cfg.condition == "clean" or x.fresh is None:
+        longest = max(tokens.shape[2] for tokens, _ in halves)
+        padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
+        parts = [Part(x.prompts, *(torch.cat(y, dim=1) for y in zip(*padded, strict=True)), x.advantages)]
     else:
-        parts = [Part(prompts, *stacks[0], advantages[:, :n]), Part(attacked, *stacks[1], advantages[:, n:])]
+        parts = [Part(x.prompts, *halves[0], x.advantages[:, :n]), Part(x.attacked, *halves[1], x.advantages[:, n:])]
     if cfg.zero_variance == "drop":
-        informative = ~grpo.equal_groups(accuracy)
-        for part in parts:
-            part.mask = part.mask & informative[:, None, None]
+        informative = ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
+        parts = [part._replace(mask=part.mask & informative) for part in parts]
     return parts
 
 
@@ -340,123 +350,105 @@ def update(
     wrapped: torch.nn.Module,
     reference: Policy | None,
     optimizer: torch.optim.Optimizer,
-    parts: list[Part],
+    rollouts: Rollouts,
     micro: int,
-    lr: float,
     step: int,
 ) -> dict[str, float]:
     """Step 6: updates_per_step optimiser steps, each over micro-batches with one normaliser: all its response tokens.
 
     Old log-probs are those of the image that conditions the update. With one update they are the scored ones, detached
-    (ratio 1); with several they are computed first. Sums over processes come back as the step's metrics.
+    (ratio 1); with several they are computed first. Returns the global loss and its metrics.
     """
-    P = len(parts[0].prompts)
-    size = P // cfg.updates_per_step
+    parts = update_parts(cfg, rollouts)
+    P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
     old = None
     if cfg.updates_per_step > 1:
         with torch.no_grad():
-            old = [[score(wrapped, part[i : i + micro], cfg) for part in parts] for i in range(0, P, micro)]
-    sums, norms = {}, []
+            old = [[p.rows(i, i + micro).logprobs(wrapped, cfg.temperature) for p in parts] for i in range(0, P, micro)]
+    sums, norms, size = Counter(), [], P // cfg.updates_per_step
     for start in range(0, P, size):
         tokens = sum(part.mask[start : start + size].sum() for part in parts)
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # of the optimiser step, over all processes
         for i in range(start, start + size, micro):
             with accelerator.accumulate(wrapped):
                 loss = 0.0
-                for k, part in enumerate(part[i : i + micro] for part in parts):
-                    logprobs = score(wrapped, part, cfg)  # (P * n, T)
+                for k, part in enumerate(part.rows(i, i + micro) for part in parts):
+                    logprobs, mask = part.logprobs(wrapped, cfg.temperature), part.mask.flatten(0, 1)  # (P * n, T)
                     before = old[i // micro][k] if old else logprobs.detach()
-                    mask = part.mask.flatten(0, 1)
-                    part_loss, metrics = grpo.policy_loss(
-                        logprobs, before, part.advantages.flatten(), mask, cfg.clip_low, cfg.clip_high, tokens
-                    )
+                    advantages, clip = part.advantages.flatten(), (cfg.clip_low, cfg.clip_high)
+                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, mask, *clip, tokens)
                     if reference is not None:
                         with torch.no_grad():
-                            anchor = score(reference, part, cfg)
+                            anchor = part.logprobs(reference, cfg.temperature)
                         metrics["kl"] = grpo.kl_k3(logprobs, anchor).masked_fill(~mask, 0.0).sum() / tokens
                         part_loss = part_loss + cfg.kl_coef * metrics["kl"]
                     loss = loss + part_loss
-                    for name, value in (metrics | {"loss": part_loss}).items():
-                        sums[name] = sums.get(name, 0.0) + value.detach() / cfg.updates_per_step
+                    sums.update({name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()})
                 # DDP averages over processes and accelerate divides by the micro-batches: the normaliser did both
                 accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
                 if accelerator.sync_gradients:
-                    norms.append(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm))
-                    stop_unless_finite(cfg, norms[-1], parts, accelerator, step)
+                    norms.append(float(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm)))
+                    stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
                 optimizer.step()
                 optimizer.zero_grad()
-    names = sorted(sums)
-    totals = accelerator.reduce(torch.stack([sums[name] for name in names]), "sum").tolist()
-    return dict(zip(names, totals, strict=True)) | {"grad_norm": float(sum(norms) / len(norms))}
+    losses = accelerator.reduce(
+        torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step, "sum"
+    ).tolist()
+    return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
 
 
-def score(policy: torch.nn.Module, part: Part, cfg: Config) -> Tensor:
-    """Log-probs of a part's responses.   -> (P * n, T)"""
-    return policy(part.prompts, part.tokens.flatten(0, 1), part.mask.flatten(0, 1), cfg.temperature)[0]
-
-
-def stop_unless_finite(cfg: Config, norm: Tensor, parts: list[Part], accelerator: Accelerator, step: int) -> None:
+def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
     """The norm is the same on all processes, so all stop together, before the parameters are touched."""
     if not math.isfinite(norm):
         path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
-        torch.save([asdict(part) for part in parts], path)
+        torch.save(asdict(rollouts), path)
         raise FloatingPointError(
-            f"step {step}: the gradient is not finite (norm {float(norm)}); the batch is in {path}, the last checkpoint is "
-            "good. Likely causes: a learning rate too high, bfloat16 parameters (try --dtype float32 with mixed precision)"
+            f"step {step}: the gradient is not finite (norm {norm}); the batch is in {path}, the last checkpoint good. "
+            "Likely causes: a learning rate too high, or bfloat16 parameters (float32 with mixed precision is safer)"
         )
 
 
-def sampling_metrics(
-    cfg: Config,
-    policy: Policy,
-    prompts: Prompts,
-    attacked: Prompts,
-    clean: Responses,
-    fresh: Responses | None,
-    keep: Tensor,
-    scores: dict[str, Tensor],
-    texts: list[list[str]],
-) -> dict[str, float]:
+def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts) -> dict[str, float]:
     """What this process's rollouts look like; every value a mean over its prompts. The README defines each name."""
-    n, groups = cfg.clean_rollouts, [r for r in (clean, fresh) if r]
-    response_entropy = lambda r, chosen: tsec.selective_entropy(r.entropy, chosen).mean().item()  # noqa: E731
-    quantile = lambda q: tsec.entropy_quantile(clean.entropy, clean.mask, q, cfg.tsec_scope).mean().item()  # noqa: E731
-    metrics = {name: values.mean().item() for name, values in scores.items()} | {
-        "zero_variance": grpo.equal_groups(scores["accuracy"]).float().mean().item(),
-        "entropy/clean": response_entropy(clean, clean.mask),
-        "entropy/selected": response_entropy(clean, keep),
-        "tsec/kept": (keep.sum() / clean.mask.sum()).item(),
+    n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
+    quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
+    tensors = x.scores | {
+        "zero_variance": grpo.equal_groups(x.scores["accuracy"]),
+        "entropy/clean": tsec.selective_entropy(x.clean.entropy, x.clean.mask),
+        "entropy/selected": tsec.selective_entropy(x.clean.entropy, x.keep),
+        "tsec/kept": x.keep.sum() / x.clean.mask.sum(),
         "tsec/low": quantile(cfg.tsec_low),
         "tsec/high": quantile(cfg.tsec_high),
-        "distinct": float(np.mean([len(set(row)) / len(row) for row in texts])),
-        "length": torch.cat([r.mask.sum(1) for r in groups]).float().mean().item(),
-        "truncated": torch.cat([r.truncated(policy.eos_ids) for r in groups]).float().mean().item(),
+        "distinct": torch.tensor([len(set(group)) / len(group) for group in x.texts]),
+        "length": torch.cat([r.mask.sum(dim=1) for r in halves]),
+        "truncated": torch.cat([r.truncated(policy.eos_ids) for r in halves]),
     }
-    if fresh is not None:
+    if x.fresh is not None:
+        pairs = list(zip(x.attacked.images, x.prompts.images, strict=True))
         with torch.no_grad():
-            rows = slice(0, len(prompts))
-            objective = entropy_objective(policy, prompts, clean, keep, rows, cfg.temperature)
-            metrics["entropy/attacked"] = objective(attacked.images).mean().item()
-        pairs = list(zip(attacked.images, prompts.images, strict=True))
-        metrics |= {
-            "entropy/fresh": response_entropy(fresh, fresh.mask),
-            "attack/linf": max((x - x0).abs().max().item() for x, x0 in pairs),
-            "attack/psnr": float(np.mean([min(egas.psnr(x, x0), 99.0) for x, x0 in pairs])),  # 99: unchanged
+            objective = entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature)
+            tensors["entropy/attacked"] = objective(x.attacked.images)
+        tensors |= {
+            "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
+            "attack/linf": torch.stack([(a - b).abs().max() for a, b in pairs]).max(),
+            "attack/psnr": torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs]),  # 99: the image is unchanged
         }
         for name in ("reward", "accuracy"):
-            metrics[f"{name}/clean"] = scores[name][:, :n].mean().item()
-            metrics[f"{name}/adversarial"] = scores[name][:, n:].mean().item()
-    return metrics
+            tensors[f"{name}/clean"], tensors[f"{name}/adversarial"] = x.scores[name].split(
+                (n, cfg.rollouts - n), dim=1
+            )
+    return {name: values.float().mean().item() for name, values in tensors.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- plumbing
 
 
-def seed_of(*parts: int) -> int:
-    """A seed from (run seed, step, row, branch): every prompt of every step has random numbers of its own."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def seeds_of(cfg: Config, step: int, rows: list[int], branch: int) -> list[int]:
+    """A seed from (run, step, row, branch): every prompt of every step has random numbers of its own."""
+    words = [np.random.SeedSequence((cfg.seed, step, row, branch)).generate_state(2) for row in rows]
+    return [int(high) << 31 ^ int(low) for high, low in words]
 
 
 @lru_cache(maxsize=2)
@@ -498,182 +490,6 @@ def frozen(policy: Policy) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first: a checkpoint gets its name when all of it is written."""
-    return sorted(Path(folder).glob("checkpoints/step-[0-9]*"))
-
-
-def prepare_output(cfg: Config, accelerator: Accelerator) -> tuple[int, str]:
-    """Make, empty or continue the run's folder.   -> the first step, where the parameters come from"""
-    out = Path(cfg.output)
-    held, found = (out / "metrics.jsonl").exists(), checkpoints(out)
-    if held and not (cfg.resume or cfg.overwrite):
-        raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite replaces it")
-    if cfg.resume and found:
-        same_config(cfg, found[-1] / "config.yaml")
-    accelerator.wait_for_everyone()  # nobody deletes what another process has still to look at
-    if accelerator.is_main_process:
-        if held and not cfg.resume:
-            for name in ("checkpoints", "pictures", "report", "eval"):
-                shutil.rmtree(out / name, ignore_errors=True)
-        if not cfg.resume or not found:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (out / name).unlink(missing_ok=True)
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    accelerator.wait_for_everyone()
-    if cfg.resume and found:
-        return int(found[-1].name.removeprefix("step-")), str(found[-1])
-    return 0, cfg.model
-
-
-def same_config(cfg: Config, path: Path) -> None:
-    """Refuse to go on with another configuration; what cannot change the result may differ."""
-    free = {"output", "overwrite", "resume", "steps", "save_every", "report_to", "log_prompts", "micro_prompts"}
-    if cfg.anneal or cfg.intervention == "noise":
-        free.discard("steps")
-    before = yaml.safe_load(path.read_text())
-    changed = [f"{k}: {before.get(k)} -> {v}" for k, v in asdict(cfg).items() if k not in free and before.get(k) != v]
-    if changed:
-        raise ValueError(f"the run in {cfg.output} was started with another configuration ({'; '.join(changed)})")
-
-
-def weights_apart(accelerator: Accelerator) -> None:
-    """save_state and load_state leave the parameters to save_pretrained and from_pretrained: one copy on disk."""
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-
-
-def save_checkpoint(cfg: Config, accelerator: Accelerator, wrapped: torch.nn.Module, step: int) -> None:
-    """Write parameters, processor, optimiser and random states aside, then rename: a name means a whole checkpoint."""
-    final = Path(cfg.output) / "checkpoints" / f"step-{step:06d}"
-    aside = final.with_name(f".{final.name}")
-    if accelerator.is_main_process:
-        for old in (aside, final):
-            shutil.rmtree(old, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    weights = accelerator.get_state_dict(wrapped)
-    accelerator.save_state(str(aside / "state"))
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(wrapped).save_pretrained(aside, weights)
-        (aside / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        aside.rename(final)
-
-
-class Clock:
-    """Seconds per phase of a step."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.phases, self.start = device, {}, time.perf_counter()
-        self.last = self.start
-
-    def lap(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.last
-        self.last = now
-
-    def seconds(self) -> dict[str, float]:
-        return {f"seconds/{k}": v for k, v in self.phases.items()} | {"seconds/step": self.last - self.start}
-
-
-class Log:
-    """metrics.jsonl, samples.jsonl, pictures, the progress bar, the trackers, and warnings that name a cure."""
-
-    def __init__(self, cfg: Config, accelerator: Accelerator, first_step: int):
-        self.cfg, self.accelerator, self.out, self.earned = cfg, accelerator, Path(cfg.output), 0.0
-        self.main = accelerator.is_main_process
-        if self.main:
-            for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run forgets what came after its checkpoint
-                path = self.out / name
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-                path.write_text("".join(line + "\n" for line in kept))
-        if cfg.report_to != "none":
-            accelerator.init_trackers("saei", config={k: v for k, v in asdict(cfg).items() if v is not None})
-
-    def progress(self, steps: range) -> Iterator[int]:
-        self.bar = tqdm(steps, initial=steps.start, total=steps.stop, disable=not self.main, unit="step")
-        yield from self.bar
-
-    def step(self, step: int, metrics: dict[str, float], losses: dict[str, float]) -> None:
-        """metrics are means of this process's equal share: their mean is the global one; losses are global already."""
-        names = sorted(metrics)
-        values = torch.tensor([metrics[name] for name in names], device=self.accelerator.device, dtype=torch.float32)
-        metrics = dict(zip(names, self.accelerator.reduce(values, "mean").tolist(), strict=True)) | losses
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory
-        self.warn(step, metrics)
-        self.accelerator.log(metrics, step=step)
-        if self.main:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps({"step": step} | {k: round(v, 8) for k, v in metrics.items()}) + "\n")
-            self.bar.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy/clean']:.3f}")
-
-    def warn(self, step: int, metrics: dict[str, float]) -> None:
-        self.earned += metrics["accuracy"]
-        if self.main and metrics["distinct"] <= 1 / self.cfg.rollouts:
-            self.bar.write(f"warning: step {step}: all rollouts of every prompt are identical. Raise --temperature, or the "
-                           "policy has collapsed (entropy {:.2g})".format(metrics["entropy/clean"]))  # fmt: skip
-        if self.main and step == 4 and self.earned == 0:
-            self.bar.write("warning: no correct answer in 5 steps. Does the prompt ask for \\boxed{} or <answer> tags, is "
-                           "--max_new_tokens long enough (truncated: {truncated:.0%}), do the answers parse? Look at "
-                           "samples.jsonl".format(**metrics))  # fmt: skip
-
-    def samples(
-        self,
-        step: int,
-        rows: list[int],
-        batch: list[dict],
-        prompts: Prompts,
-        attacked: Prompts,
-        clean: Responses,
-        fresh: Responses | None,
-        keep: Tensor,
-        scores: dict[str, Tensor],
-        advantages: Tensor,
-        texts: list[list[str]],
-        policy: Policy,
-    ) -> None:
-        """One line a response of the first prompts of the main process, with tokens, entropies and what TsEC kept."""
-        if not self.main:
-            return
-        lines = []
-        for p in range(min(self.cfg.log_prompts, len(batch))):
-            names = {"clean": f"pictures/step-{step:06d}-{p}-clean.png"}
-            save_image(prompts[p : p + 1].images, self.out / names["clean"])
-            if fresh is not None:
-                names["adversarial"] = f"pictures/step-{step:06d}-{p}-adversarial.png"
-                save_image(attacked[p : p + 1].images, self.out / names["adversarial"])
-            for g, text in enumerate(texts[p]):
-                n = self.cfg.clean_rollouts
-                r, i = (clean, p * n + g) if g < n else (fresh, p * (self.cfg.rollouts - n) + g - n)
-                length = int(r.mask[i].sum())
-                lines.append(
-                    {
-                        "step": step,
-                        "prompt": p,
-                        "row": rows[p],
-                        "problem": batch[p]["problem"],
-                        "answer": batch[p]["answer"],
-                    }
-                    | {"image": "clean" if r is clean else "adversarial", "response": text}
-                    | {name: values[p, g].item() for name, values in scores.items()}
-                    | {"advantage": advantages[p, g].item()}
-                    | {"truncated": int(r.tokens[i, length - 1]) not in policy.eos_ids}
-                    | {"tokens": [policy.processor.tokenizer.decode([t]) for t in r.tokens[i, :length].tolist()]}
-                    | {"entropy": [round(h, 4) for h in r.entropy[i, :length].tolist()]}
-                    | {"kept": keep[i, :length].tolist() if r is clean else None}
-                    | {"clean_picture": names["clean"], "picture": names["clean" if r is clean else "adversarial"]}
-                )
-        with open(self.out / "samples.jsonl", "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def load_config(argv: list[str]) -> Config:
