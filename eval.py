@@ -1,0 +1,139 @@
+"""Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy on named splits, with 95% intervals.
+
+    accelerate launch eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
+
+Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json (the numbers) and
+<output>.jsonl (one line a problem: what was answered). Processes share the problems; the numbers do not depend on how.
+
+    greedy   share of problems that the most likely answer (temperature 0) solves
+    pass@k   chance that at least one of k sampled answers is right, estimated without bias from n samples:
+             1 - C(n - c, k) / C(n, k), c of the n right
+    entropy  mean over sampled responses of their mean token entropy, nats, at the sampling temperature
+Intervals are percentile bootstraps over problems: how much the number would move with other problems, not other seeds.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import data
+import rewards
+import tsec
+from policy import Policy
+
+
+@dataclass
+class EvalConfig:
+    model: str = field(metadata={"help": "checkpoint folder or hub id"})
+    output: str = field(metadata={"help": "where to write, without ending: <output>.json and <output>.jsonl"})
+    dataset: str = field(default="demo", metadata={"help": "as train_saei.py's"})
+    splits: list[str] = field(default_factory=lambda: ["plain/test"], metadata={"help": "one or several splits"})
+    problems: int = field(default=1000, metadata={"help": "at most so many of each split, from its start"})
+    samples: int = field(default=8, metadata={"help": "n, sampled responses per problem"})
+    k: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "the k of pass@k, each at most n"})
+    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
+    max_new_tokens: int = field(default=64, metadata={"help": "longest response"})
+    batch: int = field(default=50, metadata={"help": "problems a device computes at a time"})
+    seed: int = field(default=0, metadata={"help": "decides the samples"})
+    dtype: str = field(default="float32", metadata={"help": "parameters' dtype: float32 | bfloat16"})
+
+    def __post_init__(self):
+        if not self.k or not all(1 <= k <= self.samples for k in self.k):
+            raise ValueError(f"every k must be between 1 and samples={self.samples}, got {self.k}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}; greedy decoding is measured anyway")
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): chance that k of n samples drawn without replacement hold one of the c right ones."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
+    return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """2.5% and 97.5% percentile of the mean of `values` drawn anew with replacement.   (n,) -> (low, high)"""
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalConfig) -> list[dict]:
+    """Greedy and sampled answers of some problems, graded.   -> one record a problem"""
+    prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
+    greedy = policy.decode(policy.sample(prompts, 1, seeds, cfg.max_new_tokens, temperature=0.0))
+    sampled = policy.sample(prompts, cfg.samples, seeds, cfg.max_new_tokens, cfg.temperature)
+    texts = np.array(policy.decode(sampled), dtype=object).reshape(len(rows), cfg.samples).tolist()
+    entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1).mean(dim=1).tolist()
+    records = []
+    for row, best, responses, h in zip(rows, greedy, texts, entropy, strict=True):
+        right = rewards.accuracy_reward([best, *responses], [row["answer"]] * (1 + cfg.samples))
+        record = {name: value for name, value in row.items() if name != "images"}
+        record |= {"greedy": best, "greedy_right": right[0], "responses": responses, "right": right[1:], "entropy": h}
+        records.append(record)
+    return records
+
+
+def evaluate_split(policy: Policy, split: str, cfg: EvalConfig, accelerator: Accelerator) -> list[dict]:
+    """All processes' records of a split, in its order, on every process; each row exactly once."""
+    rows = data.load_rows(cfg.dataset, split, limit=cfg.problems)
+    mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
+    records = []
+    for start in tqdm(
+        range(0, len(mine), cfg.batch), desc=split, disable=not accelerator.is_main_process, unit="batch"
+    ):
+        part = mine[start : start + cfg.batch]
+        seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in part]
+        found = evaluate_rows(policy, [rows[i] for i in part], seeds, cfg)
+        records += [{"split": split, "row": i} | record for i, record in zip(part, found, strict=True)]
+    return sorted(gather_object(records), key=lambda record: record["row"])
+
+
+def summarise(records: list[dict], cfg: EvalConfig) -> dict[str, int | list[float]]:
+    """{"n": problems, name: [mean, low, high]}"""
+    columns = {"greedy": [record["greedy_right"] for record in records]}
+    for k in cfg.k:
+        columns[f"pass@{k}"] = [pass_at_k(cfg.samples, int(sum(record["right"])), k) for record in records]
+    columns["entropy"] = [record["entropy"] for record in records]
+    arrays = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
+    return {"n": len(records)} | {name: [float(x.mean()), *bootstrap_interval(x)] for name, x in arrays.items()}
+
+
+def main(cfg: EvalConfig) -> dict:
+    """Evaluate, write and print. Returns what <output>.json holds."""
+    accelerator, start = Accelerator(), time.time()
+    policy = Policy.from_pretrained(cfg.model, cfg.dtype).to(accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        records = {split: evaluate_split(policy, split, cfg, accelerator) for split in cfg.splits}
+    result = {"model": cfg.model, "dataset": cfg.dataset, "n_samples": cfg.samples, "temperature": cfg.temperature}
+    result |= {"seed": cfg.seed, "seconds": round(time.time() - start, 1)}
+    result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
+    if accelerator.is_main_process:
+        out = Path(cfg.output)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+        lines = [json.dumps(record) + "\n" for found in records.values() for record in found]
+        out.with_name(out.name + ".jsonl").write_text("".join(lines))
+        names = ["greedy", *(f"pass@{k}" for k in cfg.k), "entropy"]
+        print(f"{'split':16}" + "".join(f"{name:>22}" for name in names))
+        for split, numbers in result["splits"].items():
+            cells = [f"{numbers[x][0]:.3f} [{numbers[x][1]:.3f}, {numbers[x][2]:.3f}]" for x in names]
+            print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
+    return result
+
+
+if __name__ == "__main__":
+    try:
+        config = HfArgumentParser(EvalConfig, description=__doc__.split("\n")[0]).parse_args_into_dataclasses()[0]
+    except ValueError as error:
+        sys.exit(f"eval.py: {error}")
+    main(config)
