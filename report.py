@@ -36,20 +36,21 @@ ARMS = {  # intervention: name, what it does, what its images are called
 }
 MEASURES = [  # of an evaluation: pattern, label, meaning
     ("greedy", "Greedy accuracy", "share of problems whose most likely response is right"),
+    ("pass@1", "pass@1", "chance that one sampled response is right"),
     (r"pass@(\d+)", r"pass@\1", r"chance that at least one of \1 sampled responses is right"),
     ("entropy", "Entropy", "nats, mean over the tokens of the sampled responses: how undecided the policy is"),
 ]
 CHARTS = [  # title, unit, y axis from zero?, lines: (key, key that stands in for it, what it is)
     ("Reward", "mean of the responses", True, [("reward", None, "all")]),
     ("Accuracy", "share of right responses", True,
-     [("accuracy/clean", "accuracy", "clean image"), ("accuracy/adversarial", None, "attacked image")]),
+     [("accuracy/clean", "accuracy", "clean image"), ("accuracy/adversarial", None, "{}")]),
     ("Entropy of the responses", "nats per token", True,
-     [("entropy/clean", None, "clean image"), ("entropy/fresh", None, "fresh, attacked image")]),
+     [("entropy/clean", None, "clean image"), ("entropy/fresh", None, "fresh, {}")]),
     ("Entropy of the chosen tokens", "nats per token", False,
-     [("entropy/selected", None, "clean image"), ("entropy/attacked", None, "same tokens, attacked image")]),
+     [("entropy/selected", None, "clean image"), ("entropy/attacked", None, "same tokens, {}")]),
     ("Zero-variance groups", "share of groups", True, [("zero_variance", None, "all")]),
     ("Tokens kept by TsEC", "share of tokens", True, [("tsec/kept", None, "clean responses")]),
-    ("PSNR of the attack", "dB", False, [("attack/psnr", None, "attacked against clean image")]),
+    ("PSNR of the changed image", "dB", False, [("attack/psnr", None, "against the clean image")]),
     ("Response length", "tokens", True, [("length", None, "all")]),
 ]
 DASHES = ("", "5 4")  # of a chart's first and second line
@@ -88,11 +89,9 @@ def read_jsonl(path: Path, notes: list[str], steps: set[int] | None = None) -> l
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 bad.append(count)
     if bad:
-        half = "; the last line is half-written (the run is writing, or was stopped)"
-        half = half if bad[-1] == count and not line.endswith("\n") else ""
-        notes.append(
-            f"{path.name}: {len(bad)} of {count} lines skipped, not whole records (first: line {bad[0]}){half}."
-        )
+        half = bad[-1] == count and not line.endswith("\n")
+        notes.append(f"{path.name}: {len(bad)} of {count} lines are not records, the first is line {bad[0]}: skipped.")
+        notes[-1] += " The last is half-written: the run is writing, or was stopped." * half
     return records
 
 
@@ -123,18 +122,18 @@ def read_run(folder: Path, share: int = 1) -> dict:
         notes.append(f"NaN or infinite values, left out of the curves: {', '.join(broken)}.")
     for path in sorted((folder / "eval").glob("*.json")):
         try:
-            evals[path.stem] = dict(json.loads(path.read_text(encoding="utf-8"))["splits"])
-        except (ValueError, KeyError, TypeError):
+            splits = json.loads(path.read_text(encoding="utf-8"))["splits"].items()
+            evals[path.stem] = {split: {k: np.array(v, dtype=float) for k, v in r.items()} for split, r in splits}
+        except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"eval/{path.name} cannot be read (half-written?): skipped.")
     steps = [r["step"] for r in metrics]
     gallery = spread(steps, max(1, min(GALLERY_STEPS, 8 // share)))
     responses = spread(steps, max(1, min(RESPONSE_STEPS, 6 // share)))
     if (folder / "samples.jsonl").is_file():
         samples = read_jsonl(folder / "samples.jsonl", notes, {*gallery, *responses})
-    arm, sentence, changed = ARMS.get(str(config.get("intervention")), ("", "", "changed image"))
+    arm, does, changed = ARMS.get(str(config.get("intervention")), ("", "", "changed image"))
     return {"folder": folder, "notes": notes, "config": config, "metrics": metrics, "evals": evals, "samples": samples,
-            "gallery": gallery, "responses": responses,
-            "arm": arm, "sentence": sentence, "changed": changed}  # fmt: skip
+            "gallery": gallery, "responses": responses, "arm": arm, "does": does, "changed": changed}  # fmt: skip
 
 
 def text(value, cap: int = MAX_TEXT) -> str:
@@ -161,7 +160,7 @@ def about(run: dict) -> str:
         said += f", each of {text(c['prompts_per_step'], 9)} prompts with {rollouts:.0f} responses, of <code>"
         said += f"{text(c['model'], 120)}</code> on <code>{text(c['dataset'], 120)} {text(c['split'], 80)}</code>"
     eps = f"{number(c.get('eps')) * 255:.3g}/255"
-    said += ". " + run["sentence"].format(some=f"{attacked:.0f} of the {rollouts:.0f} responses", eps=eps)
+    said += ". " + run["does"].format(some=f"{attacked:.0f} of the {rollouts:.0f} responses", eps=eps)
     notes = "".join(f"<li>{text(note)}</li>" for note in run["notes"])
     return f'<p class="lead">{said}</p>' + (f'<ul class="notes">{notes}</ul>' if notes else "")
 
@@ -175,10 +174,8 @@ def settings(runs: list[dict]) -> str:
         rows += f"<tr{mark}><th>{text(key, 80)}</th>{''.join(f'<td>{v}</td>' for v in values)}</tr>"
     heads = "".join(f"<th>{run['name']}</th>" for run in runs)
     hint = " (rows that differ are marked)" if len(runs) > 1 else ""
-    table = (
-        f'<div class="wide"><table><thead><tr><th>Setting</th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
-    return f"<details><summary>Settings{hint}</summary>{table}</details>" if rows else ""
+    table = f"<table><thead><tr><th>Setting</th>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<details><summary>Settings{hint}</summary><div class="wide">{table}</div></details>' if rows else ""
 
 
 def numbers(runs: list[dict]) -> str:
@@ -186,13 +183,13 @@ def numbers(runs: list[dict]) -> str:
     results = [splits for run in runs for splits in run["evals"].values()]
     cards, meanings = "", {}
     for split in dict.fromkeys(s for splits in results for s in splits):
-        here, rows = [splits[split] for splits in results if isinstance(splits.get(split), dict)], ""
-        for key in sorted({k: 0 for r in here for k in r if k != "n"}, key=lambda k: k == "entropy"):
+        here, rows = [splits[split] for splits in results if split in splits], ""
+        for key in sorted({k: 0 for r in here for k in r if r[k].shape == (3,)}, key=lambda k: k == "entropy"):
             known = [(label, meaning, found) for p, label, meaning in MEASURES if (found := re.fullmatch(p, key))]
             label, meaning = (known[0][2].expand(t) for t in known[0][:2]) if known else (key, "see eval.py")
             meanings[label] = meaning
             rows += f'<tr class="group"><th colspan="5">{text(label, 60)}</th></tr>' + measure(runs, split, key)
-        count = " / ".join(sorted({f"{number(r.get('n')):,.0f}" for r in here}))
+        count = " / ".join(sorted({f"{r['n'].sum():,.0f}" for r in here if "n" in r}))
         head = '<th></th><th>before</th><th>after</th><th>change</th><th class="pic"></th>'
         cards += f"""<article class="card"><h3>{text(split, 80)} <small>{count} problems</small></h3>
             <table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></article>"""
@@ -206,31 +203,23 @@ def numbers(runs: list[dict]) -> str:
 
 def measure(runs: list[dict], split: str, key: str) -> str:
     """Table rows of one measure on one split: a row for each run and each of its evaluations after `before`."""
-
-    def value(run, name):  # [mean, low, high] or None
-        result = run["evals"].get(name, {}).get(split)
-        found = result.get(key) if isinstance(result, dict) else None
-        good = isinstance(found, list) and len(found) == 3 and all(math.isfinite(number(v)) for v in found)
-        return [float(v) for v in found] if good else None
-
+    rows, unknown = "", np.full(3, math.nan)  # mean, low, high
     scale, digits, unit = (1, 3, "") if key == "entropy" else (100, 1, "%")
-    top = max([v[2] for run in runs for n in run["evals"] if (v := value(run, n))] + [1e-9]) if key == "entropy" else 1
-    rows = ""
-    for run in runs:
-        before = value(run, "before")
+    values = {(i, n): e.get(split, {}).get(key, unknown) for i, r in enumerate(runs) for n, e in r["evals"].items()}
+    top = max([v[2] for v in values.values() if v[2] > 0] + [1e-9]) if key == "entropy" else 1.0
+    for i, run in enumerate(runs):
+        before = values.get((i, "before"), unknown)
         for name in [n for n in run["evals"] if n != "before"] or ["after"]:
-            after, cells, marks = value(run, name), "", '<path class="grid" d="M4 11H136"/>'
+            after, cells, marks = values.get((i, name), unknown), "", '<path class="grid" d="M4 11H136"/>'
             for v, y, kind in ((before, 6, "was"), (after, 16, "now")):
-                if not v:
-                    cells += "<td>–</td>"
-                    continue
-                m, low, high = (f"{scale * x:.{digits}f}" for x in v)
-                cells += f"<td>{m}{unit}<small>{low}–{high}</small></td>"
-                x, left, right = (4 + 132 * min(max(z / top, 0), 1) for z in v)
+                mean, low, high = (fixed(scale * x, digits) for x in v)
+                known = np.isfinite(v).all()
+                cells += f"<td>{mean}{unit}<small>{low}–{high}</small></td>" if known else "<td>–</td>"
+                x, left, right = 4 + 132 * np.clip(v / top, 0, 1)
                 line, dot = f'<path d="M{left:.1f} {y}H{right:.1f}"/>', f'<circle cx="{x:.1f}" cy="{y}" r="4"/>'
-                marks += f'<g class="{kind}">{line}{dot}</g>'
-            change = fixed(scale * (after[0] - before[0]), digits, "+") if before and after else "–"
-            if before and after and (after[1] > before[2] or after[2] < before[1]):
+                marks += f'<g class="{kind}">{line}{dot}</g>' if known else ""
+            change = fixed(scale * (after[0] - before[0]), digits, "+")
+            if after[1] > before[2] or after[2] < before[1]:
                 change = f"<b>{change}</b>"
             who = run["name"] + (f" <small>{text(name, 40)}</small>" if name != "after" else "")
             picture = f'<svg class="strip {run["css"]}" viewBox="0 0 140 22" aria-hidden="true">{marks}</svg>'
@@ -312,8 +301,9 @@ def line_chart(runs: list[dict], title: str, unit: str, zero: bool, branches: li
         svg += f'<path class="raw {run["css"]}" d="{path(run["xs"], ys)}"/>'
     for run, i, ys in lines:
         svg += f'<path class="line {run["css"]}" stroke-dasharray="{DASHES[i]}" d="{path(run["xs"], smooth(ys))}"/>'
-    keys = {run["css"]: ("", run["label"]) for run, *_ in lines}
-    keys |= {f"soft{i}": (DASHES[i], branches[i][-1]) for _, i, _ in lines if len(branches) > 1}
+    keys, changed = {run["css"]: ("", run["label"]) for run, *_ in lines}, {run["changed"] for run in runs}
+    changed = changed.pop() if len(changed) == 1 else "changed image"
+    keys |= {f"i{i}": (DASHES[i], branches[i][-1].format(changed)) for _, i, _ in lines if len(branches) > 1}
     return figure(title, svg, "".join(
         f'<span><svg viewBox="0 0 26 8" class="key {css}"><path d="M2 4H24" stroke-dasharray="{dash}"/></svg>'
         f"{text(label, 40)}</span>" for css, (dash, label) in keys.items()))  # fmt: skip
@@ -367,9 +357,8 @@ def img(image: Image.Image, alt: str) -> str:
     image = image.copy()
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     image.save(file, kind, quality=85)
-    return (
-        f'<img class="{kind}" alt="{alt}" src="data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"/>'
-    )
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img class="{kind}" alt="{alt}" src="data:image/{kind};base64,{data}"/>'
 
 
 def gallery_card(run: dict, step: int) -> str:
@@ -488,7 +477,7 @@ figcaption { font-weight: 600; font-size: 15px; } .chart { width: 100%; margin-t
 .key { width: 26px; height: 8px; margin-right: 5px; }
 .swatch { display: inline-block; width: 12px; height: 12px; background: currentColor; margin-right: 5px; }
 svg path { fill: none; stroke: currentColor; stroke-linecap: round; stroke-linejoin: round; }
-svg .line, .key path, .strip g path { stroke-width: 2; } svg .raw { opacity: 0.3; } svg .grid { stroke: var(--edge); }
+svg .line, .key path, .strip g path { stroke-width: 2; } svg .raw { opacity: 0.4; } svg .grid { stroke: var(--edge); }
 svg text { fill: var(--soft); font-size: 12.5px; } svg .area { fill: currentColor; stroke: none; }
 .a0 { opacity: 0.85; } .a1 { opacity: 0.55; } .a2 { opacity: 0.32; } .a3 { opacity: 0.14; } .strip { width: 140px; }
 .strip .was { color: var(--soft); } .strip .now circle { fill: currentColor; }
@@ -500,7 +489,8 @@ thead th { font-weight: 400; font-size: 13px; } .wide { overflow-x: auto; }
 .wide td, .wide th { border-top: 1px solid var(--edge); padding: 4px 20px 4px 8px; min-width: 9em; }
 .numbers { width: 100%; font-variant-numeric: tabular-nums; } .numbers .group th { padding-top: 12px; }
 .numbers .group { border-top: 1px solid var(--edge); } .numbers .pic { width: 140px; padding-right: 0; }
-.numbers td small { display: block; line-height: 1.2; white-space: nowrap; } .numbers .who { font-weight: 600; }
+.numbers td { white-space: nowrap; } .numbers .who { white-space: normal; }
+.numbers td small { display: block; line-height: 1.2; }
 img { display: block; width: 100%; border-radius: 6px; } .png { image-rendering: pixelated; } .qa { margin: 0; }
 .trio { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; margin: 12px 0; }
 .trio figcaption { font-weight: 400; font-size: 13px; color: var(--soft); margin-top: 4px; }
@@ -524,15 +514,9 @@ img { display: block; width: 100%; border-radius: 6px; } .png { image-rendering:
 def page(runs: list[dict]) -> str:
     """The whole page; well-formed XML too, so that a test can parse it."""
     title = " and ".join(text(run["label"], 60) for run in runs)
-    parts = {
-        "Before and after": numbers(runs),
-        "Curves": curves(runs),
-        "Images": gallery(runs),
-        "Responses": responses(runs),
-    }
-    parts["How to read this"] = (
-        f"<dl>{''.join(f'<dt>{term}</dt><dd>{said}</dd>' for term, said in GLOSSARY.items())}</dl>"
-    )
+    terms = "".join(f"<dt>{term}</dt><dd>{said}</dd>" for term, said in GLOSSARY.items())
+    parts = {"Before and after": numbers(runs), "Curves": curves(runs), "Images": gallery(runs),
+             "Responses": responses(runs), "How to read this": f"<dl>{terms}</dl>"}  # fmt: skip
     links = "".join(f'<a href="#part{i}">{heading}</a>' for i, heading in enumerate(parts))
     body = "".join(f'<section id="part{i}"><h2>{k}</h2>{v}</section>' for i, (k, v) in enumerate(parts.items()))
     return f"""<!DOCTYPE html>

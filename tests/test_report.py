@@ -182,13 +182,13 @@ def test_broken_lines_are_skipped_with_a_note(tmp_path):
     (folder / "metrics.jsonl").write_text(whole + '{"step": 41, "rewa')
     (folder / "eval" / "after.json").write_text('{"splits": {"plain')
     said = words(parse(report.build_report([folder]))[1])
-    assert "metrics.jsonl: 1 of 41 lines skipped" in said and "the last line is half-written" in said
+    assert "metrics.jsonl: 1 of 41 lines are not records" in said and "The last is half-written" in said
     assert "eval/after.json cannot be read" in said
     assert ": 40 steps" in said and "50.0% 47.0–53.0 – –" in said  # no number after, no change
 
     (folder / "metrics.jsonl").write_text("garbage\n[1]\n" + whole)
     said = words(parse(report.build_report([folder]))[1])
-    assert "2 of 42 lines skipped, not whole records (first: line 1)." in said and "is half-written (" not in said
+    assert "2 of 42 lines are not records, the first is line 1: skipped." in said and "The last is" not in said
 
 
 def test_nan_and_missing_values_leave_gaps(tmp_path):
