@@ -198,12 +198,15 @@ def main(cfg: Config) -> None:
         texts, scores = reward(cfg, policy, batch, clean, fresh)  # (P, G) each
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
+        with accelerator.autocast():
+            metrics = sampling_metrics(cfg, policy, rollouts)  # before the update: all of it is about pi_old
+        clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
         losses = update(cfg, accelerator, wrapped, reference, optimizer, rollouts, micro, step)
         clock.lap("update")
 
-        log.step(step, sampling_metrics(cfg, policy, rollouts) | clock.seconds(), losses)
+        log.step(step, metrics | clock.seconds(), losses)
         log.samples(step, policy, indices, rollouts)
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             runs.save_checkpoint(cfg, accelerator, wrapped, step + 1)
@@ -427,8 +430,8 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts) -> dict[str, floa
     }
     if x.fresh is not None:
         pairs = list(zip(x.attacked.images, x.prompts.images, strict=True))
+        objective = entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature)
         with torch.no_grad():
-            objective = entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature)
             tensors["entropy/attacked"] = objective(x.attacked.images)
         tensors |= {
             "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),

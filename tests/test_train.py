@@ -1,0 +1,309 @@
+"""train_saei.py and runs.py: configuration, arms, resume, faults, two processes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import grpo
+import rewards
+import runs
+import train_saei
+from train_saei import Config, load_config, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def short(tiny: str, out: Path, **changes) -> Config:
+    settings = dict(model=tiny, split="plain/train", output=str(out), steps=2, prompts_per_step=2, rollouts=4)
+    settings |= dict(adversarial_rollouts=2, max_new_tokens=6, pgd_steps=1, lr=1e-3, save_every=2)
+    return Config(**settings | changes)
+
+
+def metrics_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def comparable(metrics: dict) -> dict:
+    return {k: v for k, v in metrics.items() if not k.startswith(("seconds", "memory"))}
+
+
+def parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+
+
+@pytest.fixture
+def half_right(monkeypatch):
+    """A random model never answers right: reward every other response, so that there is a gradient."""
+    monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [i % 2.0 for i in range(len(completions))])
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def test_every_field_carries_its_mark():
+    for field in fields(Config):
+        mark = field.metadata["help"].split("]")[0].removeprefix("[")
+        assert mark in ("paper", "second-hand", "inferred", "ours"), field.name
+
+
+def test_recipe_then_command_line(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("eps: 0.01\nlr: 1e-4\nintervention: random\n")
+    cfg = load_config(["--config", str(recipe), "--eps", "0.02"])
+    assert (cfg.eps, cfg.lr, cfg.intervention, cfg.steps) == (0.02, 1e-4, "random", Config().steps)
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(recipe):
+    load_config(["--config", str(recipe)])
+
+
+def test_unknown_recipe_key_is_named(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("epsilon: 0.01\n")
+    with pytest.raises(ValueError, match="unknown epsilon; known are .*eps"):
+        load_config(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"intervention": "fgsm"}, "intervention must be one of none, random, noise, egas, got 'fgsm'"),
+        ({"condition": "both"}, "condition must be one of clean, sampled"),
+        ({"zero_variance": "resample"}, "zero_variance must be one of keep, drop"),
+        ({"eps": 8}, "0 <= eps <= 1"),
+        ({"tsec_low": 0.8, "tsec_high": 0.2}, "tsec_low < tsec_high"),
+        ({"adversarial_rollouts": 8}, "adversarial_rollouts < rollouts"),
+        ({"adversarial_rollouts": 0}, "adversarial_rollouts >= 1 with an intervention"),
+        ({"rollouts": 1, "adversarial_rollouts": 0, "intervention": "none"}, "rollouts >= 2"),
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"steps": 0}, "steps >= 1"),
+    ],
+)
+def test_bad_configuration_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Config(**changes)
+
+
+def test_command_line_says_one_line_and_no_traceback():
+    command = [sys.executable, str(ROOT / "train_saei.py"), "--intervention", "fgsm"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "train_saei.py: intervention must be one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_work_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="prompts_per_step=6 must be a multiple of processes"):
+        train_saei.split_work(Config(prompts_per_step=6), 4)
+    with pytest.raises(ValueError, match="micro_prompts=3 must divide the 8 prompts"):
+        train_saei.split_work(Config(prompts_per_step=8, micro_prompts=3), 1)
+    assert train_saei.split_work(Config(prompts_per_step=16, micro_prompts=2, updates_per_step=2), 2) == (2, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- arms
+
+
+@pytest.mark.parametrize("intervention", ["none", "random", "noise", "egas"])
+@pytest.mark.parametrize("condition", ["clean", "sampled"])
+def test_every_arm_trains_at_one_budget(tiny, tmp_path, half_right, intervention, condition):
+    main(short(tiny, tmp_path, intervention=intervention, condition=condition, steps=1, kl_coef=0.1))
+    (metrics,) = metrics_of(tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 4  # G, whatever the arm
+    assert sum(s["image"] == "adversarial" for s in samples) == (0 if intervention == "none" else 2)
+    assert metrics["grad_norm"] > 0 and all(math.isfinite(v) for v in metrics.values())
+    assert metrics["kl"] == pytest.approx(0, abs=1e-5)
+    assert ("attack/psnr" in metrics) == (intervention != "none")
+    if intervention in ("random", "egas"):
+        assert metrics["attack/linf"] == pytest.approx(4 / 255, abs=1e-6)
+    if intervention == "egas":
+        assert metrics["entropy/attacked"] > metrics["entropy/selected"]
+    for sample in samples:
+        assert len(sample["tokens"]) == len(sample["entropy"])
+        assert (tmp_path / sample["picture"]).exists() and (tmp_path / sample["clean_picture"]).exists()
+
+
+def test_noise_fades_and_eps_can(tiny):
+    assert train_saei.annealing(0, 60) == pytest.approx(1, abs=1e-6)
+    assert train_saei.annealing(40, 60) == pytest.approx(0.5)
+    assert train_saei.annealing(60, 60) < 1e-4
+    # NoisyRollout's own numbers: lambda 30, mid 40, T 60
+    assert train_saei.annealing(45, 60) == pytest.approx(1 - 1 / (1 + math.exp(-30 * 5 / 60)))
+
+
+def test_zero_variance_groups_can_be_dropped(tiny, tmp_path, monkeypatch):
+    """All-wrong groups of differing format: dropped, they leave no gradient (trap 12)."""
+    monkeypatch.setattr(
+        rewards, "format_reward", lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+    )
+    main(short(tiny, tmp_path / "keep", steps=1))
+    main(short(tiny, tmp_path / "drop", steps=1, zero_variance="drop"))
+    assert metrics_of(tmp_path / "keep")[0]["grad_norm"] > 0
+    assert metrics_of(tmp_path / "drop")[0]["grad_norm"] == 0
+    assert metrics_of(tmp_path / "drop")[0]["zero_variance"] == 1
+
+
+def test_rows_are_shuffled_each_epoch_and_shared_without_loss():
+    cfg = Config(prompts_per_step=4)
+
+    class Process:
+        num_processes = 2
+
+        def __init__(self, index):
+            self.process_index = index
+
+    epoch = [i for step in range(3) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
+    again = [i for step in range(3, 6) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
+    assert sorted(epoch) == sorted(again) == list(range(12)) and epoch != again
+
+
+# ----------------------------------------------------------------------------------------------------- resume, folder
+
+
+def test_resume_is_exact(tiny, tmp_path, half_right):
+    main(short(tiny, tmp_path / "whole", steps=4))
+    main(short(tiny, tmp_path / "parts", steps=2))
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:  # a step after the checkpoint, half written
+        file.write('{"step": 2, "reward": 0.5}\n{"step": 3, "rew')
+    main(short(tiny, tmp_path / "parts", steps=4, resume=True))
+    whole, parts = (
+        parameters(tmp_path / "whole/checkpoints/step-000004"),
+        parameters(tmp_path / "parts/checkpoints/step-000004"),
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert [comparable(m) for m in metrics_of(tmp_path / "whole")] == [
+        comparable(m) for m in metrics_of(tmp_path / "parts")
+    ]
+    assert any(not torch.equal(whole[name], start) for name, start in parameters(Path(tiny)).items())
+
+
+def test_a_folder_that_holds_a_run_is_safe(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="already holds a run: --resume goes on with it, --overwrite replaces it"):
+        main(short(tiny, tmp_path, steps=1))
+    main(short(tiny, tmp_path, steps=1, overwrite=True))
+    assert len(metrics_of(tmp_path)) == 1
+
+
+def test_resume_refuses_another_configuration(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="another configuration .*eps: .* -> 0.5"):
+        main(short(tiny, tmp_path, steps=2, resume=True, eps=0.5))
+
+
+def test_checkpoint_loads_with_the_auto_classes(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1))
+    (folder,) = runs.checkpoints(tmp_path)
+    AutoModelForImageTextToText.from_pretrained(folder)
+    AutoProcessor.from_pretrained(folder)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"] == tiny
+
+
+def test_disk_full_while_saving_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
+    save = train_saei.Policy.save_pretrained
+
+    def fails_later(self, folder, weights=None):
+        save(self, folder, weights)
+        if "000002" in str(folder):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train_saei.Policy, "save_pretrained", fails_later)
+    with pytest.raises(OSError, match="No space left"):
+        main(short(tiny, tmp_path, steps=2, save_every=1))
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000001"]
+    monkeypatch.undo()
+    main(short(tiny, tmp_path, steps=2, save_every=1, resume=True))
+    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step-000001", "step-000002"]
+
+
+# ------------------------------------------------------------------------------------------------- faults and warnings
+
+
+def test_non_finite_gradient_stops_with_the_batch_saved(tiny, tmp_path, half_right, monkeypatch):
+    loss = grpo.policy_loss
+    calls = []
+
+    def breaks_at_step_1(*args):
+        calls.append(1)
+        value, metrics = loss(*args)
+        return value * (math.nan if len(calls) == 2 else 1), metrics
+
+    monkeypatch.setattr(grpo, "policy_loss", breaks_at_step_1)
+    with pytest.raises(FloatingPointError, match="step 1: the gradient is not finite"):
+        main(short(tiny, tmp_path, save_every=1))
+    (saved,) = tmp_path.glob("failed-step-000001-process-0.pt")
+    assert torch.load(saved, weights_only=False)["clean"]["tokens"].shape[0] == 4
+    (good,) = runs.checkpoints(tmp_path)
+    assert all(p.isfinite().all() for p in parameters(good).values())
+
+
+def test_non_finite_reward_stops(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [math.nan] * len(completions))
+    with pytest.raises(ValueError, match="rewards are not finite in group 0"):
+        main(short(tiny, tmp_path))
+
+
+def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
+    main(short(tiny, tmp_path, steps=5, intervention="none"))
+    assert "no correct answer in 5 steps. Does the problem ask for \\boxed{}" in "".join(capfd.readouterr())
+
+
+def test_trap_1_identical_rollouts_are_said(tiny, tmp_path, capfd):
+    main(short(tiny, tmp_path, steps=1, intervention="none", temperature=1e-6))
+    assert "all rollouts of every prompt are identical" in "".join(capfd.readouterr())
+
+
+def test_frozen_gives_the_gradients_back(policy):
+    policy.model.lm_head.weight.requires_grad_(False)
+    before = [p.requires_grad for p in policy.parameters()]
+    with pytest.raises(RuntimeError), train_saei.frozen(policy):
+        assert not any(p.requires_grad for p in policy.parameters())
+        raise RuntimeError
+    assert [p.requires_grad for p in policy.parameters()] == before
+
+
+# ------------------------------------------------------------------------------------------------------ two processes
+
+
+def test_two_processes_equal_one(tmp_path):
+    """accelerate launch on half of the prompts each: after 3 steps the parameters of one process on all of them.
+
+    Rollouts are equal because each prompt draws from its own seed. Tolerance: two float32 sums in another order differ
+    by 1e-7; AdamW divides by the gradient's size, so that an entry whose gradient is near 0 can differ by more.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+    ]
+    command += ["--dynamo_backend", "no"]
+    options = (
+        "--model demo/mixed --split plain/train --steps 3 --prompts_per_step 4 --rollouts 4 --adversarial_rollouts 2"
+    )
+    options += " --lr 1e-4 --pgd_steps 2 --max_new_tokens 48"
+    for processes in (1, 2):
+        arguments = ["train_saei.py", *options.split(), "--output", str(tmp_path / str(processes))]
+        launch = [*command, "--num_processes", str(processes), *arguments]
+        subprocess.run(launch, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    one, two = (parameters(tmp_path / str(n) / "checkpoints/step-000003") for n in (1, 2))
+    start = parameters(ROOT / "demo/mixed")
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    assert moved.abs().max() > 1e-4 and moved.norm() > 0
+    assert apart.norm() < 1e-3 * moved.norm()
+    for a, b in zip(metrics_of(tmp_path / "1"), metrics_of(tmp_path / "2"), strict=True):
+        assert comparable(a) == pytest.approx(comparable(b), rel=1e-3, abs=1e-4)
