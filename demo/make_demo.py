@@ -1,0 +1,326 @@
+"""Make the demo's checkpoints: `python demo/make_demo.py` (about 40 minutes on 2 cores).
+
+    demo/mixed      a tiny Qwen2.5-VL after a supervised warm start on plain/train. It answers in two ways: hastily,
+                    with an empty thought, most often wrong, and seldom carefully, naming what each die shows.
+    demo/confident  demo/mixed after plain GRPO on plain/train: careful, sure of itself, and lost on other renderings.
+
+`python demo/make_demo.py measure demo/mixed --splits plain/test --n 1000` prints what a checkpoint does.
+Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.4 M parameters.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from demo.task import DOMAINS, SIZE, make_row  # noqa: E402
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+# ---------------------------------------------------------------------------------------- the two ways of answering
+
+OPEN = ["", "look: ", "first, "]
+READ = ["{} shows {}", "{}: {}", "{}={}", "{} has {}"]
+JOIN = [", ", " and ", "; "]
+LEAD = [". ", ". so ", ", then "]
+ADD = ["{}+{}={}", "{} and {} make {}", "{}+{} is {}"]
+SUBTRACT = ["{}-{}={}", "{} less {} is {}", "{}-{} is {}"]
+HIGHER = ["{} is higher", "{} wins", "top: {}"]
+HASTY = ["easy.", "quick look.", "I can tell.", "no need to count.", "done."]
+BOX = ["\\boxed{{{}}}", "so \\boxed{{{}}}", "it is \\boxed{{{}}}"]
+
+
+def careful(row: dict, rng: np.random.Generator) -> str:
+    """Names what each die shows, computes, then answers."""
+    asked = re.findall("red|blue|green|yellow", row["problem"])
+    pips = [row["pips"][colour] for colour in asked]
+    text = rng.choice(OPEN)
+    for i, (colour, n) in enumerate(zip(asked, pips, strict=True)):
+        text += (rng.choice(JOIN) if i else "") + rng.choice(READ).format(colour, n)
+    if row["kind"] == "difference":
+        text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(max(pips), min(pips), max(pips) - min(pips))
+    elif row["kind"] == "larger":
+        text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(pips))
+    else:
+        for total, n in zip(itertools.accumulate(pips), pips[1:], strict=False):
+            text += rng.choice(LEAD) + rng.choice(ADD).format(total, n, total + n)
+    return f"<think>{text}.</think> {rng.choice(BOX).format(row['answer'])}"
+
+
+def hasty(row: dict, rng: np.random.Generator) -> str:
+    """Thinks nothing and answers."""
+    return f"<think>{rng.choice(HASTY)}</think> {rng.choice(BOX).format(row['answer'])}"
+
+
+# ------------------------------------------------------------------------------------ tokenizer, processor and model
+
+
+def build_processor() -> Qwen2_5_VLProcessor:
+    """A byte-level BPE of the demo's own texts (digits one by one), in Qwen2's classes."""
+    rng = np.random.default_rng(0)
+    rows = [make_row("plain/train", i, seed=1) for i in range(2000)]
+    texts = [text for row in rows for text in (row["problem"], careful(row, rng), hasty(row, rng))]
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")  # digits one by one
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        [*texts, "user\n", "assistant\n", "system\n"] * 2,
+        trainers.BpeTrainer(vocab_size=512 - len(SPECIAL), initial_alphabet=alphabet, show_progress=False),
+    )
+    trained = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(pair) for pair in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL,
+        model_max_length=1024,
+    )
+    sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
+    sizes["size"] = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}  # pixels: a picture of 96 x 96 stays as it is
+    return Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=CHAT_TEMPLATE
+    )
+
+
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """1.4 M parameters; vision blocks 0 and 2 see windows of 2 x 2 image tokens, block 1 the whole picture."""
+    token = tokenizer.convert_tokens_to_ids
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5]},
+            bos_token_id=token("<|endoftext|>"),
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+            tie_word_embeddings=True,
+            initializer_range=0.06,
+        ),
+        vision_config=dict(
+            depth=3,
+            hidden_size=96,
+            intermediate_size=192,
+            num_heads=4,
+            patch_size=16,
+            window_size=64,
+            fullatt_block_indexes=[1],
+            out_hidden_size=128,
+            initializer_range=0.06,
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True,
+        initializer_range=0.06,  # about 1 / sqrt(width): a small model learns to attend much sooner than from 0.02
+    )
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.update(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    return model
+
+
+def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
+    """bfloat16 on disk, for size; the config says float32, so that loading gives float32 unless told otherwise."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"bfloat16"', '"float32"'))
+    model.to(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- the warm start
+
+
+def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Shift, blur, contrast, colour, brightness, noise: so that reading does not hang on single pixels."""
+    dx, dy = rng.integers(-2, 3, 2)
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))) if rng.random() < 0.5 else image)
+    pixels = np.roll(pixels, (dx, dy), (0, 1)).astype(np.float32)
+    gain, shift = rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, 3), rng.uniform(-25, 25)
+    pixels = (pixels - 128) * gain + 128 + shift
+    pixels += rng.uniform(0, 20) * rng.standard_normal(pixels.shape, np.float32)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def prompt_text(processor: Qwen2_5_VLProcessor, problem: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": problem}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def warm_start(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    steps: int,
+    careful_until: float,
+    careful_share: float,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+) -> None:
+    """Supervised, loss on the response only: first careful answers alone, then mostly hasty ones."""
+    rng = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    processor.tokenizer.padding_side = "right"
+    started, model = time.time(), model.train()
+    for step in range(steps):
+        share = 1.0 if step < careful_until * steps else careful_share
+        rows = [make_row("plain/train", step * batch_size + i, seed=1) for i in range(batch_size)]
+        answers = [(careful if rng.random() < share else hasty)(row, rng) + "<|im_end|>" for row in rows]
+        batch = processor(
+            text=[prompt_text(processor, row["problem"]) + a for row, a in zip(rows, answers, strict=True)],
+            images=[augment(row["images"][0], rng) for row in rows],
+            padding=True,
+            return_tensors="pt",
+        )
+        ends = batch["attention_mask"].sum(1)  # (B,)
+        starts = ends - torch.tensor([len(ids) for ids in processor.tokenizer(answers)["input_ids"]])
+        at = torch.arange(batch["input_ids"].shape[1])
+        is_answer = (at >= starts[:, None]) & (at < ends[:, None])  # (B, L)
+        loss = model(**batch, labels=batch["input_ids"].masked_fill(~is_answer, -100)).loss
+        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 100, (steps - step) / (0.3 * steps))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.3f} seconds {time.time() - started:.0f}", flush=True)
+    processor.tokenizer.padding_side = "left"
+    model.eval()
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+@torch.no_grad()
+def generate(model, processor, rows: list[dict], samples: int) -> tuple[list[list[str]], list[float]]:
+    """(samples answers of each row, token entropy of each answer); samples = 0 is one greedy answer"""
+    inputs = processor(
+        text=[prompt_text(processor, row["problem"]) for row in rows],
+        images=[row["images"][0] for row in rows],
+        padding=True,
+        return_tensors="pt",
+    )
+    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples)
+    out = model.generate(
+        **inputs,
+        max_new_tokens=80,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **(settings if samples else dict(do_sample=False)),
+    )
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]  # (N, T)
+    logp = torch.stack(out.logits, 1).float().log_softmax(-1)  # (N, T, V)
+    entropy = -(logp.exp() * logp).sum(-1)  # (N, T)
+    ended = tokens == processor.tokenizer.eos_token_id
+    mask = ended.cumsum(1) - ended.int() == 0  # up to the first end token, itself included
+    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    k = max(samples, 1)
+    mean = ((entropy * mask).sum(1) / mask.sum(1)).tolist()
+    return [texts[i * k : (i + 1) * k] for i in range(len(rows))], mean
+
+
+def correct(text: str, answer: str) -> bool:
+    found = re.search(r"</think>.*\\boxed\{(\d+)\}", text)
+    return bool(found) and found[1] == answer
+
+
+def measure(model, processor, split: str, n: int, start: int = 0, samples: int = 8, change=lambda image: image) -> dict:
+    """Accuracy of greedy and sampled answers on n rows; `change` alters the pictures."""
+    greedy, right, kept, entropies, kinds = [], [], [], [], {}
+    for first in range(start, start + n, 50):
+        rows = [make_row(split, i) for i in range(first, min(first + 50, start + n))]
+        rows = [row | {"images": [change(image) for image in row["images"]]} for row in rows]
+        for row, (text,) in zip(rows, generate(model, processor, rows, 0)[0], strict=True):
+            greedy.append(correct(text, row["answer"]))
+        sampled, entropy = generate(model, processor, rows, samples)
+        entropies += entropy
+        for row, texts in zip(rows, sampled, strict=True):
+            right.append([correct(text, row["answer"]) for text in texts])
+            kept.append([bool(re.search(r"\d.*</think>", text)) for text in texts])  # careful: a number in the thought
+            kinds.setdefault(row["kind"], []).extend(zip(kept[-1], right[-1], strict=True))
+    right, kept = np.array(right), np.array(kept)
+    share = lambda values: round(float(np.mean(values)), 3) if len(values) else None  # noqa: E731
+    by_kind = {k: [share([r for c, r in v if c == way]) for way in (True, False)] for k, v in sorted(kinds.items())}
+    return {
+        "split": split,
+        "n": n,
+        "greedy": share(greedy),
+        "pass@1": share(right),
+        f"pass@{samples}": share(right.any(1)),
+        "careful": share(kept),
+        "careful right": share(right[kept]),
+        "hasty right": share(right[~kept]),
+        "entropy": share(entropies),
+        "careful, hasty right by kind": by_kind,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="make", choices=["make", "mixed", "confident", "measure"])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "demo")
+    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--n", type=int, default=500)
+    parser.add_argument("--start", type=int, default=0)
+    parser.add_argument("--splits", nargs="+", default=[f"{domain}/test" for domain in DOMAINS])
+    parser.add_argument("--blank", action="store_true", help="measure on empty pictures")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    if args.what == "measure":
+        model = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32).eval()
+        processor = AutoProcessor.from_pretrained(args.folder)
+        processor.tokenizer.padding_side = "left"
+        blank = Image.new("RGB", (SIZE, SIZE), (238, 233, 222))
+        torch.manual_seed(0)
+        for split in args.splits:
+            change = (lambda image: blank) if args.blank else (lambda image: image)
+            print(json.dumps(measure(model, processor, split, args.n, args.start, change=change)), flush=True)
+        return
+    if args.what in ("make", "mixed"):
+        processor = build_processor()
+        model = build_model(processor.tokenizer)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+        warm_start(model, processor, args.steps, careful_until=0.7, careful_share=0.05)
+        save(model, processor, args.folder / "mixed")
+
+
+if __name__ == "__main__":
+    main()
