@@ -1,0 +1,79 @@
+"""eval.py: the estimators against enumeration, intervals against theory, the split of the work, the files."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eval import EvalConfig, bootstrap_interval, main, pass_at_k
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("n, c, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 3, 4), (8, 8, 8), (8, 1, 8), (7, 6, 2)])
+def test_pass_at_k_counts_the_subsets(n, c, k):
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_pass_at_k_is_unbiased():
+    """The mean over draws of n = 8 equals 1 - (1 - p)^k."""
+    right = np.random.default_rng(0).binomial(8, 0.3, 20_000)
+    estimate = np.mean([pass_at_k(8, int(c), 4) for c in right])
+    assert estimate == pytest.approx(1 - 0.7**4, abs=0.01)
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_nonsense(n, c, k):
+    with pytest.raises(ValueError, match=f"got n={n}, c={c}, k={k}"):
+        pass_at_k(n, c, k)
+
+
+def test_bootstrap_interval_matches_the_normal_one():
+    values = (np.random.default_rng(1).random(1000) < 0.3).astype(float)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / np.sqrt(1000)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.004)
+    assert bootstrap_interval(values) == (low, high)
+    assert bootstrap_interval(np.ones(10)) == (1.0, 1.0)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="every k must be between 1 and samples=4, got \\[1, 8\\]"):
+        EvalConfig(model="m", output="o", samples=4)
+    with pytest.raises(ValueError, match="greedy decoding is measured anyway"):
+        EvalConfig(model="m", output="o", temperature=0.0)
+
+
+def test_unknown_split_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match="unknown split 'nowhere/test'"):
+        main(EvalConfig(model=tiny, output=str(tmp_path / "x"), splits=["nowhere/test"]))
+
+
+def test_files_and_split_of_the_work(tiny, tmp_path):
+    """7 problems on 2 processes: each once, in order, the same numbers as on one."""
+    options = ["--model", tiny, "--splits", "plain/test", "--problems", "7", "--samples", "4", "--k", "1", "4"]
+    options += ["--max_new_tokens", "8", "--batch", "3"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = ["eval.py", *options, "--output", str(tmp_path / "two")]
+    subprocess.run([*launch, *arguments], check=True, cwd=ROOT, env=environment, capture_output=True)
+    cfg = EvalConfig(
+        model=tiny, output=str(tmp_path / "one"), problems=7, samples=4, k=[1, 4], max_new_tokens=8, batch=3
+    )
+    result = main(cfg)
+
+    records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    assert [record["row"] for record in records] == list(range(7))
+    assert all(len(record["responses"]) == len(record["right"]) == 4 for record in records)
+    written = json.loads((tmp_path / "one.json").read_text())
+    assert written == result and written["splits"]["plain/test"]["n"] == 7
+    mean, low, high = written["splits"]["plain/test"]["entropy"]
+    assert low <= mean <= high and mean == pytest.approx(np.mean([record["entropy"] for record in records]))
