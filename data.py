@@ -56,7 +56,7 @@ def load_rows(
 
         make_row(split, 0)  # refuses an unknown split
         return Rows(lambda i: make_row(split, i), range(min(limit or DEMO_ROWS, DEMO_ROWS)))
-    table = _open(dataset, split)
+    table = open_table(dataset, split)
     if limit is not None:
         table = table.select(range(min(limit, len(table))))
     if len(table) == 0:
@@ -89,11 +89,14 @@ def load_rows(
     return Rows(make, keep)
 
 
-def _open(dataset: str, split: str) -> datasets.Dataset:
+def open_table(dataset: str, split: str) -> datasets.Dataset:
+    """The split as it is stored; images stay undecoded until a row is asked for."""
     path = Path(dataset)
     if path.suffix in (".json", ".jsonl", ".parquet") and path.exists():
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files={split: str(path)}, split=split)
+        return datasets.load_dataset(kind, data_files={"all": str(path)})[
+            "all"
+        ]  # a file is one split, whatever its name
     if path.is_dir():
         saved = datasets.load_from_disk(dataset)
         if isinstance(saved, datasets.DatasetDict):
