@@ -56,14 +56,15 @@ def pgd_ascent(
     random_start: begin at a uniform point of the eps ball, drawn from `generator`.
     The parameters' .grad is never touched. To lower the objective, pass its negative.
 
-    Raises ValueError on images outside [0, 1] or not floating, eps < 0, steps < 1; RuntimeError when the objective does
-    not depend on an image; FloatingPointError when a gradient is not finite. Warns when all gradients are exactly zero:
-    the attack then does nothing, most often because an operation between image and entropy drops the gradient.
+    Raises ValueError on images outside [0, 1] or not floating, eps outside [0, 1], steps < 1; RuntimeError when the
+    objective does not depend on an image; FloatingPointError when a gradient is not finite. Warns when all gradients
+    are exactly zero: the attack then does nothing, most often because an operation between image and entropy drops the
+    gradient.
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)
-    if eps < 0 or steps < 1:
-        raise ValueError(f"eps must be >= 0 and steps >= 1, got eps={eps}, steps={steps}")
+    if not 0 <= eps <= 1 or steps < 1:
+        raise ValueError(f"eps must be in [0, 1] (8/255, not 8) and steps >= 1, got eps={eps}, steps={steps}")
     step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
 
     clean = [x.detach() for x in clean]
@@ -107,18 +108,21 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
 def random_signs(images: list[Tensor], eps: float, generator: torch.Generator | None = None) -> list[Tensor]:
     """x + eps * s with s = +1 or -1 at random, clamped to [0, 1]: EgAS's budget without its gradient."""
     check_images(images)
-    return [(x + eps * (2 * uniform_like(x, generator) - 1).sign()).clamp(0.0, 1.0) for x in images]
+    signs = [1 - 2 * (uniform_like(x, generator) < 0.5).to(x.dtype) for x in images]  # not sign(u - 1/2): it may be 0
+    return [(x + eps * s).clamp(0.0, 1.0) for x, s in zip(images, signs, strict=True)]
 
 
 def diffusion_noise(images: list[Tensor], t: float, generator: torch.Generator | None = None) -> list[Tensor]:
-    """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; t of 1,000 steps.
+    """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; 0 <= t < 1000.
 
-    abar_t = prod_{k <= t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000)) * (5e-3 - 1e-5) + 1e-5
-    (arXiv 2504.13055, from its code; t = 500 there).
+    abar_t = prod_{k = 0..t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000))_k * (5e-3 - 1e-5) + 1e-5
+    (arXiv 2504.13055, from its code, which counts from 0 and cuts an annealed t down; t = 500 there: sigma 0.505).
     """
     check_images(images)
+    if not 0 <= t < 1000:
+        raise ValueError(f"t must be in 0 <= t < 1000, got {t}")
     beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
-    abar = float((1 - beta[: round(t)]).prod())
+    abar = float((1 - beta[: int(t) + 1]).prod())
     normals = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in images]
     return [
         (math.sqrt(abar) * x + math.sqrt(1 - abar) * n).clamp(0.0, 1.0) for x, n in zip(images, normals, strict=True)

@@ -15,6 +15,7 @@ Where the rules come from
 
 Symbols: N responses, T tokens (padded), V vocabulary; mask is True on a response's tokens, its end token included.
 
+    logits, mask = torch.randn(4, 9, 50, requires_grad=True), torch.ones(4, 9, dtype=torch.bool)
     entropy = token_entropy(logits)                               # (N, T, V) -> (N, T)
     keep = select_tokens(entropy, mask, low=0.2, high=0.8)        # (N, T) bool
     objective = selective_entropy(entropy, keep).mean()           # a scalar to ascend
@@ -50,7 +51,7 @@ def entropy_quantile(entropy: Tensor, mask: Tensor, q: float, scope: str = "resp
     position = q * (count - 1).clamp(min=0).double()
     below, above = values.gather(1, position.floor().long()), values.gather(1, position.ceil().long())
     quantile = torch.where(count > 0, below + (above - below) * (position - position.floor()), torch.nan)
-    # Back to the entropy's own precision: a position such as 0.2 * 5 = 1.0000000000000002 must not exclude its token.
+    # Back to the entropy's own precision: a position such as 0.14 * 50 = 7.000000000000001 must not exclude its token.
     return quantile.to(entropy.dtype).squeeze(1).expand(rows)
 
 
