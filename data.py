@@ -94,9 +94,7 @@ def open_table(dataset: str, split: str) -> datasets.Dataset:
     path = Path(dataset)
     if path.suffix in (".json", ".jsonl", ".parquet") and path.exists():
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files={"all": str(path)})[
-            "all"
-        ]  # a file is one split, whatever its name
+        return datasets.load_dataset(kind, data_files=str(path))["train"]  # a file is one split, which is called so
     if path.is_dir():
         saved = datasets.load_from_disk(dataset)
         if isinstance(saved, datasets.DatasetDict):
