@@ -94,7 +94,10 @@ def open_table(dataset: str, split: str) -> datasets.Dataset:
     path = Path(dataset)
     if path.suffix in (".json", ".jsonl", ".parquet") and path.exists():
         kind = "parquet" if path.suffix == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files=str(path))["train"]  # a file is one split, which is called so
+        try:
+            return datasets.load_dataset(kind, data_files=str(path), split="train")  # a file is one split, called so
+        except ValueError as error:
+            raise ValueError(f"{dataset} cannot be read or has no rows: {error}") from error
     if path.is_dir():
         saved = datasets.load_from_disk(dataset)
         if isinstance(saved, datasets.DatasetDict):
