@@ -23,6 +23,7 @@ from PIL import Image
 
 MAX_TOKENS, MAX_TOKEN_CHARS, MAX_TEXT, MAX_POINTS, MAX_SIDE = 300, 24, 600, 300, 256  # what bounds the page's size
 GALLERY_STEPS, RESPONSE_STEPS, RESPONSES = 4, 3, 3  # per run (fewer where there are many), per run, per image
+UNSAFE = "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 GAIN = 16  # of the difference picture
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # no script, no network, whatever is written
 
@@ -137,9 +138,9 @@ def read_run(folder: Path, share: int = 1) -> dict:
 
 
 def text(value, cap: int = MAX_TEXT) -> str:
-    """Any value as escaped text of at most `cap` characters; what a page cannot hold becomes U+FFFD."""
+    """Any value as escaped text of at most `cap` characters; controls and what reverses text become U+FFFD."""
     value = str(value)
-    shown = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", "\ufffd", value[:cap])
+    shown = re.sub(UNSAFE, "\ufffd", value[:cap])
     return html.escape(shown) + (f" … ({len(value) - cap:,} more characters not shown)" if len(value) > cap else "")
 
 
@@ -193,12 +194,12 @@ def numbers(runs: list[dict]) -> str:
         head = '<th></th><th>before</th><th>after</th><th>change</th><th class="pic"></th>'
         cards += f"""<article class="card"><h3>{text(split, 80)} <small>{count} problems</small></h3>
             <table class="numbers"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></article>"""
-    listed = "".join(f"<li><b>{text(k, 60)}</b>: {v}.</li>" for k, v in meanings.items())
     if not cards:
         return '<p class="empty">No evaluation yet: eval.py writes eval/before.json and eval/after.json.</p>'
-    return f"""<ul class="plain">{listed}<li>Small print: 95% intervals over problems. <b>A change in bold</b> is one
-        whose two intervals do not overlap. In the pictures a ring is before, a disc after; axes start at 0.</li></ul>
-        <div class="cards">{cards}</div>"""
+    listed = "".join(f"<li><b>{text(k, 60)}</b>: {v}.</li>" for k, v in meanings.items())
+    return f"""<div class="cards">{cards}<article class="card"><h3>What the numbers mean</h3><ul>{listed}
+        <li><b>Small print</b>: 95% intervals over problems.</li><li><b>A change in bold</b>: its two intervals do not
+        overlap.</li><li class="pic"><b>Ring, disc</b>: before, after, on an axis from 0.</li></ul></article></div>"""
 
 
 def measure(runs: list[dict], split: str, key: str) -> str:
@@ -462,11 +463,11 @@ h4 { font-size: 15px; margin: 0; } h2 { font-size: 23px; letter-spacing: -0.01em
 h3 { font-size: 17px; margin: 28px 0 12px; } dd { margin: 0; } p, li, dd { max-width: 78ch; }
 .lead { font-size: 18px; margin: 0 0 10px; } code { font-size: 0.9em; }
 small { color: var(--soft); font-weight: 400; font-size: 13px; } details { margin: 16px 0; }
-summary, nav a, dd, .empty, .legend, .plain, .shade, .facts, thead th { color: var(--soft); }
+summary, nav a, dd, .empty, .legend, .shade, .facts, thead th { color: var(--soft); }
 nav { margin-top: 22px; font-size: 15px; } nav a { margin-right: 18px; display: inline-block; }
 .notes, .empty { background: var(--card); border-left: 3px solid var(--edge); padding: 10px 16px; font-size: 15px; }
 .notes { list-style: none; margin: 8px 0 16px; border-color: #d9a400; } dt { font-weight: 600; margin-top: 14px; }
-.plain { list-style: none; padding: 0; margin: 0 0 20px; font-size: 15px; } .plain b { color: var(--ink); }
+.card ul { list-style: none; padding: 0; margin: 0; color: var(--soft); } li b { color: var(--ink); }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 12px; padding: 20px; margin: 0 0 20px }
 .cards, .sides { display: grid; gap: 20px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); }
 .cards .card { margin: 0; min-width: 0; } .card h3 { margin: 0 0 8px; } figure { margin: 0; }
@@ -487,10 +488,11 @@ th, td { text-align: left; padding: 3px 12px 3px 0; vertical-align: top; }
 thead th { font-weight: 400; font-size: 13px; } .wide { overflow-x: auto; }
 .differs { background: rgba(217, 164, 0, 0.14); }
 .wide td, .wide th { border-top: 1px solid var(--edge); padding: 4px 20px 4px 8px; min-width: 9em; }
+.wide th { white-space: nowrap; }
 .numbers { width: 100%; font-variant-numeric: tabular-nums; } .numbers .group th { padding-top: 12px; }
 .numbers .group { border-top: 1px solid var(--edge); } .numbers .pic { width: 140px; padding-right: 0; }
 .numbers td { white-space: nowrap; } .numbers .who { white-space: normal; }
-.numbers td small { display: block; line-height: 1.2; }
+.numbers td small { display: block; line-height: 1.2; } .card li { margin-bottom: 8px; font-size: 15px; }
 img { display: block; width: 100%; border-radius: 6px; } .png { image-rendering: pixelated; } .qa { margin: 0; }
 .trio { display: grid; grid-template-columns: repeat(3, 1fr); gap: 10px; margin: 12px 0; }
 .trio figcaption { font-weight: 400; font-size: 13px; color: var(--soft); margin-top: 4px; }
@@ -506,7 +508,7 @@ img { display: block; width: 100%; border-radius: 6px; } .png { image-rendering:
 .shade span i { display: inline-block; width: 16px; height: 14px; padding: 0; vertical-align: -2px; }
 .shade span { border: 1px solid var(--edge); display: inline-block; line-height: 1; }
 @media (max-width: 640px) { main { padding: 28px 16px 64px; } h1 { font-size: 27px; } h2 { margin-top: 48px; }
-  .lead { font-size: 16px; } .card { padding: 14px; } .numbers .pic { display: none; } th, td { padding-right: 8px; }
+  .lead { font-size: 16px; } .card { padding: 14px; } .pic { display: none; } th, td { padding-right: 8px; }
   .numbers td small, .trio figcaption { font-size: 12px; } }
 """ + "\n".join(f".e{i} {{ background: rgba(235, 130, 30, {0.075 * i:.3f}); }}" for i in range(10))  # fmt: skip
 

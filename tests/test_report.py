@@ -1,5 +1,7 @@
 """report.py on synthetic runs: what the page says, what it leaves out, and what it survives."""
 
+import base64
+import io
 import json
 import math
 import random
@@ -111,6 +113,9 @@ def test_page_has_every_part(tmp_path):
     assert "↵<br/>" in page and ">·<wbr/>4</i>" in page and ' kept" title="0.' in page and "nats and more" in said
     assert all(img.get("src").startswith("data:image/png;base64,") for img in tree.iter("img"))
     assert all(a.get("href").startswith("#") for a in tree.iter("a"))
+    difference = next(img.get("src") for img in tree.iter("img") if img.get("alt").startswith("change"))
+    shades = np.asarray(Image.open(io.BytesIO(base64.b64decode(difference.split(",")[1]))))
+    assert {*np.unique(shades)} == {64, 128, 192}  # -4, 0 (where 0 or 255 stops the change) and 4, times 16
     assert len(page) < 1_000_000
 
 
@@ -186,7 +191,7 @@ def test_broken_lines_are_skipped_with_a_note(tmp_path):
     assert "eval/after.json cannot be read" in said
     assert ": 40 steps" in said and "50.0% 47.0–53.0 – –" in said  # no number after, no change
 
-    (folder / "metrics.jsonl").write_text("garbage\n[1]\n" + whole)
+    (folder / "metrics.jsonl").write_text("garbage\n[1]\n" + whole.rstrip("\n"))
     said = words(parse(report.build_report([folder]))[1])
     assert "2 of 42 lines are not records, the first is line 1: skipped." in said and "The last is" not in said
 
@@ -226,6 +231,24 @@ def test_pictures_outside_the_folder_or_missing_are_left_out(tmp_path):
     said = words(tree)
     assert all(f"Picture {name} is left out" in said for name in (*outcomes.values(), "pictures/nowhere.png"))
     assert not [i for i in tree.iter("img")] and "no changed picture in its samples yet" in said
+
+
+def test_a_token_is_escaped_shaded_and_underlined():
+    assert report.token(" a<b\n", 0.35, True, 1.0) == '<i class="e3 kept" title="0.35 nats">·<wbr/>a&lt;b↵<br/></i>'
+    assert report.token("x", 0.36, False, 0.7) == '<i class="e5" title="0.36 nats">x</i>'
+    assert (
+        report.token("x" * 99, 9.0, None, 1.0) == f'<i class="e9" title="9.00 nats">{"x" * report.MAX_TOKEN_CHARS}…</i>'
+    )
+    assert report.token("\u202e\x1b", None, None, 1.0) == '<i class="e0" title="– nats">\ufffd\ufffd</i>'
+
+
+@pytest.mark.parametrize(
+    "after, shown", [(0.55, "<td>+5.0</td>"), (0.57, "<td><b>+7.0</b></td>"), (0.4, "<b>−10.0</b>")]
+)
+def test_a_change_is_bold_where_the_intervals_do_not_overlap(after, shown):
+    values = {"before": 0.5, "after": after}
+    run = {"evals": {k: {"s": {"greedy": np.array([v, v - 0.03, v + 0.03])}} for k, v in values.items()}}
+    assert shown in report.measure([run | {"css": "r0", "name": "demo"}], "s", "greedy")
 
 
 def test_smooth_and_thin_against_a_loop():
