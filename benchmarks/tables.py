@@ -1,0 +1,97 @@
+"""Write the README's tables and picture from the results that the benchmarks left: python benchmarks/tables.py
+
+Each stands between <!-- name --> and <!-- /name -->; tests/test_readme.py checks that the README is what this writes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = [
+    (r"# 1  ", "sample G_clean responses per prompt from pi_old(. \\| I, Q), recording token entropies"),
+    (r"# 2  ", "TsEC: choose the tokens of moderate entropy"),
+    (r"# 3  ", "EgAS: PGD on I, in [0, 1], upward on the entropy of the chosen tokens, parameters frozen"),
+    (r"# 4  ", "sample G_adv responses from pi_old(. \\| I_adv, Q)"),
+    (r"# 5  ", "reward all G = G_clean + G_adv responses; advantages within the group of one prompt"),
+    (r"# 6  ", "GRPO update, conditioned on the clean image or on the one a response was sampled from"),
+]
+
+
+def algorithm() -> str:
+    """The six steps, each linked to its line."""
+    lines = (ROOT / "train_saei.py").read_text().splitlines()
+    numbers = [next(i for i, line in enumerate(lines, 1) if line.strip().startswith(mark)) for mark, _ in STEPS]
+    rows = zip(numbers, STEPS, strict=True)
+    return "\n".join(f"{i}. {text} ([line {n}](train_saei.py#L{n}))" for i, (n, (_, text)) in enumerate(rows, 1))
+
+
+def learn() -> str:
+    """Greedy, pass@1, pass@8 and entropy before and after, mean and range over seeds."""
+    result = json.loads((ROOT / "benchmarks/learn.json").read_text())
+    names = ("greedy", "pass@1", "pass@8", "entropy")
+    out = ["| run | split | " + " | ".join(names) + " | minutes |", "|---|---|" + "---|" * (len(names) + 1)]
+    shown = set()
+    for arm in dict.fromkeys(run["arm"] for run in result["runs"]):
+        runs = [run for run in result["runs"] if run["arm"] == arm]
+        for split, before in runs[0]["before"].items():
+            start = f"{arm.split(',')[0]}, before"
+            if (start, split) not in shown:
+                shown.add((start, split))
+                out.append(f"| {start} | {split} | " + " | ".join(f"{before[x][0]:.3f}" for x in names) + " | |")
+            cells = []
+            for name in names:
+                values = [run["after"][split][name][0] for run in runs]
+                cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+            minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}"
+            out.append(f"| {arm} | {split} | " + " | ".join(cells) + f" | {minutes} |")
+    seeds = sorted({run["seed"] for run in result["runs"]})
+    note = (
+        f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}; {result['problems']} fresh problems a split; "
+    )
+    note += "minutes of training on one CPU core. `python benchmarks/learn.py`"
+    return "\n".join([*out, "", note])
+
+
+def attack() -> str:
+    """Entropy and accuracy by image at the demo's eps, then over eps."""
+    result = json.loads((ROOT / "benchmarks/attack.json").read_text())
+    change = lambda x: "{:+.0%} [{:+.0%}, {:+.0%}]".format(*x)  # noqa: E731
+    head = ["image", "H of TsEC's tokens", "change", "H of fresh responses", "their accuracy", "PSNR, dB"]
+    head += ["H after PNG", "accuracy after PNG"]
+    out = ["| " + " | ".join(head) + " |", "|---|---|---|---|---|---|---|---|"]
+    for name, x in result["table"].items():
+        cells = [name, f"{x['chosen']:.4f}", change(x["change of chosen"]), f"{x['fresh']:.4f}", f"{x['accuracy']:.3f}"]
+        cells += [
+            f"{x['psnr']:.1f}" if x["psnr"] < 99 else "",
+            f"{x['chosen (PNG)']:.4f}",
+            f"{x['accuracy (PNG)']:.3f}",
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    note = (
+        f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:g}/255; nats; "
+    )
+    note += "change to the clean image, 95% interval over prompts. `python benchmarks/attack.py`. Over eps:"
+    sweep = ["| eps, 1/255 | random signs: H | fresh accuracy | EgAS + TsEC, 5 steps: H | fresh H | fresh accuracy |"]
+    sweep += ["|---|---|---|---|---|---|"]
+    for eps, rows in result["sweep"].items():
+        random, egas = rows["random signs"], rows["EgAS + TsEC, 5 steps"]
+        cells = [f"{float(eps):g}", change(random["change of chosen"]), f"{random['accuracy']:.3f}"]
+        cells += [change(egas["change of chosen"]), change(egas["change of fresh"]), f"{egas['accuracy']:.3f}"]
+        sweep.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*out, "", note, "", *sweep])
+
+
+def fill(readme: str) -> str:
+    """The README with every table anew."""
+    for name, make in (("algorithm", algorithm), ("learn", learn), ("attack", attack)):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, rest = readme.split(begin)
+        readme = head + begin + make() + "\n" + end + rest.split(end)[1]
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(fill(path.read_text()))
