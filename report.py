@@ -260,9 +260,9 @@ def ticks(low: float, high: float, least: float = 0.0) -> list[float]:
 def frame(xs: np.ndarray, ys: np.ndarray, unit: str, zero: bool):
     """Axes around the data on a 400 x 230 canvas: their SVG, and a map from data to an SVG path."""
     x0, x1, ys = xs.min(), max(xs.max(), xs.min() + 1), ys[np.isfinite(ys)]
-    low, high = (min(0.0, ys.min()) if zero else ys.min()), ys.max()
+    low, high = ys.min(), ys.max()
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 0.5  # a flat line gets room too
-    levels = ticks(low if zero and high > low else low - pad, high if zero and high > low else high + pad)
+    levels = ticks(min(low, 0.0), max(high, 0.0) if high or low else 1.0) if zero else ticks(low - pad, high + pad)
 
     def x(v):
         return 48 + 340 * (v - x0) / (x1 - x0)
@@ -319,7 +319,7 @@ def time_chart(runs: list[dict], run: dict) -> str:
     base, legend = np.zeros(len(total)), ""
     for i, (key, label) in enumerate(PHASES.items()):
         upper = base + smooth(np.nan_to_num(curve(run, key))) if key else np.maximum(smooth(total), base)
-        if (upper > base).any():
+        if (upper - base).sum() > 0.01 * total.sum():  # what takes no time gets no place in the legend
             outline = path(np.concatenate([run["xs"], run["xs"][::-1]]), np.concatenate([upper, base[::-1]]))
             svg += f'<path class="area a{i} {run["css"]}" d="{outline}Z"/>'
             legend += f'<span><i class="swatch a{i} {run["css"]}"></i>{label}</span>'

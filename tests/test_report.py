@@ -176,9 +176,9 @@ def test_a_run_that_has_just_begun(tmp_path):
     said = words(parse(report.build_report([folder]))[1])
     for phrase in ("No evaluation yet", "No step has finished yet", "No samples yet", "config.yaml is missing"):
         assert phrase in said
-    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward": 0.0}\n')
     page, _ = parse(report.build_report([folder]))
-    assert ": 1 step" in page and 'class="line r0"' in page
+    assert ": 1 step" in page and 'class="line r0"' in page and 'text-anchor="end">-' not in page  # an axis from 0 to 1
 
 
 def test_broken_lines_are_skipped_with_a_note(tmp_path):
