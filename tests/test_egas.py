@@ -116,7 +116,8 @@ def test_linear_objective_reaches_its_optimum(steps, random_start, eps):
 def test_one_step_is_fgsm():
     """The default settings, on an objective whose gradient changes sign from pixel to pixel."""
     x0 = pictures(2, 3, 8, 8)
-    attacked = pgd_ascent(lambda x: (x - 0.5).pow(2).sum(), x0)
+    attacked = egas.pgd_ascent(lambda x: (x - 0.5).pow(2).sum(), x0)
+    verify(attacked, x0, EPS)
     torch.testing.assert_close(attacked, (x0 + EPS * (x0 - 0.5).sign()).clamp(0, 1), atol=ROUNDING, rtol=0)
 
 
@@ -137,6 +138,12 @@ def test_default_step_size(steps, step):
     assert len(seen) == steps and torch.equal(seen[0], x0)
     if steps > 1:
         torch.testing.assert_close(seen[1], x0 + step * EPS)
+
+
+def test_default_step_size_is_at_most_eps():
+    """Up, then down again: longer steps would be cut by the ball on the way up only."""
+    signs, x0 = iter((1, -1)), torch.full((1, 4), 0.5)
+    torch.testing.assert_close(pgd_ascent(lambda x: next(signs) * x.sum(), x0, steps=2), x0)
 
 
 def test_given_step_size_and_steps_are_used():

@@ -171,6 +171,15 @@ def test_quantiles_equal_numpy(data, q, scope):
     np.testing.assert_allclose(quantile.numpy(), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("q", [0.2, 0.35, 0.8])
+def test_quantiles_of_bfloat16_entropies_are_rounded_once(q):
+    """Interpolated in double precision: the difference of two neighbours need not fit bfloat16."""
+    entropy = random_logits(200, 6).abs().bfloat16()
+    expected = np.quantile(entropy.double().numpy(), q, axis=1)
+    quantile = entropy_quantile(entropy, torch.ones(200, 6, dtype=torch.bool), q)
+    assert torch.equal(quantile, torch.from_numpy(expected).bfloat16())
+
+
 def test_default_cuts_drop_both_tails_of_each_response():
     """Eleven tokens: the 20% and the 80% quantile are the third and the ninth, and the cuts are inclusive."""
     entropy = torch.stack([torch.arange(11.0), torch.arange(11.0).flip(0) * 100])
