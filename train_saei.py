@@ -50,15 +50,11 @@ def opt(default, mark: str, text: str):
 @dataclass
 class Config:
     model: str = opt("demo/confident", "ours", "hub id or folder of a vision-language model and its processor")
-    dtype: str = opt(
-        "float32", "ours", "parameters' dtype: float32 | bfloat16 (autocast: accelerate's mixed_precision)"
-    )
+    dtype: str = opt("float32", "ours", "parameters' dtype: float32 | bfloat16; autocast is accelerate's to set")
     attention: str = opt("sdpa", "ours", "attention implementation: sdpa | eager | flash_attention_2")
     dataset: str = opt("demo", "ours", "demo, a .jsonl/.json/.parquet file, a saved data set's folder, or a hub id")
     split: str = opt("shifted/train", "ours", "the split to train on")
-    bad_rows: str = opt(
-        "refuse", "ours", "a row that cannot be used: refuse (stop at start) | skip (count and name it)"
-    )
+    bad_rows: str = opt("refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named")
     max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
     output: str = opt("out/demo", "ours", "the run's folder")
     overwrite: bool = opt(False, "ours", "replace a run that the folder already holds")
@@ -75,35 +71,27 @@ class Config:
     max_new_tokens: int = opt(64, "ours", "longest response")
     temperature: float = opt(1.0, "ours", "of sampling, of the scored distribution and of the entropy")
     intervention: str = opt("egas", "paper", "none (plain GRPO) | random (signs) | noise (NoisyRollout's) | egas")
-    condition: str = opt(
-        "clean", "ours", "image that conditions the update: clean (as NoisyRollout) | sampled (on-policy)"
-    )
+    condition: str = opt("clean", "ours", "image that conditions the update: clean (as NoisyRollout) | sampled")
 
     tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0 keeps the low tail (that it goes: inferred)")
     tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1 keeps the high tail (that it goes: inferred)")
-    tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a micro-batch's)")
+    tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a process's)")
     eps: float = opt(4 / 255, "ours", "L-infinity radius of the attack, in [0, 1] pixel units")
     pgd_steps: int = opt(3, "ours", "number of PGD steps (PGD on pixel inputs: the brief)")
-    step_size: float | None = opt(
-        None, "ours", "PGD's step in [0, 1] pixel units; none: 2.5 * eps / steps, at most eps"
-    )
+    step_size: float | None = opt(None, "ours", "PGD's step, in pixel units; unset: 2.5 * eps / steps, at most eps")
     random_start: bool = opt(False, "ours", "PGD begins at a random point of the ball")
     anneal: bool = opt(False, "ours", "eps follows NoisyRollout's schedule instead of staying constant")
     noise_t: float = opt(500.0, "ours", "noise: diffusion step of 1,000 at the start, annealed (NoisyRollout's value)")
 
     advantage_scale: str = opt("std", "ours", "divide the centred rewards of a group by their std: std | none")
-    zero_variance: str = opt(
-        "keep", "ours", "groups of equal accuracy: keep | drop (no loss, no share of the normaliser)"
-    )
+    zero_variance: str = opt("keep", "ours", "groups of equal accuracy: keep | drop from loss and normaliser")
     clip_low: float = opt(0.2, "ours", "the ratio is clipped below 1 - clip_low")
     clip_high: float = opt(0.28, "ours", "and above 1 + clip_high (DAPO's clip-higher)")
     kl_coef: float = opt(0.0, "ours", "weight of k3 to the initial policy; 0 loads no reference")
     accuracy_weight: float = opt(0.9, "ours", "weight of the accuracy reward (NoisyRollout's, EasyR1's value)")
     format_weight: float = opt(0.1, "ours", "weight of the format reward")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
-    micro_prompts: int = opt(
-        16, "ours", "prompts a device computes at a time: memory only, the gradient stays the same"
-    )
+    micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
     warmup_steps: int = opt(0, "ours", "optimisation steps of linear warm-up")
     weight_decay: float = opt(0.01, "ours", "AdamW's weight decay")
@@ -129,8 +117,8 @@ class Config:
             "0 <= tsec_low < tsec_high <= 1": 0 <= self.tsec_low < self.tsec_high <= 1,
             "rollouts >= 2": self.rollouts >= 2,
             "0 <= adversarial_rollouts < rollouts": 0 <= self.adversarial_rollouts < self.rollouts,
-            "adversarial_rollouts >= 1 with an intervention": self.intervention == "none"
-            or self.adversarial_rollouts > 0,
+            "adversarial_rollouts >= 1 with an intervention": (self.adversarial_rollouts > 0)
+            == (self.intervention != "none"),
             "temperature > 0": self.temperature > 0,
             "lr > 0": self.lr > 0,
         }
@@ -145,23 +133,18 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to)
+    accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=cfg.output)
+    if cfg.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
+        raise ValueError(f"the tracker {cfg.report_to} is not installed: pip install {cfg.report_to}")
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
     first_step, source = runs.prepare_output(cfg, accelerator)
-    policy = Policy.from_pretrained(source, cfg.dtype, cfg.attention)
-    reference = (
-        Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).requires_grad_(False) if cfg.kl_coef else None
-    )
-    rows = data.load_rows(
-        cfg.dataset,
-        cfg.split,
-        cfg.bad_rows,
-        prompt_tokens=policy.prompt_tokens,
-        max_prompt_tokens=cfg.max_prompt_tokens,
-    )
+    policy, reference = Policy.from_pretrained(source, cfg.dtype, cfg.attention), None
+    if cfg.kl_coef:
+        reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
+        reference.requires_grad_(False)
+    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, None, policy.prompt_tokens, cfg.max_prompt_tokens)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
-    reference = reference and reference.to(accelerator.device)
     runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))

@@ -101,6 +101,11 @@ def test_command_line_says_one_line_and_no_traceback():
     assert "Traceback" not in done.stderr
 
 
+def test_missing_tracker_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match="the tracker comet_ml is not installed: pip install comet_ml"):
+        main(short(tiny, tmp_path, report_to="comet_ml"))
+
+
 def test_work_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="prompts_per_step=6 must be a multiple of processes"):
         train_saei.split_work(Config(prompts_per_step=6), 4)
