@@ -63,8 +63,10 @@ def pgd_ascent(
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)
-    if not 0 <= eps <= 1 or steps < 1:
-        raise ValueError(f"eps must be in [0, 1] (8/255, not 8) and steps >= 1, got eps={eps}, steps={steps}")
+    if not 0 <= eps <= 1 or steps < 1 or (step_size or 0) < 0:
+        raise ValueError(
+            f"needs eps in [0, 1] (8/255, not 8), steps >= 1, step_size >= 0: got {eps=}, {steps=}, {step_size=}"
+        )
     step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
 
     clean = [x.detach() for x in clean]

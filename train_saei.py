@@ -368,7 +368,8 @@ def update(
                     if reference is not None:
                         with torch.no_grad():
                             anchor = part.logprobs(reference, cfg.temperature)
-                        metrics["kl"] = grpo.kl_k3(logprobs, anchor).masked_fill(~mask, 0.0).sum() / tokens
+                        pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
+                        metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
                         part_loss = part_loss + cfg.kl_coef * metrics["kl"]
                     loss = loss + part_loss
                     sums.update({name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()})

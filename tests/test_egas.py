@@ -321,6 +321,7 @@ def test_bad_images_are_refused(image, message):
         ({"eps": 8}, "8/255, not 8"),
         ({"eps": math.nan}, "eps=nan"),
         ({"steps": 0}, "steps=0"),
+        ({"step_size": -0.1}, "step_size=-0.1"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):
