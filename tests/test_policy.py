@@ -21,6 +21,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.image_utils import SizeDict
 
 import policy as policy_module
 from demo.make_demo import build_model
@@ -219,6 +220,19 @@ def test_encode_equals_the_processors_chat_call(family):
         assert prompts.next_position[p] == positions.max() + 1
 
 
+@pytest.mark.xfail(reason="encode has the processor resize once more", strict=True)
+@pytest.mark.parametrize("size", [(60, 250), (200, 200)])
+def test_image_tokens_fit_the_image_within_narrow_limits(fresh, size):
+    """The processor's resize need not be the identity on its own result; an image is resized once."""
+    fresh.processor.image_processor.size = SizeDict(shortest_edge=11 * 1024, longest_edge=12 * 1024)
+    prompts = fresh.encode(["red"], [[picture(*size)]])
+    want = reference.prompt_inputs(fresh.processor, "red", [picture(*size)])["input_ids"]
+    assert torch.equal(prompts.ids, want)
+    assert fresh.prompt_tokens({"problem": "red", "images": [picture(*size)]}) == want.shape[1]
+    tokens = torch.tensor([[50, 60]])
+    fresh.score(prompts, tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
 def test_prompt_tokens_counts_image_tokens(sharp):
     for problem, pictures in zip(PROBLEMS, PICTURES, strict=True):
         want = reference.prompt_inputs(sharp.processor, problem, pictures)["input_ids"].shape[1]
@@ -283,14 +297,14 @@ def test_trap_05_type_ids_padded_on_the_other_side_are_refused(fresh):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_score_equals_the_plain_forward(family, temperature):
-    """Left-padded prompts with one, two and no images, three responses each: within 1e-5 nats of one row at a time."""
+    """Left-padded prompts with one, two and no images, three responses each: within 3e-5 nats of one row at a time (float32 softmax)."""
     tokens, mask = responses(family, 4, 3, 6)
     with torch.no_grad():
         logprobs, entropy = family.score(family.encode(PROBLEMS, PICTURES), tokens, mask, temperature)
         want = reference_score(family, PROBLEMS, PICTURES, tokens, mask, temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32
-    assert_rows_equal(logprobs, mask, want[0], 1e-5)
-    assert_rows_equal(entropy, mask, want[1], 1e-5)
+    assert_rows_equal(logprobs, mask, want[0], 3e-5)
+    assert_rows_equal(entropy, mask, want[1], 3e-5)
     assert logprobs.isfinite().all() and entropy.isfinite().all()
 
 
@@ -334,7 +348,7 @@ def test_one_token_responses(sharp):
     mask = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
         ours = sharp.score(sharp.encode(PROBLEMS[:2], PICTURES[:2]), tokens, mask)[0]
-        assert_rows_equal(ours, mask, reference_score(sharp, PROBLEMS[:2], PICTURES[:2], tokens, mask)[0], 1e-5)
+        assert_rows_equal(ours, mask, reference_score(sharp, PROBLEMS[:2], PICTURES[:2], tokens, mask)[0], 3e-5)
 
 
 def test_text_alone(sharp):
@@ -343,7 +357,7 @@ def test_text_alone(sharp):
         prompts = sharp.encode(["3+4", "Which is larger, 3 or 4?"], [[], []])
         ours = sharp.score(prompts, tokens, mask)[0]
         want = reference_score(sharp, ["3+4", "Which is larger, 3 or 4?"], [[], []], tokens, mask)[0]
-    assert_rows_equal(ours, mask, want, 1e-5)
+    assert_rows_equal(ours, mask, want, 3e-5)
 
 
 def test_padding_of_responses_has_no_influence(sharp):
@@ -506,6 +520,16 @@ def test_the_head_in_chunks_is_exact_and_never_holds_all_logits(sharp, monkeypat
         torch.testing.assert_close(a, b, atol=1e-6 * b.abs().max().item(), rtol=0)
 
 
+def test_the_head_keeps_no_logits_for_the_backward(sharp):
+    """They are computed again: nothing of V numbers a token is saved."""
+    prompts = sharp.encode(PROBLEMS, PICTURES)
+    tokens, mask = responses(sharp, 4, 12, 8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        sharp.score(prompts, tokens, mask)
+    assert len(saved) > 100 and not [shape for shape in saved if shape[-1:] == (len(sharp.banned),)]
+
+
 def test_a_chunk_of_a_large_vocabulary_is_bounded(sharp, monkeypatch):
     """At Qwen's 151,936 ids, 441 tokens a time: 2^26 numbers, 256 MiB."""
     hidden, tokens = torch.zeros(2, 500, 4), torch.zeros(2, 500, dtype=torch.long)
@@ -535,8 +559,8 @@ def test_sampled_values_equal_scored_ones(family):
         with torch.no_grad():
             logprobs, entropy = family.score(prompts, sampled.tokens, sampled.mask, temperature)
             want = reference_score(family, PROBLEMS, PICTURES, sampled.tokens, sampled.mask, temperature)
-        assert_rows_equal(sampled.logprobs, sampled.mask, want[0], 1e-5)
-        assert_rows_equal(sampled.entropy, sampled.mask, want[1], 1e-5)
+        assert_rows_equal(sampled.logprobs, sampled.mask, want[0], 3e-5)
+        assert_rows_equal(sampled.entropy, sampled.mask, want[1], 3e-5)
         torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=1e-5, rtol=0)
         torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=1e-5, rtol=0)
 
@@ -578,6 +602,15 @@ def test_later_tokens_follow_the_softmax(sharp):
     assert 0.7 < surprise.var() / np.mean(variances) < 1.4
 
 
+def test_draws_of_a_row_are_independent(sharp):
+    """A token's id grows with its uniform number: ids of neighbouring tokens would correlate if they shared it."""
+    sampled = sharp.sample(sharp.encode(PROBLEMS, PICTURES), 100, [1, 2, 3, 4], 3)
+    first, second, third = sampled.tokens[sampled.mask.all(1)].double().T
+    assert len(first) > 200
+    for a, b in ((first, second), (second, third), (first[:-1], first[1:])):
+        assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < 0.3
+
+
 def test_temperature_zero_is_greedy(sharp):
     """Each token is the most likely one; log-probs and entropy are those at temperature 1; n rows are the same."""
     prompts = sharp.encode(PROBLEMS, PICTURES)
@@ -616,20 +649,19 @@ def test_sampling_ends_with_the_last_row(sharp):
 
 def test_a_list_of_end_tokens_from_the_generation_config(processor):
     model = build_model(processor.tokenizer)
-    model.generation_config.eos_token_id = [408, 70]
+    model.generation_config.eos_token_id = [processor.tokenizer.eos_token_id, 70]
     policy = Policy(model, processor)
-    assert policy.eos_ids == [408, 70]
+    assert policy.eos_ids == [processor.tokenizer.eos_token_id, 70]
     model.generation_config.eos_token_id = None
     assert Policy(model, processor).eos_ids == [processor.tokenizer.eos_token_id]
 
 
 def test_trap_11_the_end_token_counts_although_it_is_the_padding_token(fresh):
     """pad = eos: the mask goes by position, so the final end token is in it, and has a gradient."""
-    fresh.pad_id = fresh.eos_ids[0]
-    with torch.no_grad():  # make <|im_end|> frequent
-        fresh.model.lm_head.weight[fresh.eos_ids[0]] *= 1.6
-    fresh.eos_ids = fresh.eos_ids[:1]
     prompts = fresh.encode(PROBLEMS, PICTURES)
+    often = fresh.sample(prompts, 8, [1, 2, 3, 4], 10)
+    fresh.pad_id = int(often.tokens[often.mask].mode().values)  # a token frequent enough to be the end token
+    fresh.eos_ids = [fresh.pad_id]
     sampled = fresh.sample(prompts, 8, [1, 2, 3, 4], 10)
     ended = ~sampled.truncated(fresh.eos_ids)
     assert ended.sum() > 3
@@ -681,7 +713,7 @@ def test_decode_leaves_out_padding_and_the_end_token(sharp):
     texts = ["<think>3 + 4 = 7.</think> \\boxed{7}", " a , b . 's", "é 中"]
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     T = max(map(len, ids)) + 2
-    tokens = torch.tensor([row + [tokenizer.pad_token_id] * (T - len(row)) for row in ids])
+    tokens = torch.tensor([row + [50] * (T - len(row)) for row in ids])  # by the mask, not by the padding's value
     mask = torch.arange(T) < torch.tensor([[len(row)] for row in ids])
     zeros = torch.zeros(tokens.shape)
     assert sharp.decode(policy_module.Responses(tokens, mask, zeros, zeros)) == texts
@@ -693,6 +725,7 @@ def test_decode_leaves_out_padding_and_the_end_token(sharp):
 def test_bfloat16_runs_and_is_near_float32(tiny):
     low, full = Policy.from_pretrained(tiny, dtype="bfloat16"), Policy.from_pretrained(tiny)
     assert next(low.parameters()).dtype == torch.bfloat16
+    assert low.logits(torch.ones(1, 128, dtype=torch.bfloat16)).dtype == torch.float32
     prompts = low.encode(PROBLEMS, PICTURES)
     sampled = low.sample(prompts, 2, [1, 2, 3, 4], 6)
     assert sampled.logprobs.dtype == sampled.entropy.dtype == torch.float32
@@ -709,10 +742,13 @@ def test_bfloat16_runs_and_is_near_float32(tiny):
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_saved_policy_loads_bit_for_bit(tiny, tmp_path, dtype, gathered):
+    """Its own parameters, or those of a gathered state dict, which are others."""
     policy = Policy.from_pretrained(tiny, dtype=dtype)
-    policy.save_pretrained(tmp_path, policy.state_dict() if gathered else None)
+    state = {k: v + 1 for k, v in policy.state_dict().items()}
+    policy.save_pretrained(tmp_path, state if gathered else None)
     model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     want, found = policy.model.state_dict(), model.state_dict()
+    want = {k: v + 1 if gathered else v for k, v in want.items()}
     assert want.keys() == found.keys()
     assert all(torch.equal(want[k], found[k]) and want[k].dtype == found[k].dtype for k in want)
     before = reference.prompt_inputs(policy.processor, PROBLEMS[1], PICTURES[1])
