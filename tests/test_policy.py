@@ -297,7 +297,7 @@ def test_trap_05_type_ids_padded_on_the_other_side_are_refused(fresh):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_score_equals_the_plain_forward(family, temperature):
-    """Left-padded prompts with one, two and no images, three responses each: within 3e-5 nats of one row at a time (float32 softmax)."""
+    """Left-padded prompts with one, two and no images, three responses each: within 3e-5 nats of the row-by-row way."""
     tokens, mask = responses(family, 4, 3, 6)
     with torch.no_grad():
         logprobs, entropy = family.score(family.encode(PROBLEMS, PICTURES), tokens, mask, temperature)
