@@ -32,7 +32,7 @@ KINDS = {
 
 PLAIN = {
     "about": "a light table, white round pips, hardly any noise: the warm start's rendering",
-    "kinds": {"read": 0.2, "sum": 0.3, "difference": 0.2, "larger": 0.15, "sum3": 0.15},
+    "kinds": {"read": 0.15, "sum": 0.3, "difference": 0.2, "larger": 0.15, "sum3": 0.2},
     "totals": (3, 15),  # range of the totals of three dice
     "styles": ("classic",),
     "offset": 1,  # pixels that a die may lie off its cell's centre, each way
@@ -45,7 +45,7 @@ DOMAINS = {
     "styles": PLAIN
     | {"about": "square, ring-shaped or dark pips, round dice", "styles": ("square", "ring", "dark", "round")},
     "offset": PLAIN | {"about": "dice up to 5 pixels off the centres of their cells", "offset": 5},
-    "sums": PLAIN | {"about": "totals of three dice only, and larger ones", "kinds": {"sum3": 1.0}, "totals": (10, 20)},
+    "sums": PLAIN | {"about": "totals of three dice only, and larger ones", "kinds": {"sum3": 1.0}, "totals": (8, 18)},
 }
 
 # pips at (column, row) in a 3 x 3 grid
@@ -119,7 +119,7 @@ def background(name: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def make_row(split: str, index: int, seed: int = 0) -> dict:
-    """Row number `index` of a split such as "plain/train": {images, problem, answer, kind, pips}.
+    """Row number `index` of a split such as "plain/train": {images, problem, answer, kind, pips, cells}.
 
     Each (split, seed, index) has a random stream of its own, so /train and /test never share one.
     """
@@ -152,4 +152,5 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
         "answer": str(answer),
         "kind": kind,
         "pips": dict(zip(colours, shown, strict=True)),
+        "cells": dict(zip(colours, map(int, cells), strict=True)),
     }

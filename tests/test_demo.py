@@ -119,16 +119,18 @@ def test_the_tokenizer_returns_every_text_exactly(processor):
         assert tokenizer(token)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
 
 
-def test_both_ways_of_answering_are_right_and_well_formed():
+def test_both_ways_of_answering_are_well_formed_and_the_careful_one_is_right():
     rng = np.random.default_rng(0)
+    lucky = []
     for row in first_rows("plain/train"):
-        for answer in (make_demo.careful(row, rng), make_demo.hasty(row, rng)):
-            assert re.fullmatch(r"<think>.+</think> .*\\boxed\{\d+\}", answer) and make_demo.correct(
-                answer, row["answer"]
-            )
-        thought = make_demo.careful(row, rng).split("</think>")[0]
+        answers = [make_demo.careful(row, rng), make_demo.hasty(row, rng)]
+        assert all(re.fullmatch(r"<think>.+</think> .*\\boxed\{\d+\}", answer) for answer in answers)
+        assert make_demo.correct(answers[0], row["answer"]) and not make_demo.correct(answers[0], "77")
+        thought, guess = (answer.split("</think>")[0] for answer in answers)
         assert all(str(row["pips"][c]) in thought for c in row["pips"] if c in row["problem"])
-        assert not re.search(r"\d", make_demo.hasty(row, rng).split("</think>")[0])
+        assert not re.search(r"\d", guess)
+        lucky.append(make_demo.correct(answers[1], row["answer"]))
+    assert 0.15 < np.mean(lucky) < 0.45
 
 
 def test_a_prompt_is_chatml_with_nine_image_tokens(processor):
