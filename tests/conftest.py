@@ -1,5 +1,10 @@
 """A tiny random Qwen2.5-VL of the demo's architecture, in double precision where a test compares to rounding."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +13,20 @@ from demo.task import make_row
 from policy import Policy
 
 torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def launch(processes: int, *arguments: str) -> None:
+    """Run a script of ours on CPU processes joined by gloo.
+
+    torchrun, because `accelerate launch --cpu --num_processes 2` of accelerate 1.15 starts one process, without a word.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="session")
