@@ -46,14 +46,14 @@ def pgd_ascent(
     step_size: float | None = None,
     steps: int = 1,
     random_start: bool = False,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor | list[Tensor]:
     """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> same, detached
 
     objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar or one value an
     image; the values are summed, which leaves the images independent as long as each value depends on its own image.
     eps and step_size are in [0, 1] pixel units; step_size None: 2.5 * eps / steps, at most eps. All of these: ours.
-    random_start: begin at a uniform point of the eps ball, drawn from `generator`.
+    random_start: begin at a uniform point of the eps ball, drawn from `generator` (a list: one an image).
     The parameters' .grad is never touched. To lower the objective, pass its negative.
 
     Raises ValueError on images outside [0, 1] or not floating, eps outside [0, 1], steps < 1; RuntimeError when the
@@ -72,7 +72,10 @@ def pgd_ascent(
     clean = [x.detach() for x in clean]
     attacked = [x.clone() for x in clean]
     if random_start:
-        attacked = [(x + eps * (2 * uniform_like(x, generator) - 1)).clamp(0.0, 1.0) for x in clean]
+        generators = generator if isinstance(generator, list) else [generator] * len(clean)
+        attacked = [
+            (x + eps * (2 * uniform_like(x, g) - 1)).clamp(0.0, 1.0) for x, g in zip(clean, generators, strict=True)
+        ]
     for _ in range(steps):
         attacked = [x.requires_grad_() for x in attacked]
         with torch.enable_grad():

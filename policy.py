@@ -80,7 +80,9 @@ class Prompts:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "Prompts":
-        start, stop, _ = rows.indices(len(self))
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("prompts are sliced in steps of 1")
         images = self.images[sum(self.counts[:start]) : sum(self.counts[:stop])]
         positions = self.positions[..., start:stop, :]
         return Prompts(self.ids[rows], self.mask[rows], positions, self.next_position[rows], images, self.counts[rows])
@@ -185,7 +187,12 @@ class Policy(nn.Module):
         flat = [x for row in units for x in row]
         eight_bit = [(x * 255).round().to(torch.uint8) for x in flat]  # exact: they come from 8-bit pictures
         batch = self.processor(
-            text=texts, images=eight_bit or None, padding=True, padding_side="left", return_tensors="pt"
+            text=texts,
+            images=eight_bit or None,
+            do_resize=False,  # done; a second time is not always the identity (extreme shapes, narrow limits)
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         if max_tokens is not None and (longest := int(mask.sum(1).max())) > max_tokens:
@@ -265,6 +272,8 @@ class Policy(nn.Module):
         entry of `prompts`; a prompt's responses depend on its own seed and on nothing else of the batch, so that the
         rollouts are the same on any number of processes and in any micro-batch.
         """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"one seed an entry of prompts: got {len(seeds)} for {len(prompts)}")
         N, L = len(prompts) * n, prompts.ids.shape[1]
         cache, hidden, mask, position = self.prefill(prompts, n)
         uniforms = torch.stack([_uniforms(seed, n, max_new_tokens) for seed in seeds]).view(N, -1).to(self.device)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -82,6 +83,13 @@ def save_checkpoint(cfg, accelerator: Accelerator, wrapped: torch.nn.Module, ste
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         aside.rename(final)
+
+
+def save_side_by_side(images: list[Tensor], path: Path) -> None:
+    """A prompt's images of any sizes in one 8-bit PNG; a single one as it is."""
+    height = max(x.shape[1] for x in images)
+    columns = [torch.nn.functional.pad(x, (0, 0, 0, height - x.shape[1]), value=1.0) for x in images]
+    save_image(torch.cat(columns, dim=2), path)
 
 
 class Clock:
@@ -156,9 +164,10 @@ class Log:
         lines = []
         for p in range(min(self.cfg.log_prompts, len(rows))):
             pictures = {"clean": x.prompts, "adversarial": x.attacked} if x.fresh else {"clean": x.prompts}
+            pictures = pictures if x.prompts.counts[p] else {}  # text alone
             names = {kind: f"pictures/step-{step:06d}-{p}-{kind}.png" for kind in pictures}
             for kind, prompts in pictures.items():
-                save_image(prompts[p : p + 1].images, self.out / names[kind])
+                save_side_by_side(prompts[p : p + 1].images, self.out / names[kind])
             for g, text in enumerate(x.texts[p]):
                 n, kind = self.cfg.clean_rollouts, "clean" if g < self.cfg.clean_rollouts else "adversarial"
                 r, i = (x.clean, p * n + g) if g < n else (x.fresh, p * (self.cfg.rollouts - n) + g - n)
@@ -169,6 +178,6 @@ class Log:
                 line |= {"truncated": tokens[-1] not in policy.eos_ids, "entropy": [round(h, 4) for h in entropy]}
                 line |= {"tokens": [policy.processor.tokenizer.decode([token]) for token in tokens]}
                 line |= {"kept": x.keep[i][r.mask[i]].tolist() if kind == "clean" else None}
-                lines.append(line | {"clean_picture": names["clean"], "picture": names[kind]})
+                lines.append(line | {"clean_picture": names.get("clean"), "picture": names.get(kind)})
         with open(self.out / "samples.jsonl", "a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -237,6 +237,8 @@ def intervene(
     for i in range(0, len(prompts), width):
         part, generator = slice(i, i + width), torch.Generator().manual_seed(seeds[i])
         clean_images = prompts[part].images
+        if not clean_images:  # text alone: nothing to intervene on
+            continue
         if cfg.intervention == "random":
             images += egas.random_signs(clean_images, eps, generator)
         elif cfg.intervention == "noise":
@@ -244,7 +246,9 @@ def intervene(
         else:
             objective = entropy_objective(policy, prompts, clean, keep, cfg.temperature, part)
             with frozen(policy):
-                pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, generator)
+                own = [torch.Generator().manual_seed(seed) for seed in seeds[part]]  # one a prompt
+                own = [g for g, count in zip(own, prompts[part].counts, strict=True) for _ in range(count)]
+                pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, own)
                 images += egas.pgd_ascent(objective, clean_images, *pgd)
     return prompts.with_images(images)
 
@@ -419,8 +423,8 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts) -> dict[str, floa
             tensors["entropy/attacked"] = objective(x.attacked.images)
         tensors |= {
             "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
-            "attack/linf": torch.stack([(a - b).abs().max() for a, b in pairs]).max(),
-            "attack/psnr": torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs]),  # 99: the image is unchanged
+            "attack/linf": torch.tensor(max([(a - b).abs().max().item() for a, b in pairs], default=0.0)),
+            "attack/psnr": torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs] or [99.0]),  # 99: unchanged
         }
         for name in ("reward", "accuracy"):
             tensors[f"{name}/clean"], tensors[f"{name}/adversarial"] = x.scores[name].split(

@@ -88,8 +88,9 @@ def measure(policy: Policy, rows: list[dict], eps: float, names: list[str] | Non
             with train_saei.frozen(policy):
                 images = attack()
             table = look(policy, prompts.with_images(images), clean, keep, part, list(seeds))
-            saved = prompts.with_images([png_round_trip(i) for i in images])
-            table |= {f"{k} (PNG)": v for k, v in look(policy, saved, clean, keep, part, list(seeds)).items()}
+            if names is None:
+                saved = prompts.with_images([png_round_trip(i) for i in images])
+                table |= {f"{k} (PNG)": v for k, v in look(policy, saved, clean, keep, part, list(seeds)).items()}
             pairs = list(zip(images, prompts.images, strict=True))
             table["psnr"] = torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs])
             for column, values in table.items():
@@ -103,8 +104,8 @@ def summarise(found: dict) -> dict:
     rows = {}
     for name, columns in found.items():
         rows[name] = {column: float(np.mean(values)) for column, values in columns.items()}
-        for column in ("chosen", "fresh", "accuracy", "chosen (PNG)"):
-            base = np.array(found["clean"][column.removesuffix(" (PNG)")])
+        for column in ("chosen", "fresh", "accuracy"):
+            base = np.array(found["clean"][column])
             low, high = bootstrap_interval(np.array(columns[column]) - base)
             mean = float(base.mean())
             rows[name][f"change of {column}"] = [(rows[name][column] - mean) / mean, low / mean, high / mean]
@@ -121,7 +122,7 @@ def print_table(eps: float, rows: dict) -> None:
     for name, x in rows.items():
         cells = [name, f"{x['chosen']:.4f}", percent(x["change of chosen"]), f"{x['all']:.4f}", f"{x['fresh']:.4f}"]
         cells += [percent(x["change of fresh"]), f"{x['accuracy']:.3f}", f"{x['psnr']:.1f}" if x["psnr"] < 99 else "-"]
-        cells += [f"{x['chosen (PNG)']:.4f}", f"{x['accuracy (PNG)']:.3f}"]
+        cells += [f"{x['chosen (PNG)']:.4f}", f"{x['accuracy (PNG)']:.3f}"] if "chosen (PNG)" in x else ["", ""]
         print("| " + " | ".join(cells) + " |")
 
 

@@ -110,7 +110,7 @@ def test_all_rows_bad_is_refused(tmp_path, picture):
         load_rows(write(tmp_path, [good(question="")]), "train", bad_rows="skip")
 
 
-def test_trap_4_long_prompts_are_filtered_and_counted(tmp_path, picture, policy, capsys):
+def test_trap_04_long_prompts_are_filtered_and_counted(tmp_path, picture, policy, capsys):
     path = write(tmp_path, [good(), good(question="How many? " * 50)])
     (row,) = load_rows(path, "train", prompt_tokens=policy.prompt_tokens, max_prompt_tokens=60)
     assert row["problem"] == "How many?"

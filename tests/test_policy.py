@@ -220,7 +220,6 @@ def test_encode_equals_the_processors_chat_call(family):
         assert prompts.next_position[p] == positions.max() + 1
 
 
-@pytest.mark.xfail(reason="encode has the processor resize once more", strict=True)
 @pytest.mark.parametrize("size", [(60, 250), (200, 200)])
 def test_image_tokens_fit_the_image_within_narrow_limits(fresh, size):
     """The processor's resize need not be the identity on its own result; an image is resized once."""

@@ -234,7 +234,6 @@ def test_the_gradient_is_clipped_once_a_step(processor, tmp_path, monkeypatch):
     assert_gradients_equal(tight.grads[0], [g * 0.01 / norm for g in free.grads[0]], 1e-4)
 
 
-@pytest.mark.xfail(reason="one generator for all prompts of a micro-batch", strict=True)
 def test_micro_batches_give_the_same_random_start(processor, tmp_path, monkeypatch):
     """The noise a picture starts from follows from (seed, step, row), not from the prompts attacked along with it."""
     runs = [
@@ -245,7 +244,6 @@ def test_micro_batches_give_the_same_random_start(processor, tmp_path, monkeypat
         assert torch.equal(a, b)
 
 
-@pytest.mark.xfail(reason="the attack is run without an image", strict=True)
 def test_a_prompt_without_pictures_alone_in_its_micro_batch(processor, tmp_path, monkeypatch):
     """Nothing to attack: its adversarial responses are further clean ones."""
     rows = [TEXT_ONLY, ROWS[0]]
@@ -254,7 +252,6 @@ def test_a_prompt_without_pictures_alone_in_its_micro_batch(processor, tmp_path,
     assert_gradients_equal(alone.grads[0], together.grads[0], 1e-5)
 
 
-@pytest.mark.xfail(reason="save_image takes equal sizes only", strict=True)
 def test_pictures_of_any_number_and_size_are_logged(processor, tmp_path, monkeypatch):
     train(processor, tmp_path, monkeypatch, [*ROWS[:2], TEXT_ONLY], log_prompts=3)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]

@@ -262,7 +262,7 @@ def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
     assert "no correct answer in 5 steps. Does the problem ask for \\boxed{}" in "".join(capfd.readouterr())
 
 
-def test_trap_1_identical_rollouts_are_said(tiny, tmp_path, capfd):
+def test_trap_01_identical_rollouts_are_said(tiny, tmp_path, capfd):
     main(short(tiny, tmp_path, steps=1, intervention="none", temperature=1e-6))
     assert "all rollouts of every prompt are identical" in "".join(capfd.readouterr())
 

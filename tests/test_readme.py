@@ -1,0 +1,33 @@
+"""README.md says what is so: its tables come from the results, its files exist, its metrics are the logged ones."""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_tables_are_those_of_the_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import tables
+
+    assert tables.fill(README) == README, "run python benchmarks/tables.py"
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\(([\w./-]+)(?:#L\d+)?\)", README)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_logged_number_is_explained(tiny, tmp_path):
+    from test_train import metrics_of, short
+
+    from train_saei import main
+
+    main(short(tiny, tmp_path, steps=1, kl_coef=0.1))
+    explained = set(re.findall(r"`([\w/.]+)`", README.split("## What the numbers mean")[1].split("\n## ")[0]))
+    logged = {re.sub(r"^(reward|accuracy)/.*", r"\1", name) for name in metrics_of(tmp_path)[0]}
+    logged = {"seconds/..." if name.startswith("seconds/") else name for name in logged}
+    assert logged - {"step"} <= explained
