@@ -1,18 +1,19 @@
-"""Make the demo's checkpoints: `python demo/make_demo.py` (about 40 minutes on 2 cores).
+"""Make the demo's checkpoints: `python demo/make_demo.py` (about 20 minutes on a core).
 
     demo/mixed      a tiny Qwen2.5-VL after a supervised warm start on plain/train. It answers in two ways: hastily,
                     with an empty thought, reading one die and guessing the others, and seldom carefully, naming what
                     each die shows.
     demo/confident  demo/mixed after plain GRPO on plain/train: careful, sure of itself, and lost on other renderings.
 
-`python demo/make_demo.py measure demo/mixed --splits plain/test --n 1000` prints what a checkpoint does.
-Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.4 M parameters.
+Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.3 M parameters.
+demo/measure.py prints what a checkpoint does.
 """
 
 import argparse
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,6 @@ from PIL import Image, ImageFilter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
-    AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -37,7 +37,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from demo.task import COLOURS, DOMAINS, KINDS, SIZE, make_row  # noqa: E402
+from demo.task import COLOURS, KINDS, make_row  # noqa: E402
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
@@ -126,7 +126,7 @@ def build_processor() -> Qwen2_5_VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """1.4 M parameters; vision blocks 0 and 2 see windows of 2 x 2 image tokens, block 1 the whole picture."""
+    """1.3 M parameters; vision block 0 sees the whole picture, block 1 windows of one image token (2 x 2 patches)."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         text_config=dict(
@@ -168,10 +168,9 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
     return model
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
+def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
     """bfloat16 on disk, for size; the config says float32, so that loading gives float32 unless told otherwise."""
     model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"bfloat16"', '"float32"'))
     model.to(torch.float32)
@@ -261,7 +260,7 @@ def warm_start(
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} loss {np.mean(losses[-50:]):.3f} seconds {time.time() - started:.0f}", flush=True)
-    processor.tokenizer.padding_side = "left"
+    processor.tokenizer.padding_side = "left"  # for generation
     model.eval()
 
 
@@ -275,110 +274,30 @@ def reinforce(source: Path, target: Path) -> None:
         command += ["train_saei.py", "--config", "recipes/elicit.yaml", "--model", str(source), "--output", output]
         subprocess.run([*command, "--overwrite"], cwd=ROOT, check=True)
         last = max(Path(output, "checkpoints").glob("step-*"))
-        model = AutoModelForImageTextToText.from_pretrained(last, dtype=torch.float32)
-        save(model, AutoProcessor.from_pretrained(last), target)
-
-
-# -------------------------------------------------------------------------------------------------------- measuring
-
-
-@torch.no_grad()
-def generate(model, processor, rows: list[dict], samples: int) -> tuple[list[list[str]], list[float]]:
-    """(samples answers of each row, token entropy of each answer); samples = 0 is one greedy answer"""
-    inputs = processor(
-        text=[prompt_text(processor, row["problem"]) for row in rows],
-        images=[row["images"][0] for row in rows],
-        padding=True,
-        return_tensors="pt",
-    )
-    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples)
-    out = model.generate(
-        **inputs,
-        max_new_tokens=80,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **(settings if samples else dict(do_sample=False)),
-    )
-    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]  # (N, T)
-    logp = torch.stack(out.logits, 1).float().log_softmax(-1)  # (N, T, V)
-    entropy = -(logp.exp() * logp).sum(-1)  # (N, T)
-    ended = tokens == processor.tokenizer.eos_token_id
-    mask = ended.cumsum(1) - ended.int() == 0  # up to the first end token, itself included
-    texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    k = max(samples, 1)
-    mean = ((entropy * mask).sum(1) / mask.sum(1)).tolist()
-    return [texts[i * k : (i + 1) * k] for i in range(len(rows))], mean
-
-
-def correct(text: str, answer: str) -> bool:
-    found = re.search(r"</think>.*\\boxed\{(\d+)\}", text)
-    return bool(found) and found[1] == answer
-
-
-def measure(model, processor, split: str, n: int, start: int = 0, samples: int = 8, change=lambda image: image) -> dict:
-    """Accuracy of greedy and sampled answers on n rows; `change` alters the pictures."""
-    greedy, right, kept, entropies, kinds = [], [], [], [], {}
-    for first in range(start, start + n, 50):
-        rows = [make_row(split, i) for i in range(first, min(first + 50, start + n))]
-        rows = [row | {"images": [change(image) for image in row["images"]]} for row in rows]
-        for row, (text,) in zip(rows, generate(model, processor, rows, 0)[0], strict=True):
-            greedy.append(correct(text, row["answer"]))
-        sampled, entropy = generate(model, processor, rows, samples)
-        entropies += entropy
-        for row, texts in zip(rows, sampled, strict=True):
-            right.append([correct(text, row["answer"]) for text in texts])
-            kept.append([bool(re.search(r"\d.*</think>", text)) for text in texts])  # careful: a number in the thought
-            kinds.setdefault(row["kind"], []).extend(zip(kept[-1], right[-1], strict=True))
-    right, kept = np.array(right), np.array(kept)
-    share = lambda values: round(float(np.mean(values)), 3) if len(values) else None  # noqa: E731
-    by_kind = {k: [share([r for c, r in v if c == way]) for way in (True, False)] for k, v in sorted(kinds.items())}
-    return {
-        "split": split,
-        "n": n,
-        "greedy": share(greedy),
-        "pass@1": share(right),
-        f"pass@{samples}": share(right.any(1)),
-        "careful": share(kept),
-        "careful right": share(right[kept]),
-        "hasty right": share(right[~kept]),
-        "entropy": share(entropies),
-        "careful, hasty right by kind": by_kind,
-    }
+        shutil.copytree(source, target, dirs_exist_ok=True)  # the processor stays as it was
+        save(AutoModelForImageTextToText.from_pretrained(last, dtype=torch.float32), target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="make", choices=["make", "mixed", "confident", "measure"])
-    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "demo")
-    parser.add_argument("--phases", type=int, nargs=4, default=(100, 150, 700, 350), help="warm start: steps of each")
-    parser.add_argument("--n", type=int, default=500)
-    parser.add_argument("--start", type=int, default=0)
-    parser.add_argument("--splits", nargs="+", default=[f"{domain}/test" for domain in DOMAINS])
-    parser.add_argument("--blank", action="store_true", help="measure on empty pictures")
+    parser.add_argument("what", nargs="?", default="both", choices=["both", "mixed", "confident"])
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where the checkpoints' folders go")
+    steps = (100, 150, 700, 350)
+    parser.add_argument("--steps", type=int, nargs=4, default=steps, help="of the tower, look, careful, and the mix")
     args = parser.parse_args()
     torch.set_num_threads(1)
-
-    if args.what == "measure":
-        model = AutoModelForImageTextToText.from_pretrained(args.folder, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(args.folder)
-        processor.tokenizer.padding_side = "left"
-        blank = Image.new("RGB", (SIZE, SIZE), (238, 233, 222))
-        torch.manual_seed(0)
-        for split in args.splits:
-            change = (lambda image: blank) if args.blank else (lambda image: image)
-            print(json.dumps(measure(model, processor, split, args.n, args.start, change=change)), flush=True)
-        return
-    started = time.time()
-    if args.what in ("make", "mixed"):
+    started, mixed = time.time(), args.folder.resolve() / "mixed"
+    if args.what in ("both", "mixed"):
         processor = build_processor()
         model = build_model(processor.tokenizer)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-        train_vision(model, processor, args.phases[0])
+        train_vision(model, processor, args.steps[0])
         ways = ({look: 1.0}, {careful: 1.0}, {careful: 0.05, hasty: 0.95})
-        warm_start(model, processor, list(zip(args.phases[1:], ways, strict=True)))
-        save(model, processor, args.folder / "mixed")
-    if args.what in ("make", "confident"):
-        reinforce(args.folder / "mixed", args.folder / "confident")
+        warm_start(model, processor, list(zip(args.steps[1:], ways, strict=True)))
+        processor.save_pretrained(mixed)
+        save(model, mixed)
+    if args.what in ("both", "confident"):
+        reinforce(mixed, mixed.parent / "confident")
     print(f"done in {(time.time() - started) / 60:.0f} minutes")
 
 

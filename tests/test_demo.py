@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from demo import make_demo
+from demo import make_demo, measure
 from demo.task import DOMAINS, KINDS, SIZE, make_row
 
 DEMO = Path(make_demo.__file__).parent
@@ -125,11 +125,11 @@ def test_both_ways_of_answering_are_well_formed_and_the_careful_one_is_right():
     for row in first_rows("plain/train"):
         answers = [make_demo.careful(row, rng), make_demo.hasty(row, rng)]
         assert all(re.fullmatch(r"<think>.+</think> .*\\boxed\{\d+\}", answer) for answer in answers)
-        assert make_demo.correct(answers[0], row["answer"]) and not make_demo.correct(answers[0], "77")
+        assert measure.correct(answers[0], row["answer"]) and not measure.correct(answers[0], "77")
         thought, guess = (answer.split("</think>")[0] for answer in answers)
         assert all(str(row["pips"][c]) in thought for c in row["pips"] if c in row["problem"])
         assert not re.search(r"\d", guess)
-        lucky.append(make_demo.correct(answers[1], row["answer"]))
+        lucky.append(measure.correct(answers[1], row["answer"]))
     assert 0.15 < np.mean(lucky) < 0.45
 
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_loads_and_answers(folder, processor):
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     processor.tokenizer.padding_side = "left"
     rows = first_rows("plain/train")[:16]
-    texts = [text for (text,) in make_demo.generate(model, processor, rows, samples=0)[0]]
+    texts = [text for (text,) in measure.generate(model, processor, rows, samples=0)[0]]
     assert sum(bool(re.fullmatch(r"<think>.+</think>.*\\boxed\{\d+\}", text)) for text in texts) >= 14
 
 
