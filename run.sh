@@ -31,9 +31,9 @@ demo)
     launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite --intervention none
     for run in out/demo out/demo-grpo; do
         last=$(ls -d $run/checkpoints/step-* | tail -n 1)
-        launch eval.py --model "$last" --splits "${splits[@]}" --output $run/eval/after
+        launch eval.py --model "$last" --splits "${splits[@]}" --problems 500 --output $run/eval/after
     done
-    launch eval.py --model demo/confident --splits "${splits[@]}" --output out/demo/eval/before
+    launch eval.py --model demo/confident --splits "${splits[@]}" --problems 500 --output out/demo/eval/before
     cp out/demo/eval/before.json* out/demo-grpo/eval/
     .venv/bin/python report.py out/demo out/demo-grpo
     ;;

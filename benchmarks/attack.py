@@ -30,6 +30,8 @@ import tsec  # noqa: E402
 from eval import bootstrap_interval  # noqa: E402
 from policy import Policy, Prompts, Responses  # noqa: E402
 
+SAMPLES = 4  # responses per prompt, clean ones and fresh ones
+
 
 def png_round_trip(image: Tensor) -> Tensor:
     """What an attacked image is after it was saved and opened again."""
@@ -60,13 +62,13 @@ def attacks(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, ep
 @torch.no_grad()
 def look(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, rows: list[dict], seeds: list[int]) -> dict:
     """What the policy does on the prompts' images, one value a prompt."""
-    P, answers = len(rows), [row["answer"] for row in rows for _ in range(8)]
+    P, answers = len(rows), [row["answer"] for row in rows for _ in range(SAMPLES)]
     entropies = {"chosen": keep, "all": clean.mask}
     table = {
         name: train_saei.entropy_objective(policy, prompts, clean, tokens, 1.0)(prompts.images)
         for name, tokens in entropies.items()
     }
-    fresh = policy.sample(prompts, 8, seeds, max_new_tokens=64)
+    fresh = policy.sample(prompts, SAMPLES, seeds, max_new_tokens=64)
     right = torch.tensor(rewards.accuracy_reward(policy.decode(fresh), answers))
     table |= {"fresh": tsec.selective_entropy(fresh.entropy, fresh.mask).view(P, -1).mean(1)}
     table |= {"accuracy": right.view(P, -1).mean(1)}
@@ -80,7 +82,7 @@ def measure(policy: Policy, rows: list[dict], eps: float, names: list[str] | Non
         part = rows[start : start + batch]
         prompts = policy.encode([row["problem"] for row in part], [row["images"] for row in part])
         seeds = range(start, start + len(part))
-        clean = policy.sample(prompts, 8, [10_000_000 + s for s in seeds], max_new_tokens=64)
+        clean = policy.sample(prompts, SAMPLES, [10_000_000 + s for s in seeds], max_new_tokens=64)
         keep = tsec.select_tokens(clean.entropy, clean.mask)
         for name, attack in attacks(policy, prompts, clean, keep, eps, start).items():
             if names and name not in names:
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--model", default=recipe.model)
     parser.add_argument("--split", default=recipe.split.replace("/train", "/test"))
     parser.add_argument("--eps", type=float, default=255 * recipe.eps, help="in 1/255")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[0.5, 1, 2, 4, 8, 16], help="further eps, in 1/255")
+    parser.add_argument("--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255")
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()

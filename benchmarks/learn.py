@@ -23,7 +23,7 @@ ARMS = {  # name -> recipe, further options
     "demo, plain GRPO": ("demo", ["--intervention", "none"]),
     "demo, SaEI": ("demo", []),
 }
-SPLITS = {"elicit": ["plain/test"], "demo": ["shifted/test", "plain/test"]}
+SPLITS = {"elicit": ["plain/test"], "demo": ["shifted/test"]}
 
 
 def launch(*arguments: str) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
         model = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["model"]
         evaluate(model, recipe, ROOT / "out/learn" / f"before-{recipe}", args.problems)
         print(f"{recipe}: {model} evaluated on {', '.join(splits)}", flush=True)
-    jobs = [(arm, seed, args.problems) for seed in args.seeds for arm in ARMS]
+    jobs = [(arm, seed, args.problems) for arm in ARMS for seed in args.seeds]
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda job: one_run(*job), jobs))
     args.output.write_text(json.dumps({"problems": args.problems, "runs": runs}) + "\n")
