@@ -97,7 +97,7 @@ def measure(policy: Policy, rows: list[dict], eps: float, names: list[str] | Non
             table["psnr"] = torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs])
             for column, values in table.items():
                 found.setdefault(name, {}).setdefault(column, []).extend(values.tolist())
-        print(f"eps {255 * eps:g}/255: {start + len(part)} of {len(rows)} prompts", file=sys.stderr)
+        print(f"eps {255 * eps:.2g}/255: {start + len(part)} of {len(rows)} prompts", file=sys.stderr)
     return found
 
 
@@ -116,7 +116,7 @@ def summarise(found: dict) -> dict:
 
 def print_table(eps: float, rows: dict) -> None:
     percent = lambda change: "{:+.0%} [{:+.0%}, {:+.0%}]".format(*change)  # noqa: E731
-    print(f"\neps = {255 * eps:g}/255\n")
+    print(f"\neps = {255 * eps:.2g}/255\n")
     print(
         "| image | H chosen | change | H all | H fresh | change | accuracy | PSNR dB | after PNG: H chosen | accuracy |"
     )

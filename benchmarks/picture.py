@@ -39,7 +39,7 @@ def main() -> None:
     sheet = Image.new("RGB", (LEFT + COUNT * (SIDE + GAP), height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     psnr = sum(map(egas.psnr, attacked, prompts.images)) / COUNT
-    labels = ["clean", f"attacked\neps {255 * cfg.eps:g}/255\n{psnr:.0f} dB", "difference\n\u00d7 16"]
+    labels = ["clean", f"attacked\neps {255 * cfg.eps:.2g}/255\n{psnr:.0f} dB", "difference\n\u00d7 16"]
     for i, label in enumerate(labels):
         draw.multiline_text((8, i * (SIDE + GAP) + SIDE // 2 - 24), label, INK, font, spacing=6)
     for j, (x, y) in enumerate(zip(prompts.images, attacked, strict=True)):

@@ -70,7 +70,7 @@ def attack() -> str:
         ]
         out.append("| " + " | ".join(cells) + " |")
     note = (
-        f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:g}/255; nats; "
+        f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:.2g}/255; nats; "
     )
     note += "change to the clean image, 95% interval over prompts. `python benchmarks/attack.py`. Over eps:"
     sweep = ["| eps, 1/255 | random signs: H | fresh accuracy | EgAS + TsEC, 5 steps: H | fresh H | fresh accuracy |"]
