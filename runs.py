@@ -114,7 +114,8 @@ class Log:
     """metrics.jsonl, samples.jsonl, pictures, the progress bar, the trackers, and warnings that name a cure."""
 
     def __init__(self, cfg, accelerator: Accelerator, first_step: int):
-        self.cfg, self.accelerator, self.out, self.earned = cfg, accelerator, Path(cfg.output), 0.0
+        self.cfg, self.accelerator, self.out = cfg, accelerator, Path(cfg.output)
+        self.earned, self.identical = 0.0, False  # what the warnings go by
         self.main = accelerator.is_main_process
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run forgets what came after its checkpoint
@@ -145,7 +146,8 @@ class Log:
 
     def warn(self, step: int, metrics: dict[str, float]) -> None:
         self.earned += metrics["accuracy"]
-        if self.main and metrics["distinct"] <= 1 / self.cfg.rollouts:
+        if self.main and metrics["distinct"] <= 1 / self.cfg.rollouts and not self.identical:
+            self.identical = True  # said once
             self.bar.write(
                 f"warning: step {step}: all rollouts of every prompt are identical although temperature is "
                 f"{self.cfg.temperature}: the policy has collapsed (entropy {metrics['entropy/clean']:.2g}); raise "
