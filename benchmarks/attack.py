@@ -63,11 +63,9 @@ def attacks(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, ep
 def look(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, rows: list[dict], seeds: list[int]) -> dict:
     """What the policy does on the prompts' images, one value a prompt."""
     P, answers = len(rows), [row["answer"] for row in rows for _ in range(SAMPLES)]
-    entropies = {"chosen": keep, "all": clean.mask}
-    table = {
-        name: train_saei.entropy_objective(policy, prompts, clean, tokens, 1.0)(prompts.images)
-        for name, tokens in entropies.items()
-    }
+    _, entropy = policy.score(prompts, clean.tokens, clean.mask)  # teacher-forced, (P * n, T)
+    tokens = {"chosen": keep, "all": clean.mask}
+    table = {name: tsec.selective_entropy(entropy, chosen).view(P, -1).mean(1) for name, chosen in tokens.items()}
     fresh = policy.sample(prompts, SAMPLES, seeds, max_new_tokens=64)
     right = torch.tensor(rewards.accuracy_reward(policy.decode(fresh), answers))
     table |= {"fresh": tsec.selective_entropy(fresh.entropy, fresh.mask).view(P, -1).mean(1)}
@@ -136,17 +134,20 @@ def main() -> None:
     parser.add_argument("--eps", type=float, default=255 * recipe.eps, help="in 1/255")
     parser.add_argument("--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255")
     parser.add_argument("--problems", type=int, default=256)
+    parser.add_argument("--sweep_problems", type=int, default=128, help="so many of them for each further eps")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     policy, start = Policy.from_pretrained(args.model), time.time()
     problems = data.load_rows("demo", args.split, limit=args.problems)
     rows = [problems[i] for i in range(len(problems))]
     result = {"model": args.model, "split": args.split, "problems": len(rows), "eps": args.eps, "sweep": {}}
+    result["sweep_problems"] = args.sweep_problems
     result["table"] = summarise(measure(policy, rows, args.eps / 255, None))
     print_table(args.eps / 255, result["table"])
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
     for eps in args.sweep:
         names = ["clean", "random signs", "EgAS + TsEC, 5 steps"]
-        result["sweep"][str(eps)] = summarise(measure(policy, rows, eps / 255, names))
+        result["sweep"][str(eps)] = summarise(measure(policy, rows[: args.sweep_problems], eps / 255, names))
         print_table(eps / 255, result["sweep"][str(eps)])
     result["seconds"] = round(time.time() - start, 1)
     args.output.write_text(json.dumps(result, indent=1) + "\n")

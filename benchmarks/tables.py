@@ -72,7 +72,8 @@ def attack() -> str:
     note = (
         f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:.2g}/255; nats; "
     )
-    note += "change to the clean image, 95% interval over prompts. `python benchmarks/attack.py`. Over eps:"
+    note += "change to the clean image, 95% interval over prompts. `python benchmarks/attack.py`. "
+    note += f"Over eps, the first {result['sweep_problems']} prompts:"
     sweep = ["| eps, 1/255 | random signs: H | fresh accuracy | EgAS + TsEC, 5 steps: H | fresh H | fresh accuracy |"]
     sweep += ["|---|---|---|---|---|---|"]
     for eps, rows in result["sweep"].items():
