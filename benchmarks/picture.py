@@ -1,9 +1,10 @@
-"""Draw the README's picture, docs/demo.png: clean image, attacked image and their difference, with the entropies.
+"""Draw the README's picture, docs/demo.jpg: clean image, attacked image and their difference, with the entropies.
 
 python benchmarks/picture.py
 """
 
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -35,11 +36,11 @@ def main() -> None:
     with torch.no_grad():
         before, after = objective(prompts.images).tolist(), objective(attacked).tolist()
 
-    height = 3 * (SIDE + GAP) + 56
+    height = 3 * (SIDE + GAP) + 84
     sheet = Image.new("RGB", (LEFT + COUNT * (SIDE + GAP), height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     psnr = sum(map(egas.psnr, attacked, prompts.images)) / COUNT
-    labels = ["clean", f"attacked\neps {255 * cfg.eps:.2g}/255\n{psnr:.0f} dB", "difference\n\u00d7 16"]
+    labels = ["clean", f"attacked\neps {255 * cfg.eps:.2g}/255\n{psnr:.0f} dB", "difference\nx 16"]
     for i, label in enumerate(labels):
         draw.multiline_text((8, i * (SIDE + GAP) + SIDE // 2 - 24), label, INK, font, spacing=6)
     for j, (x, y) in enumerate(zip(prompts.images, attacked, strict=True)):
@@ -48,11 +49,12 @@ def main() -> None:
             picture = to_pil_image(image).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left, GAP // 2 + i * (SIDE + GAP)))
         top = 3 * (SIDE + GAP) + 4
-        draw.text((left, top), f"H {before[j]:.3f} \u2192 {after[j]:.3f}", INK, font)
-        draw.text((left, top + 24), f"answer {rows[j]['answer']}", GREY, font)
+        draw.text((left, top), f"H {before[j]:.3f} to {after[j]:.3f}", INK, font)
+        question = textwrap.fill(rows[j]["problem"].split("?")[0] + f"? {rows[j]['answer']}", 27)
+        draw.multiline_text((left, top + 24), question, GREY, ImageFont.load_default(12), spacing=4)
     draw.text((8, 3 * (SIDE + GAP) + 4), "entropy, nats", GREY, ImageFont.load_default(13))
     (ROOT / "docs").mkdir(exist_ok=True)
-    sheet.save(ROOT / "docs/demo.png", optimize=True)
+    sheet.save(ROOT / "docs/demo.jpg", quality=88)
 
 
 if __name__ == "__main__":
