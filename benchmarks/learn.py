@@ -68,6 +68,7 @@ def one_run(arm: str, seed: int, problems: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
@@ -75,12 +76,12 @@ def main() -> None:
         model = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())["model"]
         evaluate(model, recipe, ROOT / "out/learn" / f"before-{recipe}", args.problems)
         print(f"{recipe}: {model} evaluated on {', '.join(splits)}", flush=True)
-    jobs = [(arm, seed, args.problems) for arm in ARMS for seed in args.seeds]
+    jobs = [(arm, seed, args.problems) for arm in args.arms for seed in args.seeds]
     with ThreadPoolExecutor(2) as pool:
         runs = list(pool.map(lambda job: one_run(*job), jobs))
     args.output.write_text(json.dumps({"problems": args.problems, "runs": runs}) + "\n")
-    for arm, (recipe, _) in ARMS.items():
-        for split in SPLITS[recipe]:
+    for arm in args.arms:
+        for split in SPLITS[ARMS[arm][0]]:
             gains = [r["after"][split]["greedy"][0] - r["before"][split]["greedy"][0] for r in runs if r["arm"] == arm]
             print(f"{arm:20} {split:14} greedy {np.mean(gains):+.3f} (seeds: {', '.join(f'{g:+.3f}' for g in gains)})")
 
