@@ -10,10 +10,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = [
-    (r"# 1  ", "sample G_clean responses per prompt from pi_old(. \\| I, Q), recording token entropies"),
+    (r"# 1  ", "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies"),
     (r"# 2  ", "TsEC: choose the tokens of moderate entropy"),
     (r"# 3  ", "EgAS: PGD on I, in [0, 1], upward on the entropy of the chosen tokens, parameters frozen"),
-    (r"# 4  ", "sample G_adv responses from pi_old(. \\| I_adv, Q)"),
+    (r"# 4  ", "sample G_adv responses from pi_old(. | I_adv, Q)"),
     (r"# 5  ", "reward all G = G_clean + G_adv responses; advantages within the group of one prompt"),
     (r"# 6  ", "GRPO update, conditioned on the clean image or on the one a response was sampled from"),
 ]
