@@ -144,8 +144,6 @@ def test_a_prompt_is_chatml_with_nine_image_tokens(processor):
 
 @pytest.mark.parametrize("folder", CHECKPOINTS, ids=lambda folder: folder.name)
 def test_a_checkpoint_loads_and_answers(folder, processor):
-    if not folder.exists():
-        pytest.skip(f"{folder.name} is not made yet")
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert isinstance(model, Qwen2_5_VLForConditionalGeneration)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
