@@ -13,7 +13,7 @@ One step, for P prompts (image I, question Q, answer):
 
 Every field of Config carries the mark of its source: paper, second-hand, inferred, or ours (nothing is known).
 Rollouts, data order and random images follow from (seed, step, row) alone, not from the state of a random number
-generator: a run is the same on any number of processes and after any resume, up to rounding.
+generator: a run is the same on any number of processes (but for tsec_scope batch) and after any resume, up to rounding.
 """
 
 import contextlib

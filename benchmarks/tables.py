@@ -50,7 +50,8 @@ def learn() -> str:
     note = (
         f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}; {result['problems']} fresh problems a split; "
     )
-    note += "minutes of training on one CPU core. `python benchmarks/learn.py`"
+    arms = " ".join(f'"{arm}"' for arm in dict.fromkeys(run["arm"] for run in result["runs"]))
+    note += f"minutes of training on one CPU core, beside other work. `python benchmarks/learn.py --arms {arms}`"
     return "\n".join([*out, "", note])
 
 
