@@ -44,7 +44,8 @@ from policy import Policy, Prompts, Responses
 
 def opt(default, mark: str, text: str):
     """A Config field: its default, where the choice comes from, what it does."""
-    return field(default=default, metadata={"help": f"[{mark}] {text}"})
+    kind = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**kind, metadata={"help": f"[{mark}] {text}"})
 
 
 @dataclass
@@ -90,6 +91,9 @@ class Config:
     kl_coef: float = opt(0.0, "ours", "weight of k3 to the initial policy; 0 loads no reference")
     accuracy_weight: float = opt(0.9, "ours", "weight of the accuracy reward (NoisyRollout's, EasyR1's value)")
     format_weight: float = opt(0.1, "ours", "weight of the format reward")
+    length_weight: float = opt(0.0, "ours", "weight of DAPO's overlong penalty, from 0 to -1; 0 leaves it out")
+    length_buffer: int = opt(16, "ours", "tokens before max_new_tokens over which that penalty grows")
+    reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
     micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
@@ -143,6 +147,7 @@ def main(cfg: Config) -> None:
         reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
         reference.requires_grad_(False)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, None, policy.prompt_tokens, cfg.max_prompt_tokens)
+    reward_functions = load_rewards(cfg, rows[0])
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
     runs.weights_apart(accelerator)
@@ -178,7 +183,7 @@ def main(cfg: Config) -> None:
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group
-        texts, scores = reward(cfg, policy, batch, clean, fresh)  # (P, G) each
+        texts, scores = reward(reward_functions, policy, batch, indices, clean, fresh)  # (P, G) each
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
         with accelerator.autocast():
@@ -285,21 +290,46 @@ def annealing(step: int, steps: int) -> float:
     return 1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps))
 
 
-def reward(
-    cfg: Config, policy: Policy, batch: list[dict], clean: Responses, fresh: Responses | None
-) -> tuple[list[list[str]], dict[str, Tensor]]:
-    """Step 5: the responses' texts and {"reward", "accuracy", "format"}, all (P, G), the clean ones first."""
-    P = len(batch)
-    halves = [np.array(policy.decode(r), dtype=object).reshape(P, -1) for r in (clean, fresh) if r]
-    texts = np.concatenate(halves, axis=1).tolist()
-    repeated = [row for row, group in zip(batch, texts, strict=True) for _ in group]
-    columns = {name: [row[name] for row in repeated] for name in batch[0] if name != "images"}
+def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:
+    """{name: (function, weight)}: accuracy, format, the penalty on length, the user's; each called once, on `row`."""
     parts = {
         "accuracy": (rewards.accuracy_reward, cfg.accuracy_weight),
         "format": (rewards.format_reward, cfg.format_weight),
     }
-    scores = rewards.total_reward([text for group in texts for text in group], rewards=parts, **columns)
-    return texts, {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
+    if cfg.length_weight:
+        parts["length_penalty"] = rewards.length_penalty(cfg.max_new_tokens, cfg.length_buffer), cfg.length_weight
+    for spec in cfg.reward:
+        name, function, weight = rewards.load_reward(spec)
+        if name in parts:
+            raise ValueError(f"reward {spec!r}: there is a reward called {name} already; rename the function")
+        parts[name] = function, weight
+    columns = {name: [value] for name, value in row.items() if name != "images"} | {"completion_ids": [[0]], "row": [0]}
+    rewards.total_reward(["<think>a synthetic call</think> \\boxed{0}"], rewards=parts, **columns)
+    return parts
+
+
+def reward(
+    functions: rewards.Rewards,
+    policy: Policy,
+    batch: list[dict],
+    indices: list[int],
+    clean: Responses,
+    fresh: Responses | None,
+) -> tuple[list[list[str]], dict[str, Tensor]]:
+    """Step 5: the responses' texts and {"reward", "accuracy", "format", ...}, all (P, G), the clean ones first.
+
+    A reward gets TRL's arguments: completions, the rows' columns, completion_ids; and `row`, their number in the data.
+    """
+    P, halves = len(batch), [r for r in (clean, fresh) if r]
+    ids = [[tokens[mask].tolist() for tokens, mask in zip(r.tokens, r.mask, strict=True)] for r in halves]
+    both = [[np.fromiter(x, dtype=object).reshape(P, -1) for x in part] for part in (map(policy.decode, halves), ids)]
+    texts, ids = (np.concatenate(part, axis=1) for part in both)  # (P, G)
+    repeated = [row | {"row": i} for row, i in zip(batch, indices, strict=True) for _ in range(texts.shape[1])]
+    columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "images"}
+    scores = rewards.total_reward(
+        texts.flatten().tolist(), rewards=functions, completion_ids=ids.flatten().tolist(), **columns
+    )
+    return texts.tolist(), {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
 
 
 class Part(NamedTuple):

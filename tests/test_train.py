@@ -253,8 +253,66 @@ def test_non_finite_gradient_stops_with_the_batch_saved(tiny, tmp_path, half_rig
 
 def test_non_finite_reward_stops(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [math.nan] * len(completions))
-    with pytest.raises(ValueError, match="rewards are not finite in group 0"):
+    with pytest.raises(RuntimeError, match="the reward 'accuracy' failed on row 0.*nan, which is no finite number"):
         main(short(tiny, tmp_path))
+
+
+OWN_REWARDS = """
+calls = []
+
+def words(completions, problem, row, completion_ids, **columns):
+    calls.append([len(completions), len(problem), len(row), len(completion_ids)])
+    assert all(isinstance(token, int) for ids in completion_ids for token in ids)
+    return [len(text.split()) / 100 for text in completions]
+
+def late_error(completions, row, **columns):
+    if len(completions) > 1 or row[0] == 3:
+        raise KeyError("no such thing")
+    return [0.0]
+"""
+
+
+def test_own_rewards_are_added_weighed_and_logged_apart(tiny, tmp_path, half_right):
+    (tmp_path / "mine.py").write_text(OWN_REWARDS)
+    cfg = short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:words:0.5"], length_weight=0.25, length_buffer=6)
+    main(cfg)
+    for line in metrics_of(tmp_path):
+        parts = 0.9 * line["accuracy"] + 0.1 * line["format"] + 0.5 * line["words"] + 0.25 * line["length_penalty"]
+        assert line["reward"] == pytest.approx(parts, abs=1e-6)
+        assert -1 <= line["length_penalty"] < 0  # responses of up to 6 tokens in a buffer of 6
+    assert cfg.reward == load_config(["--reward", *cfg.reward]).reward
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert all({"words", "length_penalty"} <= set(sample) for sample in samples)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("mine.py:nothing", "has no function nothing"),
+        ("other.py:words", "no file .*other.py"),
+        ("mine.py", "no file|write file.py:function"),
+        ("mine.py:words:much", "the weight 'much' is no number"),
+        ("mine.py:accuracy", "a reward called accuracy already"),
+        ("mine.py:short", "failed on row 0.*it returned 0 values for 1 completions"),
+        ("mine.py:raises", "failed on row 0.*ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_reward_that_cannot_work_is_refused_before_the_first_step(tiny, tmp_path, spec, message):
+    (tmp_path / "mine.py").write_text(
+        OWN_REWARDS
+        + "def accuracy(completions, **_): return [0.0]\ndef short(completions, **_): return []\n"
+        + "def raises(completions, **_): return [1 / 0]\n"
+    )
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        main(short(tiny, tmp_path, reward=[f"{tmp_path}/{spec}"]))
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_an_error_in_a_reward_names_the_row(tiny, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN_REWARDS)
+    monkeypatch.setattr(train_saei, "my_rows", lambda *_: [7, 3])
+    with pytest.raises(RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"):
+        main(short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:late_error"]))
 
 
 def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
