@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import SizeDict
 
 import grpo
+import memory
 import tsec
 
 # ---------------------------------------------------------------------------------------------------- model families
@@ -222,7 +223,8 @@ class Policy(nn.Module):
         if self.family.one_tile:  # both count tokens by it
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = [[side, side]]
-        self.micro_responses = 0  # 0: all at once
+        self.micro_responses = 0  # how many the backward holds at a time; 0: all
+        self.lora_scale = 0.0  # memory.add_lora's
         tokenizer = processor.tokenizer
         eos = model.generation_config.eos_token_id  # the only thing ever taken from generation_config
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -270,9 +272,14 @@ class Policy(nn.Module):
         ip.size = SizeDict(shortest_edge=least, longest_edge=most)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a folder that AutoModelForImageTextToText and AutoProcessor load. state_dict: a gathered one."""
+        """Write a folder that AutoModelForImageTextToText and AutoProcessor load. state_dict: a gathered one.
+
+        LoRA adapters are merged into it and also written beside it, for a run to go on from them exactly.
+        """
         if state_dict is not None:
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        if self.lora_scale:
+            state_dict = memory.save_adapters(state_dict or self.model.state_dict(), self.lora_scale, folder)
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.processor.save_pretrained(folder)
 
@@ -518,19 +525,15 @@ class Policy(nn.Module):
         tokens, owner = allowed[drawn], torch.tensor([0, 0, 1, 1], device=self.device)
         kv, last = self.prefill(prompts)
         hidden = self._response_hidden(prompts, tokens, torch.ones_like(tokens, dtype=torch.bool), owner, last, kv)
-        shared, plain = self.logits(hidden), []
-        for row, p in zip(tokens, owner.tolist(), strict=True):
-            inputs = self._tokenize(self.chat_text(problems[p], 1), prompts[p : p + 1].images).to(self.device)
-            more = {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}
-            for name, x in inputs.items():
-                if x.shape == inputs["attention_mask"].shape and name != "attention_mask":
-                    inputs[name] = torch.cat([x, more.get(name, torch.zeros_like(row[None]))], dim=1)
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            plain.append(self.model(**inputs, use_cache=False).logits[0, -5:-1].float())
-        shared, plain = shared[..., allowed], torch.stack(plain)[..., allowed]
+        texts = [self.chat_text(problem, 1) for problem in problems]
+        plain = torch.stack(
+            [self._plain_logits(texts[p], prompts[p : p + 1].images, y) for p, y in zip(owner, tokens, strict=True)]
+        )
+        shared, plain = self.logits(hidden)[..., allowed], plain[..., allowed]
         logits = ((shared - plain).abs().max() / plain.std()).item()
         half = torch.is_autocast_enabled(self.device.type) or next(self.parameters()).dtype == torch.bfloat16
-        limit = 0.1 if half else 1e-3
+        # bfloat16 rounding: up to 0.37 in 24 layers of a peaked random model, where a position off by one is 1.2 to 3.2
+        limit = 0.5 if half else 1e-3
         if not logits <= limit:
             raise RuntimeError(
                 f"self-check of {kind}: logits after the shared prompt differ from the plain forward's by {logits:.2g} "
@@ -538,6 +541,15 @@ class Policy(nn.Module):
                 "trains with wrong log-probs"
             )
         return {"pixels": pixels, "logits": logits}
+
+    def _plain_logits(self, text: str, images: list[Tensor], response: Tensor) -> Tensor:
+        """The model's own forward over one prompt, as the processor gives it, and one response.   (T,) -> (T, V)"""
+        inputs, T = self._tokenize(text, images).to(self.device), len(response)
+        tail = {"input_ids": response, "attention_mask": torch.ones_like(response)}  # token types: text
+        for name in [name for name, x in inputs.items() if x.shape == inputs["input_ids"].shape]:
+            tail_of_it = tail.get(name, torch.zeros_like(response))
+            tail[name] = torch.cat([inputs[name], tail_of_it[None]], dim=1)
+        return self.model(**dict(inputs) | tail, use_cache=False).logits[0, -T - 1 : -1].float()
 
     def decode(self, responses: Responses) -> list[str]:
         """The responses' text without padding and end token."""

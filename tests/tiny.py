@@ -166,8 +166,8 @@ def gemma3(kind: str):
     text = TEXT | dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
     tower, ids = TOWER | dict(model_type="siglip_vision_model", vision_use_head=False), {}
     for name, token in named.items():
-        ids[{"image_token": "image_token_id"}.get(name, f"{name[:3]}_token_index")] = (
-            tokenizer.convert_tokens_to_ids(token)
+        ids[{"image_token": "image_token_id"}.get(name, f"{name[:3]}_token_index")] = tokenizer.convert_tokens_to_ids(
+            token
         )
     ids = {"image_token_index": ids.pop("image_token_id"), **ids}
     return dict(text_config=text, vision_config=tower, mm_tokens_per_image=4, **ids), processor
