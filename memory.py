@@ -48,7 +48,7 @@ def checkpoint_layers(policy: nn.Module) -> None:
 def add_lora(policy: nn.Module, rank: int, alpha: float, seed: int, folder: str | Path | None = None) -> None:
     """Low-rank adapters on the language model's projections, the only parameters that are trained then.
 
-    W x + (alpha / rank) B A x with B = 0 at the start; A and B are float32. folder: a checkpoint whose adapters to load.
+    W x + (alpha / rank) B A x, B = 0 at the start, A and B in float32. folder: a checkpoint whose adapters to load.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -44,6 +44,7 @@ class Family(NamedTuple):
     untiled: dict = {}  # arguments of the processor that switch its tiling off
     one_tile: bool = False  # it always tiles: its grid becomes the single one of one square tile
     token_types: str | None = None  # an input that only the prompt has: which tokens are of an image
+    counts: str | None = None  # an input: how many images each prompt has, of those that have any
     banned: str = r"$^"  # names of further tokens that stand for images
 
 
@@ -103,12 +104,6 @@ def llava_next_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
     return {"pixel_values": torch.stack([z, z], dim=1), "image_sizes": sizes}
 
 
-def onevision_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
-    """As LLaVA-NeXT; each image counts as a prompt's only one, or it would be another number of tokens."""
-    alone = torch.ones(len(images), dtype=torch.long, device=images[0].device)
-    return llava_next_pixel_values(images, ip) | {"batch_num_images": alone}
-
-
 QWEN = Family(qwen_resize, qwen_pixel_values, "visual", ("visual.merger", "visual.deepstack_merger_list"))
 LLAVA = Family(fixed_resize, fixed_pixel_values, "vision_tower", ("multi_modal_projector", "image_newline"))
 SMOLVLM = Family(
@@ -127,7 +122,7 @@ FAMILIES: dict[str, Family] = {
     "idefics3": SMOLVLM,
     "llava": LLAVA,
     "llava_next": LLAVA._replace(pixel_values=llava_next_pixel_values, one_tile=True),
-    "llava_onevision": LLAVA._replace(pixel_values=onevision_pixel_values, one_tile=True),
+    "llava_onevision": LLAVA._replace(pixel_values=llava_next_pixel_values, one_tile=True, counts="batch_num_images"),
     "internvl": LLAVA._replace(untiled={"crop_to_patches": False}),
     "gemma3": LLAVA._replace(untiled={"do_pan_and_scan": False}, token_types="token_type_ids"),
 }
@@ -337,9 +332,10 @@ class Policy(nn.Module):
     def _tokenize(self, text: str, images: list[Tensor]):
         """The processor's inputs of one prompt: each family nests and pads a batch in another way.   (1, L) each"""
         bos = self.processor.tokenizer.bos_token
+        pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
         return self.processor(
             text=[text],
-            images=[(x * 255).round().to(torch.uint8) for x in images] or None,  # exact: from 8-bit pictures
+            images=[pixels] if pixels else None,
             do_resize=False,  # done; a second time is not always the identity (extreme shapes, narrow limits)
             add_special_tokens=bos is None or not text.startswith(bos),  # the template's own, not a second one
             return_tensors="pt",
@@ -381,6 +377,8 @@ class Policy(nn.Module):
     def prefill(self, prompts: Prompts) -> tuple[list[Tensor], Tensor]:
         """Compute each prompt once.   -> keys, values of each layer in turn (P, heads, L, d); last hidden (P, D)"""
         vision = self.to_pixel_values(prompts.images) if prompts.images else {}
+        if self.family.counts and prompts.images:
+            vision[self.family.counts] = torch.tensor([n for n in prompts.counts if n], device=self.device)
         types = {self.family.token_types: prompts.token_types} if self.family.token_types else {}
         cache = Cache(layers=[PromptLayer() for _ in range(self.model.config.get_text_config().num_hidden_layers)])
         hidden = self.model.model(
@@ -388,7 +386,7 @@ class Policy(nn.Module):
             attention_mask=prompts.mask.long(),
             position_ids=prompts.positions,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=False,  # makes none of its own; the one given is used, and checkpointed layers do not complain
             **vision,
             **types,
         ).last_hidden_state[:, -1]
@@ -402,7 +400,7 @@ class Policy(nn.Module):
         if hasattr(self.model.model, "get_rope_index"):
             positions = positions.expand(3, -1, -1)
         return self.model.model(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=False
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -537,8 +535,8 @@ class Policy(nn.Module):
         if not logits <= limit:
             raise RuntimeError(
                 f"self-check of {kind}: logits after the shared prompt differ from the plain forward's by {logits:.2g} "
-                f"of their standard deviation, rounding is below {limit:g}; has the library changed? --self_check false "
-                "trains with wrong log-probs"
+                f"of their standard deviation, rounding is below {limit:g}; has the library changed? --self_check "
+                "false trains with wrong log-probs"
             )
         return {"pixels": pixels, "logits": logits}
 
