@@ -98,10 +98,10 @@ def responses(policy: Policy, P: int, n: int, T: int) -> tuple[torch.Tensor, tor
 
 
 def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest |a - b| of any tensor over its largest entry, or over a thousandth of all tensors' largest: some
+    """The largest |a - b| of any tensor over its largest entry, or over a hundredth of all tensors' largest: some
     weights have no influence (keys' biases), and gradients of pure rounding."""
     largest = max(b.abs().max().item() for b in theirs)
-    scales = [max(b.abs().max().item(), 1e-3 * largest) for b in theirs]
+    scales = [max(b.abs().max().item(), 1e-2 * largest) for b in theirs]
     return max((a - b).abs().max().item() / scale for a, b, scale in zip(ours, theirs, scales, strict=True))
 
 
@@ -132,7 +132,7 @@ def compare(policy: Policy) -> dict[str, float]:
 
 
 def attack(policy: Policy) -> tuple[float, float]:
-    """Entropy of TsEC's tokens on the clean and on the attacked images: two steps of PGD, 1/255 (a sharpened model bends soon)."""
+    """Entropy of TsEC's tokens on the clean and on the attacked images: two steps of PGD at 1/255."""
     prompts = policy.encode(PROBLEMS[:2], PICTURES[:2])
     sampled = policy.sample(prompts, 3, [1, 2], 6)
     keep = tsec.select_tokens(sampled.entropy, sampled.mask)
@@ -239,11 +239,21 @@ def test_encode_equals_the_processors_chat_call(family):
 
 
 def test_shared_prompt_equals_the_plain_forward(family):
-    """One, two and no pictures in a batch: log-probs and entropies to 5e-5 nats; gradients to 1e-4 of a tensor's
+    """One, two and no pictures in a batch: log-probs and entropies to 2e-5 nats; gradients to 2e-5 of a tensor's
     largest entry (float32 rounding of a sharpened model; a wrong position moves a log-prob by more than 0.1)."""
     errors = compare(family)
-    assert errors["log-probs"] <= 5e-5
-    assert errors["pixel gradient"] <= 1e-4 and errors["weight gradient"] <= 1e-4
+    assert max(errors.values()) <= 2e-5
+
+
+def test_a_slice_of_prompts_scores_as_in_the_whole(family):
+    prompts, (tokens, mask) = family.encode(PROBLEMS, PICTURES), responses(family, 3, 2, 4)
+    with torch.no_grad():
+        whole = family.score(prompts, tokens, mask)
+        for p in range(3):
+            rows = slice(2 * p, 2 * p + 2)
+            part = family.score(prompts[p : p + 1], tokens[rows], mask[rows])
+            for a, b in zip(part, whole, strict=True):
+                torch.testing.assert_close(a[mask[rows]], b[rows][mask[rows]], atol=2e-5, rtol=0)
 
 
 def test_sampled_values_equal_scored_ones(family):
@@ -251,8 +261,8 @@ def test_sampled_values_equal_scored_ones(family):
     sampled = family.sample(prompts, 3, [1, 2, 3], 6, temperature=0.9)
     with torch.no_grad():
         logprobs, entropy = family.score(prompts, sampled.tokens, sampled.mask, 0.9)
-    torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=5e-5, rtol=0)
-    torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=5e-5, rtol=0)
+    torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=2e-5, rtol=0)
+    torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=2e-5, rtol=0)
 
 
 def test_the_attack_raises_the_entropy(family):
