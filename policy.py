@@ -129,10 +129,10 @@ FAMILIES: dict[str, Family] = {
 
 
 class PromptLayer(DynamicLayer):
-    """One layer's keys and values of the prompts: written once, then only read.
+    """One layer's keys and values of the prompts. Responses read them and store nothing.
 
-    A response's pass stores nothing, so that it can be computed again in the backward, where an appending cache would
-    hold its tokens twice. The same goes for the prompt's own pass under activation checkpointing.
+    So both passes, the prompt's and the responses', can be computed again in the backward (memory.py), where a cache
+    that appends would hold their tokens twice.
     """
 
     read_only = False
@@ -147,9 +147,7 @@ class PromptLayer(DynamicLayer):
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         if self.read_only:
             return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
-        if not self.is_initialized:
-            self.keys, self.values, self.dtype, self.device = keys, values, keys.dtype, keys.device
-            self.is_initialized = True
+        self.keys, self.values, self.is_initialized = keys, values, True  # computed again, they are the same
         return keys, values
 
 
@@ -287,8 +285,7 @@ class Policy(nn.Module):
         config, tokenizer = self.model.config, self.processor.tokenizer
         banned = torch.zeros(config.get_text_config().vocab_size, dtype=torch.bool)
         banned[len(tokenizer) :] = True
-        ids = set(tokenizer.all_special_ids) | set(getattr(self.processor, "image_token_ids", []))
-        ids |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         ids |= {i for name, i in tokenizer.get_added_vocab().items() if re.fullmatch(self.family.banned, name)}
         names = ("image", "video", "vision_start", "vision_end", "boi", "eoi")
         ids |= {getattr(config, f"{name}_token_id", None) for name in names} - {None}

@@ -195,6 +195,21 @@ def test_a_family_that_always_tiles_gets_the_thumbnail_as_its_only_tile(kind):
     assert policy.model.model.config.image_grid_pinpoints == [[tiny.SIDE, tiny.SIDE]]
 
 
+@pytest.mark.parametrize("kind", ["smolvlm", "idefics3", "internvl", "gemma3"])
+def test_tiling_that_a_checkpoint_switches_on_stays_off(kind):
+    """An oblong picture that the image processor, as it is set, would cut up: one image, one lot of image tokens."""
+    policy, oblong = make_policy(kind), picture(128, 40)
+    ip, tokens = policy.processor.image_processor, policy.encode(PROBLEMS[:1], PICTURES[:1]).ids.shape
+    whole = ip([oblong], return_tensors="pt", **policy.family.untiled)["pixel_values"]
+    ip.do_image_splitting = ip.crop_to_patches = ip.do_pan_and_scan = True
+    ip.pan_and_scan_min_crop_size, ip.pan_and_scan_max_num_crops, ip.pan_and_scan_min_ratio_to_activate = 4, 4, 1.2
+    assert len(ip([oblong], return_tensors="pt")["pixel_values"].flatten(0, -4)) > 2
+    ours = policy.to_pixel_values([policy.to_unit_image(oblong)])["pixel_values"]
+    torch.testing.assert_close(ours, whole.view(ours.shape), atol=1e-6, rtol=0)
+    assert policy.encode(PROBLEMS[:1], [[oblong]]).ids.shape == tokens
+    assert policy.self_check()["pixels"] <= 1e-6
+
+
 def test_every_pixel_has_a_gradient(family):
     x = family.to_unit_image(picture(48, 32)).requires_grad_()
     (grad,) = torch.autograd.grad(family.to_pixel_values([x])["pixel_values"].sum(), x)

@@ -198,6 +198,18 @@ def small_run(kind: str, tmp_path):
     return tmp_path / "model", write_rows(tmp_path, list(zip(PROBLEMS, PICTURES, strict=True)))
 
 
+def test_the_configuration_reaches_the_policy(tmp_path, reward_of_text, monkeypatch):
+    model, rows = small_run("qwen2_5_vl", tmp_path)
+    seen = []
+    monkeypatch.setattr(Policy, "self_check", lambda self: seen.append(self) or {})
+    knobs = dict(micro_responses=7, checkpointing=True, min_pixels=16 * 16, max_pixels=32 * 32, freeze="vision")
+    train(model, rows, tmp_path / "out", **knobs)
+    (policy,) = seen
+    assert policy.micro_responses == 7 and policy.model.model.language_model.layers[1]._can_checkpoint_with_cache
+    size = Policy.from_pretrained(tmp_path / "out/checkpoints/step-000001").processor.image_processor.size
+    assert (size["shortest_edge"], size["longest_edge"]) == (16 * 16, 32 * 32)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_vl", "gemma3"])
 def test_a_run_with_all_recomputing_is_the_run_without(kind, tmp_path, reward_of_text):
     model, rows = small_run(kind, tmp_path)

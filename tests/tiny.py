@@ -76,7 +76,8 @@ def chat_template(image: str, start: str = "") -> str:
 
 def qwen(kind: str):
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = build_tokenizer({}, special)
+    tokenizer = build_tokenizer({}, [])
+    tokenizer.add_tokens(special)  # known from the configuration alone
     sizes = dict(patch_size=PATCH, merge_size=2, temporal_patch_size=2)
     limits = dict(size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
     classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
