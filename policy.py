@@ -3,7 +3,8 @@
 The prompt is computed once per group. Frameworks repeat a prompt and its image for each of the G responses, in sampling
 and again in scoring. Here the P prompts go through vision tower and language model once (prefill), their key/value
 cache is repeated, and only response tokens are computed per response. In scoring, gradients flow through the cache into
-the prompt, the parameters and the pixels: values and gradients equal those of the repeated way (tests/test_policy.py).
+the prompt, the parameters and the pixels: values and gradients equal those of the repeated way (tests/test_policy.py;
+for every family: tests/test_families.py). `self_check` compares again at the start of a run.
 
 Images live in [0, 1] at the size the vision tower sees (resized once, by the processor's own rule), so that an attack
 perturbs a picture; `to_pixel_values` maps them on, differentiably, to what the processor would have produced.
@@ -81,9 +82,11 @@ def qwen_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
 
 def fixed_resize(picture: Tensor, ip, untiled: dict) -> Tensor:
     """The processor's whole way (resize, crop, pad) to its one size, before it rescales and normalises."""
-    return ip([picture], do_rescale=False, do_normalize=False, return_tensors="pt", **untiled)["pixel_values"].flatten(
-        0, -4
-    )[0]
+    tiles = ip([picture], do_rescale=False, do_normalize=False, return_tensors="pt", **untiled)["pixel_values"]
+    tiles = tiles.flatten(0, -4)  # (tiles, 3, S, S)
+    if len(tiles) > (2 if hasattr(ip, "image_grid_pinpoints") else 1):  # thumbnail and one tile are one image
+        raise ValueError(f"{type(ip).__name__} cuts a picture into {len(tiles)} tiles, and only one can be attacked")
+    return tiles[0]
 
 
 def fixed_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
@@ -417,7 +420,8 @@ class Policy(nn.Module):
         if len(seeds) != len(prompts):
             raise ValueError(f"one seed an entry of prompts: got {len(seeds)} for {len(prompts)}")
         N, L = len(prompts) * n, prompts.ids.shape[1]
-        kv, *prompt = *self.prefill(prompts), prompts.mask, prompts.next_position
+        kv, hidden = self.prefill(prompts)
+        prompt = (hidden, prompts.mask, prompts.next_position)
         hidden, mask, position = (x.repeat_interleave(n, dim=0) for x in prompt)  # (N, D), (N, L), (N,)
         cache = DynamicCache()
         for layer in range(len(kv) // 2):
@@ -540,11 +544,11 @@ class Policy(nn.Module):
     def _plain_logits(self, text: str, images: list[Tensor], response: Tensor) -> Tensor:
         """The model's own forward over one prompt, as the processor gives it, and one response.   (T,) -> (T, V)"""
         inputs, T = self._tokenize(text, images).to(self.device), len(response)
-        tail = {"input_ids": response, "attention_mask": torch.ones_like(response)}  # token types: text
+        more = {"input_ids": response, "attention_mask": torch.ones_like(response)}
         for name in [name for name, x in inputs.items() if x.shape == inputs["input_ids"].shape]:
-            tail_of_it = tail.get(name, torch.zeros_like(response))
-            tail[name] = torch.cat([inputs[name], tail_of_it[None]], dim=1)
-        return self.model(**dict(inputs) | tail, use_cache=False).logits[0, -T - 1 : -1].float()
+            end = more.get(name, torch.zeros_like(response))  # token types: text
+            more[name] = torch.cat([inputs[name], end[None]], dim=1)
+        return self.model(**dict(inputs) | more, use_cache=False).logits[0, -T - 1 : -1].float()
 
     def decode(self, responses: Responses) -> list[str]:
         """The responses' text without padding and end token."""

@@ -29,6 +29,7 @@ from policy import FAMILIES, Policy  # noqa: E402
 
 KINDS = list(tiny.BUILD)
 FIXED = [kind for kind in KINDS if not kind.startswith("qwen")]
+TOLERANCE = 2e-5  # nats, or shares of a tensor's largest gradient: rounding of a sharpened model in float32
 PROBLEMS = ["how many dots ?", "which of the two pictures shows red ? look , then say 1 or 2 .", "what is 1 + 2 ?"]
 
 
@@ -210,6 +211,15 @@ def test_tiling_that_a_checkpoint_switches_on_stays_off(kind):
     assert policy.self_check()["pixels"] <= 1e-6
 
 
+@pytest.mark.parametrize("kind", ["smolvlm", "llava_next"])
+def test_a_picture_cut_into_tiles_is_refused(kind):
+    policy = make_policy(kind)
+    policy.family = policy.family._replace(untiled={})
+    policy.processor.image_processor.image_grid_pinpoints = [[tiny.SIDE, 2 * tiny.SIDE]]
+    with pytest.raises(ValueError, match="ImageProcessor cuts a picture into [35] tiles"):
+        policy.encode(PROBLEMS[:1], [[picture(96, 40)]])
+
+
 def test_every_pixel_has_a_gradient(family):
     x = family.to_unit_image(picture(48, 32)).requires_grad_()
     (grad,) = torch.autograd.grad(family.to_pixel_values([x])["pixel_values"].sum(), x)
@@ -254,10 +264,9 @@ def test_encode_equals_the_processors_chat_call(family):
 
 
 def test_shared_prompt_equals_the_plain_forward(family):
-    """One, two and no pictures in a batch: log-probs and entropies to 2e-5 nats; gradients to 2e-5 of a tensor's
-    largest entry (float32 rounding of a sharpened model; a wrong position moves a log-prob by more than 0.1)."""
+    """One, two and no pictures in a batch; log-probs, entropies, gradients. A wrong position would be above 0.1."""
     errors = compare(family)
-    assert max(errors.values()) <= 2e-5
+    assert max(errors.values()) <= TOLERANCE
 
 
 def test_a_slice_of_prompts_scores_as_in_the_whole(family):
@@ -268,7 +277,7 @@ def test_a_slice_of_prompts_scores_as_in_the_whole(family):
             rows = slice(2 * p, 2 * p + 2)
             part = family.score(prompts[p : p + 1], tokens[rows], mask[rows])
             for a, b in zip(part, whole, strict=True):
-                torch.testing.assert_close(a[mask[rows]], b[rows][mask[rows]], atol=2e-5, rtol=0)
+                torch.testing.assert_close(a[mask[rows]], b[rows][mask[rows]], atol=TOLERANCE, rtol=0)
 
 
 def test_sampled_values_equal_scored_ones(family):
@@ -276,8 +285,8 @@ def test_sampled_values_equal_scored_ones(family):
     sampled = family.sample(prompts, 3, [1, 2, 3], 6, temperature=0.9)
     with torch.no_grad():
         logprobs, entropy = family.score(prompts, sampled.tokens, sampled.mask, 0.9)
-    torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=2e-5, rtol=0)
-    torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=2e-5, rtol=0)
+    torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=TOLERANCE, rtol=0)
 
 
 def test_the_attack_raises_the_entropy(family):
@@ -380,11 +389,12 @@ def test_the_self_check_refuses_another_normalisation(family, monkeypatch):
         family.self_check()
 
 
-def test_the_self_check_refuses_another_number_of_tiles(monkeypatch):
-    policy = make_policy("smolvlm")
-    policy.family = policy.family._replace(untiled={})
+def test_the_self_check_refuses_another_number_of_patches(family, monkeypatch):
+    before = family.family.pixel_values
+    half = lambda images, ip: {k: v[..., ::2] for k, v in before(images, ip).items() if k == "pixel_values"}  # noqa: E731
+    monkeypatch.setattr(family, "family", family.family._replace(pixel_values=half))
     with pytest.raises(RuntimeError, match="pixel_values differ from the image processor's by inf"):
-        policy.self_check()
+        family.self_check()
 
 
 def test_the_self_check_refuses_a_wrong_position(family, monkeypatch):
@@ -425,14 +435,25 @@ def test_the_self_check_can_be_switched_off(tmp_path, some_reward, monkeypatch):
     train_saei.main(train_saei.load_config(off))
 
 
+def notes(policy: Policy) -> str:
+    """What FAMILIES says, in words."""
+    family = policy.family
+    size = "one size" if family.resize is policy_module.fixed_resize else "any size, min_pixels, max_pixels"
+    words = [size, *(f"{name}={value}" for name, value in family.untiled.items())]
+    words += ["thumbnail and one tile, the same image"] * family.one_tile
+    words += [f"{family.token_types} in the prompt"] if family.token_types else []
+    return ", ".join(words)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for kind in KINDS:
         policy = make_policy(kind)
         clean, attacked = attack(policy)
-        found = {"pixel_values": pixel_error(policy)} | compare(policy) | {"self-check": policy.self_check()["logits"]}
-        rows.append({"family": kind, "shared prompt": True} | found | {"entropy": clean, "attacked": attacked})
+        found = {"pixel_values": pixel_error(policy), **compare(policy)}
+        found |= {"shared prompt": max(found.values()) <= TOLERANCE, "self-check": policy.self_check()["logits"]}
+        rows.append({"family": kind, **found, "entropy": clean, "attacked": attacked, "notes": notes(policy)})
         print(rows[-1])
     (ROOT / "benchmarks/families.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -238,9 +238,9 @@ def test_a_lora_run_resumes_exactly_and_its_checkpoint_is_a_plain_model(tmp_path
             assert torch.equal(w, whole[1][name]), name
 
 
-def test_two_processes_with_text_alone_on_one(tmp_path):
-    """One process has a picture, the other none, and LLaVA's tower has weights that never get a gradient: parameters as
-    of one process (AdamW's division by tiny gradients aside)."""
+def test_two_processes_with_text_alone_on_one(tmp_path, reward_of_text):
+    """First one process has a picture and the other none, then neither; LLaVA's tower has weights that never get a
+    gradient. Parameters as of one process (apart from AdamW's division by tiny gradients)."""
     script = tmp_path / "run.py"
     script.write_text(
         "import os, sys; sys.path.insert(0, os.getcwd())\nimport train_saei\n"
@@ -249,15 +249,15 @@ def test_two_processes_with_text_alone_on_one(tmp_path):
     )
     policy = make_policy("llava")
     policy.save_pretrained(tmp_path / "model")
-    rows = write_rows(tmp_path, [(PROBLEMS[1], PICTURES[1]), (PROBLEMS[2], [])])
-    changes = dict(prompts_per_step=2, micro_prompts=1, steps=2, save_every=2, checkpointing=True, micro_responses=3)
-    loaded = {}
-    for processes in (1, 2):
-        arguments = settings(tmp_path / "model", rows, tmp_path / str(processes), **changes)
-        launch(processes, str(script), *arguments)
-        checkpoint = tmp_path / str(processes) / "checkpoints/step-000002"
-        loaded[processes] = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+    rows = [(f"{PROBLEMS[2]} {i}", []) for i in range(4)]
+    rows[train_saei.epoch_order(0, 0, 4)[0]] = (PROBLEMS[1], PICTURES[1])
+    rows = write_rows(tmp_path, rows)
+    knobs = dict(prompts_per_step=4, micro_prompts=1, checkpointing=True, micro_responses=3)
+    _, one = train(tmp_path / "model", rows, tmp_path / "1", **knobs)
+    launch(2, str(script), *settings(tmp_path / "model", rows, tmp_path / "2", **knobs))
+    two = AutoModelForImageTextToText.from_pretrained(tmp_path / "2/checkpoints/step-000001").state_dict()
     before = policy.model.state_dict()
-    flat = lambda a, b: torch.cat([(a[name] - b[name]).flatten() for name in before])  # noqa: E731
-    moved, apart = flat(loaded[1], before), flat(loaded[1], loaded[2])
-    assert moved.norm() > 1e-2 and apart.norm() < 1e-2 * moved.norm()
+    for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
+        flat = lambda a, b: torch.cat([(a[k] - b[k]).flatten() for k in before if part in k])  # noqa: B023, E731
+        moved, apart = flat(one, before), flat(one, two)
+        assert moved.norm() > 1e-3 and apart.norm() < 1e-2 * moved.norm(), part
