@@ -3,7 +3,8 @@
 The prompt is computed once per group. Frameworks repeat a prompt and its image for each of the G responses, in sampling
 and again in scoring. Here the P prompts go through vision tower and language model once (prefill), their key/value
 cache is repeated, and only response tokens are computed per response. In scoring, gradients flow through the cache into
-the prompt, the parameters and the pixels: values and gradients equal those of the repeated way (tests/test_policy.py).
+the prompt, the parameters and the pixels: values and gradients equal those of the repeated way (tests/test_policy.py;
+for every family: tests/test_families.py). `self_check` compares again at the start of a run.
 
 Images live in [0, 1] at the size the vision tower sees (resized once, by the processor's own rule), so that an attack
 perturbs a picture; `to_pixel_values` maps them on, differentiably, to what the processor would have produced.
@@ -12,9 +13,11 @@ Symbols: P prompts, n responses per prompt, N = P * n rows (a prompt's rows are 
 padded), T response tokens (right padded), V vocabulary, D hidden size.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,19 +25,42 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import SizeDict
 
 import grpo
+import memory
 import tsec
 
 # ---------------------------------------------------------------------------------------------------- model families
-# What differs between families, one entry each: how the processor resizes, and how a [0, 1] image becomes pixel_values.
+# What differs between families, one entry each in FAMILIES. A picture is resized once, by the processor's own rule and
+# with its tiling off: one [0, 1] image is attacked, and no tile or thumbnail can drift apart from another.
 
 
-def qwen_resize(image: Tensor, ip) -> Tensor:
-    """The processor's own resize: sides to multiples of patch * merge, area within its limits.   uint8 (3, H, W)"""
+class Family(NamedTuple):
+    resize: Callable  # (uint8 (3, H, W), image processor, untiled) -> uint8 (3, h, w), what the vision tower sees
+    pixel_values: Callable  # ([0, 1] images of that size, image processor) -> the model's vision inputs
+    tower: str  # of model.model: the vision tower,
+    projector: tuple[str, ...]  # and what leads from it into the language model
+    untiled: dict = {}  # arguments of the processor that switch its tiling off
+    one_tile: bool = False  # it always tiles: its grid becomes the single one of one square tile
+    token_types: str | None = None  # an input that only the prompt has: which tokens are of an image
+    counts: str | None = None  # an input: how many images each prompt has, of those that have any
+    banned: str = r"$^"  # names of further tokens that stand for images
+
+
+def normalise(x: Tensor, ip) -> Tensor:
+    """(x - mean) / std by channel.   (3, H, W) in [0, 1]"""
+    mean, std = (
+        torch.tensor(list(s), dtype=x.dtype, device=x.device).view(3, 1, 1) for s in (ip.image_mean, ip.image_std)
+    )
+    return (x - mean) / std
+
+
+def qwen_resize(picture: Tensor, ip, untiled: dict) -> Tensor:
+    """Sides to multiples of patch * merge, area within the processor's limits."""
     factor = ip.patch_size * ip.merge_size
-    return ip.resize(image, size=SizeDict(**dict(ip.size)), resample=ip.resample, factor=factor)
+    return ip.resize(picture, size=SizeDict(**dict(ip.size)), resample=ip.resample, factor=factor)
 
 
 def qwen_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
@@ -47,20 +73,86 @@ def qwen_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
     patches, grids = [], []
     for x in images:
         c, h, w = x.shape
-        mean, std = (
-            torch.tensor(list(s), dtype=x.dtype, device=x.device).view(3, 1, 1) for s in (ip.image_mean, ip.image_std)
-        )
-        z = ((x - mean) / std).reshape(c, h // (p * m), m, p, w // (p * m), m, p)
+        z = normalise(x, ip).reshape(c, h // (p * m), m, p, w // (p * m), m, p)
         z = z.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5)  # (h/pm, w/pm, m, m, c, 1, p, p)
         patches.append(z.expand(*z.shape[:5], t, p, p).reshape(-1, c * t * p * p))
         grids.append([1, h // p, w // p])
     return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grids, device=images[0].device)}
 
 
-FAMILIES: dict[str, tuple[Callable, Callable]] = {
-    "qwen2_vl": (qwen_resize, qwen_pixel_values),
-    "qwen2_5_vl": (qwen_resize, qwen_pixel_values),
+def fixed_resize(picture: Tensor, ip, untiled: dict) -> Tensor:
+    """The processor's whole way (resize, crop, pad) to its one size, before it rescales and normalises."""
+    tiles = ip([picture], do_rescale=False, do_normalize=False, return_tensors="pt", **untiled)["pixel_values"]
+    tiles = tiles.flatten(0, -4)  # (tiles, 3, S, S)
+    if len(tiles) > (2 if hasattr(ip, "image_grid_pinpoints") else 1):  # thumbnail and one tile are one image
+        raise ValueError(f"{type(ip).__name__} cuts a picture into {len(tiles)} tiles, and only one can be attacked")
+    return tiles[0]
+
+
+def fixed_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
+    """-> (B, 3, S, S)"""
+    return {"pixel_values": torch.stack([normalise(x, ip) for x in images])}
+
+
+def smolvlm_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
+    """-> (B, 1 tile, 3, S, S), and that none of it is padding"""
+    z = fixed_pixel_values(images, ip)["pixel_values"][:, None]
+    return {"pixel_values": z, "pixel_attention_mask": torch.ones_like(z[:, :, 0], dtype=torch.long)}
+
+
+def llava_next_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
+    """-> (B, 2, 3, S, S): the thumbnail and the only tile are the same image"""
+    z = fixed_pixel_values(images, ip)["pixel_values"]
+    sizes = torch.tensor([x.shape[1:] for x in images], device=z.device)
+    return {"pixel_values": torch.stack([z, z], dim=1), "image_sizes": sizes}
+
+
+QWEN = Family(qwen_resize, qwen_pixel_values, "visual", ("visual.merger", "visual.deepstack_merger_list"))
+LLAVA = Family(fixed_resize, fixed_pixel_values, "vision_tower", ("multi_modal_projector", "image_newline"))
+SMOLVLM = Family(
+    fixed_resize,
+    smolvlm_pixel_values,
+    "vision_model",
+    ("connector",),
+    untiled={"do_image_splitting": False},
+    banned=r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>",
+)
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "qwen3_vl": QWEN,
+    "smolvlm": SMOLVLM,
+    "idefics3": SMOLVLM,
+    "llava": LLAVA,
+    "llava_next": LLAVA._replace(pixel_values=llava_next_pixel_values, one_tile=True),
+    "llava_onevision": LLAVA._replace(pixel_values=llava_next_pixel_values, one_tile=True, counts="batch_num_images"),
+    "internvl": LLAVA._replace(untiled={"crop_to_patches": False}),
+    "gemma3": LLAVA._replace(untiled={"do_pan_and_scan": False}, token_types="token_type_ids"),
 }
+
+
+class PromptLayer(DynamicLayer):
+    """One layer's keys and values of the prompts. Responses read them and store nothing.
+
+    So both passes, the prompt's and the responses', can be computed again in the backward (memory.py), where a cache
+    that appends would hold their tokens twice.
+    """
+
+    read_only = False
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> "PromptLayer":
+        layer = cls()
+        layer.update(keys, values)
+        layer.read_only = True
+        return layer
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.read_only:
+            return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values, self.is_initialized = keys, values, True  # computed again, they are the same
+        return keys, values
+
 
 # ------------------------------------------------------------------------------------------------- prompts, responses
 
@@ -75,6 +167,7 @@ class Prompts:
     next_position: Tensor  # (P,) the position of the first response token
     images: list[Tensor]  # all prompts' images in order, float32 (3, H, W) in [0, 1]
     counts: list[int]  # images per prompt
+    token_types: Tensor | None = None  # (P, L), for the families whose prompt needs it
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -85,7 +178,9 @@ class Prompts:
             raise ValueError("prompts are sliced in steps of 1")
         images = self.images[sum(self.counts[:start]) : sum(self.counts[:stop])]
         positions = self.positions[..., start:stop, :]
-        return Prompts(self.ids[rows], self.mask[rows], positions, self.next_position[rows], images, self.counts[rows])
+        tokens = (self.ids[rows], self.mask[rows], positions, self.next_position[rows])
+        types = None if self.token_types is None else self.token_types[rows]
+        return Prompts(*tokens, images, self.counts[rows], types)
 
     def with_images(self, images: list[Tensor]) -> "Prompts":
         """The same questions about other images of the same sizes."""
@@ -120,8 +215,12 @@ class Policy(nn.Module):
         kind = model.config.model_type
         if kind not in FAMILIES:
             raise ValueError(f"model_type {kind!r} is not supported; supported families: {', '.join(FAMILIES)}")
-        self.model, self.processor = model, processor
-        self.resize, self.pixel_map = FAMILIES[kind]
+        self.model, self.processor, self.family = model, processor, FAMILIES[kind]
+        if self.family.one_tile:  # both count tokens by it
+            side = model.config.vision_config.image_size
+            model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = [[side, side]]
+        self.micro_responses = 0  # how many the backward holds at a time; 0: all
+        self.lora_scale = 0.0  # memory.add_lora's
         tokenizer = processor.tokenizer
         eos = model.generation_config.eos_token_id  # the only thing ever taken from generation_config
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -132,8 +231,18 @@ class Policy(nn.Module):
         self.eval()
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str, dtype: str = "float32", attention: str = "sdpa") -> "Policy":
-        """Load model and processor from a hub id or a folder. Raises ValueError when they are not a supported VLM."""
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        dtype: str = "float32",
+        attention: str = "sdpa",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> "Policy":
+        """Load model and processor from a hub id or a folder. Raises ValueError when they are not a supported VLM.
+
+        min_pixels, max_pixels: limits of a picture's area, where the family has such; None: the processor's own.
+        """
         kind = AutoConfig.from_pretrained(name_or_path).model_type
         if kind not in FAMILIES:
             raise ValueError(
@@ -143,26 +252,47 @@ class Policy(nn.Module):
         model = AutoModelForImageTextToText.from_pretrained(
             name_or_path, dtype=getattr(torch, dtype), attn_implementation=attention
         )
-        return cls(model, AutoProcessor.from_pretrained(name_or_path))
+        policy = cls(model, AutoProcessor.from_pretrained(name_or_path))
+        if min_pixels is not None or max_pixels is not None:
+            policy._limit_pixels(min_pixels, max_pixels)
+        return policy
+
+    def _limit_pixels(self, least: int | None, most: int | None) -> None:
+        kind, ip = self.model.config.model_type, self.processor.image_processor
+        if self.family.resize is not qwen_resize:
+            flexible = ", ".join(name for name, family in FAMILIES.items() if family.resize is qwen_resize)
+            raise ValueError(f"{kind} sees every picture at one size; min_pixels and max_pixels are for {flexible}")
+        least, most = least or ip.size["shortest_edge"], most or ip.size["longest_edge"]  # areas, whatever the names
+        if not 0 < least <= most:
+            raise ValueError(f"0 < min_pixels <= max_pixels, got {least} and {most}")
+        ip.size = SizeDict(shortest_edge=least, longest_edge=most)
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write a folder that AutoModelForImageTextToText and AutoProcessor load. state_dict: a gathered one."""
+        """Write a folder that AutoModelForImageTextToText and AutoProcessor load. state_dict: a gathered one.
+
+        LoRA adapters are merged into it and also written beside it, for a run to go on from them exactly.
+        """
         if state_dict is not None:
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+        if self.lora_scale:
+            state_dict = memory.save_adapters(state_dict or self.model.state_dict(), self.lora_scale, folder)
         self.model.save_pretrained(folder, state_dict=state_dict)
         self.processor.save_pretrained(folder)
 
     def _banned_tokens(self) -> Tensor:
-        """Special tokens, the end tokens apart, and ids beyond the tokenizer: never sampled, never in the distribution.
+        """Never sampled, never in the distribution: what `decode` leaves out (the end tokens apart), every token that
+        stands for an image, ids beyond the tokenizer.
 
         A sampled image token would make the number of image tokens and features differ (or pass silently here).
         """
         config, tokenizer = self.model.config, self.processor.tokenizer
         banned = torch.zeros(config.get_text_config().vocab_size, dtype=torch.bool)
         banned[len(tokenizer) :] = True
-        vision = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = set(tokenizer.all_special_ids) | {getattr(config, name) for name in vision if hasattr(config, name)}
-        banned[sorted(ids - set(self.eos_ids))] = True
+        ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids |= {i for name, i in tokenizer.get_added_vocab().items() if re.fullmatch(self.family.banned, name)}
+        names = ("image", "video", "vision_start", "vision_end", "boi", "eoi")
+        ids |= {getattr(config, f"{name}_token_id", None) for name in names} - {None}
+        banned[sorted(i for i in ids - set(self.eos_ids) if i < len(banned))] = True
         return banned
 
     # ------------------------------------------------------------------------------------------------------- encode
@@ -170,11 +300,11 @@ class Policy(nn.Module):
     def to_unit_image(self, image: Image.Image) -> Tensor:
         """Picture -> float32 (3, H, W) in [0, 1] at the processor's final size, tiling off: what is attacked."""
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        return self.resize(pixels, self.processor.image_processor).float() / 255
+        return self.family.resize(pixels, self.processor.image_processor, self.family.untiled).float() / 255
 
     def to_pixel_values(self, images: list[Tensor]) -> dict[str, Tensor]:
         """[0, 1] images at the final size -> the model's vision inputs, differentiably, equal to the processor's."""
-        return self.pixel_map(images, self.processor.image_processor)
+        return self.family.pixel_values(images, self.processor.image_processor)
 
     def encode(self, problems: list[str], images: list[list[Image.Image]], max_tokens: int | None = None) -> Prompts:
         """Questions and their pictures -> Prompts on the model's device: chat template, image tokens, positions.
@@ -184,22 +314,33 @@ class Policy(nn.Module):
         """
         units = [[self.to_unit_image(image) for image in row] for row in images]
         texts = [self.chat_text(problem, len(row)) for problem, row in zip(problems, images, strict=True)]
-        flat = [x for row in units for x in row]
-        eight_bit = [(x * 255).round().to(torch.uint8) for x in flat]  # exact: they come from 8-bit pictures
-        batch = self.processor(
-            text=texts,
-            images=eight_bit or None,
-            do_resize=False,  # done; a second time is not always the identity (extreme shapes, narrow limits)
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.device)
-        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        if max_tokens is not None and (longest := int(mask.sum(1).max())) > max_tokens:
+        rows = [self._tokenize(text, row) for text, row in zip(texts, units, strict=True)]
+        longest = max(row["input_ids"].shape[1] for row in rows)
+        if max_tokens is not None and longest > max_tokens:
             raise ValueError(f"a prompt has {longest} tokens, more than max_prompt_tokens={max_tokens}")
-        positions, next_position = self._positions(ids, mask, batch)
-        flat = [x.to(self.device) for x in flat]
-        return Prompts(ids, mask, positions, next_position, flat, [len(row) for row in units])
+
+        def left_padded(name: str, value: int = 0) -> Tensor:
+            lines = [nn.functional.pad(row[name], (longest - row[name].shape[1], 0), value=value) for row in rows]
+            return torch.cat(lines).to(self.device)  # (P, L)
+
+        ids, mask = left_padded("input_ids", self.pad_id), left_padded("attention_mask").bool()
+        positions, next_position = self._positions(ids, mask, rows, left_padded)
+        types = left_padded(self.family.token_types) if self.family.token_types else None
+        flat = [x.to(self.device) for row in units for x in row]
+        return Prompts(ids, mask, positions, next_position, flat, [len(row) for row in units], types)
+
+    def _tokenize(self, text: str, images: list[Tensor]):
+        """The processor's inputs of one prompt: each family nests and pads a batch in another way.   (1, L) each"""
+        bos = self.processor.tokenizer.bos_token
+        pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
+        return self.processor(
+            text=[text],
+            images=[pixels] if pixels else None,
+            do_resize=False,  # done; a second time is not always the identity (extreme shapes, narrow limits)
+            add_special_tokens=bos is None or not text.startswith(bos),  # the template's own, not a second one
+            return_tensors="pt",
+            **self.family.untiled,
+        )
 
     def chat_text(self, problem: str, images: int) -> str:
         """The chat template over one user message, pictures first, ending where the assistant begins."""
@@ -209,22 +350,23 @@ class Policy(nn.Module):
         messages = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
-    def _positions(self, ids: Tensor, mask: Tensor, batch) -> tuple[Tensor, Tensor]:
+    def _positions(self, ids: Tensor, mask: Tensor, rows: list, left_padded: Callable) -> tuple[Tensor, Tensor]:
         """Explicit position ids: no offset that the model remembers from another batch (rope_deltas) is ever used."""
         if not hasattr(self.model.model, "get_rope_index"):
             return (mask.cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
-        types = batch["mm_token_type_ids"]
+        types, grids = left_padded("mm_token_type_ids"), [r["image_grid_thw"] for r in rows if "image_grid_thw" in r]
         if not torch.equal(types == 1, ids == self.model.config.image_token_id):
-            raise RuntimeError("mm_token_type_ids and input_ids disagree: they were padded on different sides")
+            raise RuntimeError("mm_token_type_ids and input_ids disagree about which tokens are an image's")
+        grids = torch.cat(grids).to(self.device) if grids else None
         positions, delta = self.model.model.get_rope_index(
-            ids, mm_token_type_ids=types, image_grid_thw=batch.get("image_grid_thw"), attention_mask=mask
+            ids, mm_token_type_ids=types, image_grid_thw=grids, attention_mask=mask
         )
         return positions, mask.sum(-1) + delta[:, 0]
 
     def prompt_tokens(self, row: dict) -> int:
         """The length of a row's prompt, image tokens included."""
-        text, images = self.chat_text(row["problem"], len(row["images"])), row["images"]
-        return len(self.processor(text=[text], images=images or None)["input_ids"][0])
+        units = [self.to_unit_image(image) for image in row["images"]]
+        return self._tokenize(self.chat_text(row["problem"], len(units)), units)["input_ids"].shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -232,30 +374,33 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------------------- prefill, sample, score
 
-    def prefill(self, prompts: Prompts, n: int) -> tuple[DynamicCache, Tensor, Tensor, Tensor]:
-        """Compute each prompt once, for n rows.   -> cache, last hidden (N, D), mask (N, L), next position (N,)"""
-        cache = DynamicCache()
+    def prefill(self, prompts: Prompts) -> tuple[list[Tensor], Tensor]:
+        """Compute each prompt once.   -> keys, values of each layer in turn (P, heads, L, d); last hidden (P, D)"""
         vision = self.to_pixel_values(prompts.images) if prompts.images else {}
+        if self.family.counts and prompts.images:
+            vision[self.family.counts] = torch.tensor([n for n in prompts.counts if n], device=self.device)
+        types = {self.family.token_types: prompts.token_types} if self.family.token_types else {}
+        cache = Cache(layers=[PromptLayer() for _ in range(self.model.config.get_text_config().num_hidden_layers)])
         hidden = self.model.model(
             input_ids=prompts.ids,
             attention_mask=prompts.mask.long(),
             position_ids=prompts.positions,
             past_key_values=cache,
-            use_cache=True,
+            use_cache=False,  # makes none of its own; the one given is used, and checkpointed layers do not complain
             **vision,
+            **types,
         ).last_hidden_state[:, -1]
-        if cache.get_seq_length() != prompts.ids.shape[1]:
+        if not all(layer.is_initialized for layer in cache.layers):
             raise RuntimeError("the prompt's cache is empty: is activation checkpointing on for the language model?")
-        cache.batch_repeat_interleave(n)
-        return cache, *(x.repeat_interleave(n, dim=0) for x in (hidden, prompts.mask, prompts.next_position))
+        return [x for layer in cache.layers for x in (layer.keys, layer.values)], hidden
 
-    def respond(self, tokens: Tensor, cache: DynamicCache, mask: Tensor, position: Tensor) -> Tensor:
+    def respond(self, tokens: Tensor, cache: Cache, mask: Tensor, position: Tensor) -> Tensor:
         """Hidden states of further tokens after the cached ones.   (N, t), mask (N, L + t), (N,) -> (N, t, D)"""
         positions = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (N, t)
         if hasattr(self.model.model, "get_rope_index"):
             positions = positions.expand(3, -1, -1)
         return self.model.model(
-            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=mask.long(), position_ids=positions, past_key_values=cache, use_cache=False
         ).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -275,7 +420,12 @@ class Policy(nn.Module):
         if len(seeds) != len(prompts):
             raise ValueError(f"one seed an entry of prompts: got {len(seeds)} for {len(prompts)}")
         N, L = len(prompts) * n, prompts.ids.shape[1]
-        cache, hidden, mask, position = self.prefill(prompts, n)
+        kv, hidden = self.prefill(prompts)
+        prompt = (hidden, prompts.mask, prompts.next_position)
+        hidden, mask, position = (x.repeat_interleave(n, dim=0) for x in prompt)  # (N, D), (N, L), (N,)
+        cache = DynamicCache()
+        for layer in range(len(kv) // 2):
+            cache.update(*(x.repeat_interleave(n, dim=0) for x in kv[2 * layer : 2 * layer + 2]), layer)
         uniforms = torch.stack([_uniforms(seed, n, max_new_tokens) for seed in seeds]).view(N, -1).to(self.device)
         alive = torch.ones(N, dtype=torch.bool, device=self.device)
         eos_ids = torch.tensor(self.eos_ids, device=self.device)
@@ -301,15 +451,31 @@ class Policy(nn.Module):
 
         Differentiable in the parameters and in prompts.images. Values at padding are meaningless and finite.
         """
-        n = len(tokens) // len(prompts)
-        cache, last, prompt_mask, position = self.prefill(prompts, n)
-        hidden = last[:, None]  # (N, 1, D) predicts the first token
-        if tokens.shape[1] > 1:
-            inputs, seen = tokens[:, :-1], torch.cat([prompt_mask, mask[:, :-1]], dim=1)
-            hidden = torch.cat([hidden, self.respond(inputs, cache, seen, position)], dim=1)  # (N, T, D)
-        return self._head_in_chunks(hidden, torch.where(mask, tokens, self.eos_ids[0]), temperature)
+        kv, last = self.prefill(prompts)
+        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(len(tokens) // len(prompts))  # (N,)
+
+        def rows(tokens: Tensor, mask: Tensor, owner: Tensor, last: Tensor, *kv: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = self._response_hidden(prompts, tokens, mask, owner, last, kv)
+            return self._head_in_chunks(hidden, torch.where(mask, tokens, self.eos_ids[0]), temperature)
+
+        if not 0 < self.micro_responses < len(tokens):
+            return rows(tokens, mask, owner, last, *kv)
+        # A few responses at a time, each lot computed again in the backward: activations of one lot and of P prompts.
+        lots = zip(*(x.split(self.micro_responses) for x in (tokens, mask, owner)), strict=True)
+        parts = [checkpoint(rows, *lot, last, *kv, use_reentrant=False) for lot in lots]
+        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logprobs, entropy
 
     forward = score
+
+    def _response_hidden(self, prompts: Prompts, tokens, mask, owner, last, kv) -> Tensor:
+        """What predicts each token of rows whose prompts are owner (rows,).   -> (rows, T, D)"""
+        hidden = last[owner, None]  # (rows, 1, D) predicts the first token
+        if tokens.shape[1] == 1:
+            return hidden
+        cache = Cache(layers=[PromptLayer.of(k[owner], v[owner]) for k, v in zip(kv[::2], kv[1::2], strict=True)])
+        seen = torch.cat([prompts.mask[owner], mask[:, :-1]], dim=1)
+        return torch.cat([hidden, self.respond(tokens[:, :-1], cache, seen, prompts.next_position[owner])], dim=1)
 
     def _head_in_chunks(self, hidden: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies without a (N, T, V) tensor: chunks of tokens, recomputed in the backward.
@@ -328,6 +494,61 @@ class Policy(nn.Module):
         ]
         logprobs, entropy = (torch.cat(column).view(tokens.shape) for column in zip(*parts, strict=True))
         return logprobs, entropy
+
+    # ----------------------------------------------------------------------------------------------------- self-check
+
+    @torch.no_grad()
+    def self_check(self) -> dict[str, float]:
+        """Are our pixel_values the processor's, and the logits after the shared prompt those of the plain forward?
+
+        Two prompts of different lengths with a small picture each, two responses each. The plain way: one row at a
+        time, the processor's own inputs, the model's own positions, nothing padded or cached.
+        Returns {"pixels": largest difference, "logits": largest difference / std(logits)}; raises RuntimeError when one
+        is more than rounding: the library has changed, or the checkpoint is unlike its family.
+        """
+        kind, wide = self.model.config.model_type, 56 if self.family.one_tile else 84  # else the two tiles would differ
+        rng, problems = np.random.default_rng(0), ["How many?", "What does the picture show? Look, and answer."]
+        pictures = [Image.fromarray(rng.integers(0, 256, (56, w, 3), dtype=np.uint8)) for w in (56, wide)]
+        prompts = self.encode(problems, [[x] for x in pictures])
+        ours = self.to_pixel_values(prompts.images)["pixel_values"].flatten().cpu()
+        raw = [self.processor.image_processor([x], return_tensors="pt", **self.family.untiled) for x in pictures]
+        theirs = torch.cat([x["pixel_values"].flatten() for x in raw])
+        pixels = (ours - theirs).abs().max().item() if len(ours) == len(theirs) else float("inf")
+        if not pixels <= 1e-5:
+            raise RuntimeError(
+                f"self-check of {kind}: pixel_values differ from the image processor's by {pixels:.2g}, rounding is "
+                "below 1e-5; has the library changed? --self_check false trains on a model that sees other pictures"
+            )
+        allowed = (~self.banned).nonzero().flatten()
+        drawn = torch.randint(len(allowed), (4, 4), generator=torch.Generator().manual_seed(0)).to(self.device)
+        tokens, owner = allowed[drawn], torch.tensor([0, 0, 1, 1], device=self.device)
+        kv, last = self.prefill(prompts)
+        hidden = self._response_hidden(prompts, tokens, torch.ones_like(tokens, dtype=torch.bool), owner, last, kv)
+        texts = [self.chat_text(problem, 1) for problem in problems]
+        plain = torch.stack(
+            [self._plain_logits(texts[p], prompts[p : p + 1].images, y) for p, y in zip(owner, tokens, strict=True)]
+        )
+        shared, plain = self.logits(hidden)[..., allowed], plain[..., allowed]
+        logits = ((shared - plain).abs().max() / plain.std()).item()
+        half = torch.is_autocast_enabled(self.device.type) or next(self.parameters()).dtype == torch.bfloat16
+        # bfloat16 rounding: up to 0.37 in 24 layers of a peaked random model, where a position off by one is 1.2 to 3.2
+        limit = 0.5 if half else 1e-3
+        if not logits <= limit:
+            raise RuntimeError(
+                f"self-check of {kind}: logits after the shared prompt differ from the plain forward's by {logits:.2g} "
+                f"of their standard deviation, rounding is below {limit:g}; has the library changed? --self_check "
+                "false trains with wrong log-probs"
+            )
+        return {"pixels": pixels, "logits": logits}
+
+    def _plain_logits(self, text: str, images: list[Tensor], response: Tensor) -> Tensor:
+        """The model's own forward over one prompt, as the processor gives it, and one response.   (T,) -> (T, V)"""
+        inputs, T = self._tokenize(text, images).to(self.device), len(response)
+        more = {"input_ids": response, "attention_mask": torch.ones_like(response)}
+        for name in [name for name, x in inputs.items() if x.shape == inputs["input_ids"].shape]:
+            end = more.get(name, torch.zeros_like(response))  # token types: text
+            more[name] = torch.cat([inputs[name], end[None]], dim=1)
+        return self.model(**dict(inputs) | more, use_cache=False).logits[0, -T - 1 : -1].float()
 
     def decode(self, responses: Responses) -> list[str]:
         """The responses' text without padding and end token."""

@@ -17,6 +17,7 @@ generator: a run is the same on any number of processes (but for tsec_scope batc
 """
 
 import contextlib
+import json
 import math
 import sys
 from collections import Counter
@@ -29,13 +30,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 from transformers import HfArgumentParser
 
 import data
 import egas
 import grpo
+import memory
 import rewards
 import runs
 import tsec
@@ -53,6 +55,13 @@ class Config:
     model: str = opt("demo/confident", "ours", "hub id or folder of a vision-language model and its processor")
     dtype: str = opt("float32", "ours", "parameters' dtype: float32 | bfloat16; autocast is accelerate's to set")
     attention: str = opt("sdpa", "ours", "attention implementation: sdpa | eager | flash_attention_2")
+    min_pixels: int | None = opt(None, "ours", "smallest area of a picture, Qwen families; unset: the processor's own")
+    max_pixels: int | None = opt(None, "ours", "largest area of a picture, Qwen families: image tokens, memory")
+    freeze: str = opt("none", "ours", "what is not trained: none | vision (the tower) | vision+projector")
+    lora_rank: int = opt(0, "ours", "LoRA on the language model's projections, nothing else trained; 0: none")
+    lora_alpha: float = opt(32.0, "ours", "LoRA's scale is lora_alpha / lora_rank")
+    checkpointing: bool = opt(False, "ours", "keep each layer's input alone, compute the layer again in the backward")
+    self_check: bool = opt(True, "ours", "compare pixel_values and logits with the library's own before the first step")
     dataset: str = opt("demo", "ours", "demo, a .jsonl/.json/.parquet file, a saved data set's folder, or a hub id")
     split: str = opt("shifted/train", "ours", "the split to train on")
     bad_rows: str = opt("refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named")
@@ -96,6 +105,7 @@ class Config:
     reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
     micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
+    micro_responses: int = opt(0, "ours", "responses the backward holds at a time, computed twice for it; 0: all")
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
     warmup_steps: int = opt(0, "ours", "optimisation steps of linear warm-up")
     weight_decay: float = opt(0.01, "ours", "AdamW's weight decay")
@@ -104,6 +114,7 @@ class Config:
     def __post_init__(self):
         choices = {
             "dtype": ("float32", "bfloat16"),
+            "freeze": ("none", "vision", "vision+projector"),
             "bad_rows": ("refuse", "skip"),
             "intervention": ("none", "random", "noise", "egas"),
             "condition": ("clean", "sampled"),
@@ -125,6 +136,8 @@ class Config:
             == (self.intervention != "none"),
             "temperature > 0": self.temperature > 0,
             "lr > 0": self.lr > 0,
+            "lora_rank >= 0": self.lora_rank >= 0,
+            "micro_responses >= 0": self.micro_responses >= 0,
         }
         positive = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts"
         rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in positive.split()}
@@ -137,22 +150,37 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    accelerator = Accelerator(log_with=None if cfg.report_to == "none" else cfg.report_to, project_dir=cfg.output)
+    tracker = None if cfg.report_to == "none" else cfg.report_to
+    # a micro-batch of text alone reaches no vision parameter, and in LLaVA's towers some are never reached
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(log_with=tracker, project_dir=cfg.output, kwargs_handlers=[unused])
     if cfg.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
         raise ValueError(f"the tracker {cfg.report_to} is not installed: pip install {cfg.report_to}")
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
     first_step, source = runs.prepare_output(cfg, accelerator)
-    policy, reference = Policy.from_pretrained(source, cfg.dtype, cfg.attention), None
+    start = cfg.model if cfg.lora_rank else source  # adapters go on from the base model
+    policy, reference = Policy.from_pretrained(start, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels), None
+    memory.freeze(policy, cfg.freeze)
+    if cfg.lora_rank:
+        memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed, source if first_step else None)
+    if cfg.checkpointing:
+        memory.checkpoint_layers(policy)
+    policy.micro_responses = cfg.micro_responses
     if cfg.kl_coef:
         reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
         reference.requires_grad_(False)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, None, policy.prompt_tokens, cfg.max_prompt_tokens)
     reward_functions = load_rewards(cfg, rows[0])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
     runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))
+    if cfg.self_check:
+        with accelerator.autocast():
+            errors = policy.self_check()
+        accelerator.print("self-check: largest difference to the library's own: " + json.dumps(errors))
     log = runs.Log(cfg, accelerator, first_step)
 
     for step in log.progress(range(first_step, cfg.steps)):

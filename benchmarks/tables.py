@@ -85,9 +85,26 @@ def attack() -> str:
     return "\n".join([*out, "", note, "", *sweep])
 
 
+def families() -> str:
+    """What every family's tiny model showed."""
+    rows = json.loads((ROOT / "benchmarks/families.json").read_text())
+    numbers = ["pixel_values", "log-probs", "pixel gradient", "weight gradient"]
+    out = ["| family | shared prompt | " + " | ".join(numbers) + " | notes |", "|---|---|" + "---|" * 5]
+    for row in rows:
+        cells = [row["family"], "yes" if row["shared prompt"] else "no", *(f"{row[x]:.0e}" for x in numbers)]
+        out.append("| " + " | ".join([*cells, row["notes"]]) + " |")
+    note = (
+        "Largest differences, on tiny random models of the real classes in float32: of pixel_values to the image "
+        "processor's; of log-probs (nats) and gradients (shares of a tensor's largest entry), shared prompt against "
+        "the model's own forward, one response at a time. `python tests/test_families.py`"
+    )
+    return "\n".join([*out, "", note])
+
+
 def fill(readme: str) -> str:
     """The README with every table anew."""
-    for name, make in (("algorithm", algorithm), ("learn", learn), ("attack", attack)):
+    tables = {"algorithm": algorithm, "learn": learn, "attack": attack, "families": families}
+    for name, make in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, rest = readme.split(begin)
         readme = head + begin + make() + "\n" + end + rest.split(end)[1]

@@ -765,11 +765,11 @@ def test_a_text_model_is_refused_by_name(tmp_path):
 
 def test_an_unknown_family_is_refused_by_name(processor, tmp_path):
     model = build_model(processor.tokenizer)
-    model.config.model_type = "llava"
-    with pytest.raises(ValueError, match="'llava' is not supported.*qwen2_vl, qwen2_5_vl"):
+    model.config.model_type = "paligemma"
+    with pytest.raises(ValueError, match="'paligemma' is not supported.*qwen2_vl, qwen2_5_vl"):
         Policy(model, processor)
-    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
-    with pytest.raises(ValueError, match="'llava' model"):
+    (tmp_path / "config.json").write_text('{"model_type": "paligemma"}')
+    with pytest.raises(ValueError, match="'paligemma' model"):
         Policy.from_pretrained(tmp_path)
 
 
