@@ -1,4 +1,4 @@
-"""Rows {images, problem, answer, choices, precision, ...} from the demo, local data or the hub, checked before step one.
+"""Rows {images, problem, answer, ...} from the demo, local data or the hub, checked before the first step.
 
     rows = load_rows("demo", "plain/test", limit=100)
     rows = load_rows("my_data.jsonl")                                  # columns found by their common names
@@ -251,9 +251,10 @@ def reader(table: datasets.Dataset) -> Callable[[int], dict]:
 
 
 def by_preset(preset: Preset, table, title: str) -> Callable[[dict], dict]:
-    if missing := sorted(set(preset.columns) - set(table.column_names)):
+    found = sorted(table.column_names)
+    if missing := sorted(set(preset.columns) - set(found)):
         raise ValueError(
-            f"{title} is no copy of {preset.dataset}: without {', '.join(missing)}; found {', '.join(table.column_names)}"
+            f"{title} is no copy of {preset.dataset}: it lacks {', '.join(missing)} and has {', '.join(found)}"
         )
     return preset.row
 

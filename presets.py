@@ -3,11 +3,11 @@
     accelerate launch train_saei.py --preset geometry3k --model Qwen/Qwen2.5-VL-3B-Instruct --output out/geo
     accelerate launch eval.py --preset mathvista --model out/geo/checkpoints/step-000060 --output out/geo/mathvista
 
-A preset's row function maps a stored row to {images, problem, answer, choices, precision, ...}: images as stored (data.py
-decodes and checks), problem a text with <image> where a picture stands, answer the gold answer, choices the options in
-the order A, B, ... or None, precision the decimals to which a number counts or None. docs/data.md is the table of these
-conversions and tests/test_presets.py makes a small set of each schema. Scores are by rule, without a judge model:
-`departs` says where that leaves the official way.
+A preset's row function maps a stored row to {images, problem, answer, choices, precision, ...}: images as stored
+(data.py decodes and checks), problem a text with <image> where a picture stands, answer the gold answer, choices the
+options in the order A, B, ... or None, precision the decimals to which a number counts or None. docs/data.md is the
+table of these conversions and tests/test_presets.py makes a small set of each schema. Scores are by rule, without a
+judge model: `departs` says where that leaves the official way.
 """
 
 import re
@@ -95,7 +95,8 @@ def wemath(raw: dict) -> dict:
 def hallusionbench(raw: dict) -> dict:
     names = ("category", "subcategory", "set_id", "figure_id", "question_id", "visual_input")
     answer = {"1": "yes", "0": "no"}[str(raw["gt_answer"])]
-    return _row(raw["image"], f"{raw['question']} Answer yes or no.", answer, **{name: str(raw[name]) for name in names})
+    places = {name: str(raw[name]) for name in names}
+    return _row(raw["image"], f"{raw['question']} Answer yes or no.", answer, **places)
 
 
 def logicvista(raw: dict) -> dict:

@@ -1,4 +1,4 @@
-"""A foreign, real data set: easy-VQA (questions about 64 x 64 pictures of one coloured shape), before and after training.
+"""A foreign, real data set: easy-VQA, questions about pictures of one coloured shape, before and after training.
 
     pip install easy-vqa
     python benchmarks/easyvqa.py               # warm start, then plain GRPO and SaEI, evaluated on the test split

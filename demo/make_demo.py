@@ -231,12 +231,13 @@ def warm_start(
     phases: list[tuple[int, dict]],
     batch_size: int = 24,
     lr: float = 2e-3,
-    make: Callable[[int], dict] = partial(make_row, "plain/train", seed=1),
+    make: Callable[[int], dict] | None = None,
 ) -> None:
     """Supervised, loss on the response only. phases: (steps, {way of answering: share}), one after the other.
 
-    make(i): the i-th row; benchmarks/easy_vqa.py has rows of its own.
+    make(i): the i-th row; unset: of plain/train.
     """
+    make = make or partial(make_row, "plain/train", seed=1)
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     processor.tokenizer.padding_side = "right"
