@@ -202,7 +202,7 @@ def open_table(
             options["split"] = "train"  # a file is one split, called so
         try:
             table = datasets.load_dataset(source, config, data_files=files, **options)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ConnectionError) as error:
             raise ValueError(
                 f"{dataset} cannot be found: no local file or folder, and no hub id that can be reached ({error}); "
                 f"presets are {', '.join(PRESETS)}"
@@ -356,7 +356,7 @@ def to_row(row: dict, template: dict[str, str], folder: Path) -> dict:
     answer, choices, precision = row["answer"], row["choices"], row["precision"]
     answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
     precision = None if precision is None else int(precision)
-    rewards.accuracy_reward([""], [answer], choices=[choices], precision=[precision])  # a gold that cannot be parsed
+    rewards.accuracy_reward([""], answer=[answer], choices=[choices], precision=[precision])  # the gold can be parsed
     problem = messages[0]["content"] if len(messages) == 1 else messages
     done = {"images": [to_image(image, folder) for image in images], "problem": problem, "answer": answer}
     return row | done | {"precision": precision}
