@@ -12,9 +12,9 @@ named. Nothing is ever truncated.
 """
 
 import io
+import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -61,30 +61,28 @@ class Stream:
     The order follows from the seed alone, so that a resumed run gets the same rows: it reads up to its place again.
     """
 
-    def __init__(self, table: datasets.IterableDataset, check: Callable[[int, dict], dict | None], seed: int):
+    def __init__(self, table: datasets.IterableDataset, check: Callable, seed: int):
+        table = table.map(
+            lambda _, i: {"__index__": i}, with_indices=True
+        )  # a bad row is named by its place in the set
         self.table, self.check, self.next = table.shuffle(seed=seed, buffer_size=BUFFER), check, 0
-        self.rows = self._usable()
+        self.rows = self._endless()
 
-    def _usable(self) -> Iterable[dict]:
-        position = epoch = found = 0
-        while True:
+    def _endless(self) -> Iterator[dict]:
+        for epoch in itertools.count():
             self.table.set_epoch(epoch)
-            for raw in self.table:
-                if (row := self.check(position, raw)) is not None:
-                    found += 1
-                    yield row
-                position += 1
-            if not found:
+            empty = True
+            for _, row in self.check((raw["__index__"], raw) for raw in self.table):
+                empty = False
+                yield row
+            if empty:
                 raise ValueError("the streamed set has no usable row")
-            epoch += 1
 
     def __getitem__(self, i: int) -> dict:
         if i < self.next:
             raise IndexError(f"a stream goes forward only: row {i} after row {self.next - 1}")
-        for _ in range(self.next, i):
-            next(self.rows)
-        self.next = i + 1
-        return next(self.rows)
+        skip, self.next = i - self.next, i + 1
+        return next(itertools.islice(self.rows, skip, None))
 
 
 def load_rows(
@@ -106,6 +104,7 @@ def load_rows(
     or written by save_to_disk), or a hub id; split: its split. preset: read `dataset`, or the preset's own if that is
     "demo", as this one. template: a name of TEMPLATES or a YAML file with the keys user and, if wanted, system.
     image_column, problem_column, answer_column, choices_column: unset, the first of their common names is taken.
+    streaming: a Stream; with a limit, Rows that were read up to there.
 
     prompt_tokens(row) > max_prompt_tokens: the row is left out, and the number of such rows is said.
     Raises ValueError for an empty set, a missing column or (bad_rows "refuse") the first bad row.
@@ -114,27 +113,16 @@ def load_rows(
     if dataset == "demo":
         return demo_rows(split or "shifted/train", limit, template)
     split = split or default_split(preset, "train")
+    title, folder = f"{dataset} ({split})", Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
     table = open_table(dataset, split, dataset_config or (preset.config if preset else None), streaming)
-    title = f"{dataset} ({split})"
     convert = by_preset(preset, table, title) if preset else by_columns(table, columns)
-    words, folder = load_template(template or (preset.template if preset else "none")), folder_of(dataset)
-    bad, long = Counter(), Counter()
+    words = load_template(template or (preset.template if preset else "none"))
 
-    def check(i: int, raw: dict) -> dict | None:
-        try:
-            row = to_row(convert(raw), words, folder)
-            length = prompt_tokens(row) if prompt_tokens else 0
-        except (ValueError, OSError) as error:
-            if bad_rows == "refuse":
-                raise ValueError(f"{title}, row {i}: {error}; --bad_rows skip leaves such rows out") from error
-            bad[f"row {i}: {error}"] += 1
-            if streaming:
-                print(f"{title}: skipped {len(bad)} bad rows so far, the last was row {i}: {error}")
-            return None
-        if prompt_tokens and length > max_prompt_tokens:
-            long[i] += 1
-            return None
-        return row
+    def make(raw: dict) -> dict:
+        return to_row(convert(raw), words, folder)
+
+    def check(raws: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+        return usable(raws, make, title, bad_rows, prompt_tokens, max_prompt_tokens)
 
     if streaming and limit is None:
         return Stream(table, check, seed)
@@ -143,14 +131,41 @@ def load_rows(
     read, total = reader(table), len(table) if limit is None else min(limit, len(table))
     if total == 0:
         raise ValueError(f"{title} has no rows")
-    keep = [i for i in range(total) if check(i, read(i)) is not None]
-    if bad:
-        print(f"{title}: skipped {len(bad)} bad rows: " + "; ".join(list(bad)[:5]) + (" ..." if len(bad) > 5 else ""))
-    if long:
-        print(f"{title}: left out {len(long)} rows with more than {max_prompt_tokens} prompt tokens")
+    keep = [i for i, _ in check((i, read(i)) for i in range(total))]
     if not keep:
-        raise ValueError(f"{title} has no usable row: {len(bad)} are bad, {len(long)} are too long")
-    return Rows(lambda i: to_row(convert(read(i)), words, folder), keep)
+        raise ValueError(f"{title} has no usable row")
+    return Rows(lambda i: make(read(i)), keep)
+
+
+def usable(
+    raws: Iterable[tuple[int, dict]],
+    make: Callable[[dict], dict],
+    title: str,
+    bad_rows: str,
+    prompt_tokens: Callable[[dict], int] | None,
+    max_prompt_tokens: int | None,
+) -> Iterator[tuple[int, dict]]:
+    """(index, stored row) -> (index, row) of the good ones; others are refused, or named as they come and counted."""
+    bad = long = 0
+    for i, raw in raws:
+        try:
+            row = make(raw)
+            length = prompt_tokens(row) if prompt_tokens else 0
+        except (ValueError, OSError) as error:
+            if bad_rows == "refuse":
+                raise ValueError(f"{title}, row {i}: {error}; --bad_rows skip leaves such rows out") from error
+            bad += 1
+            if bad <= 5 or bad % 100 == 0:
+                print(f"{title}: skipped row {i}: {error} ({bad} so far)")
+            continue
+        if prompt_tokens and length > max_prompt_tokens:
+            long += 1
+            continue
+        yield i, row
+    if bad:
+        print(f"{title}: skipped {bad} bad rows")
+    if long:
+        print(f"{title}: left out {long} rows with more than {max_prompt_tokens} prompt tokens")
 
 
 # ------------------------------------------------------------------------------------------------- where rows come from
@@ -223,11 +238,6 @@ def json_files(folder: Path, split: str) -> dict[str, list[str]] | None:
     if not mine:
         raise ValueError(f"no file of {folder} is named after the split {split!r}: {', '.join(p.name for p in found)}")
     return {split: mine}
-
-
-def folder_of(dataset: str) -> Path:
-    """What image paths in a data file are relative to."""
-    return Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
 
 
 def undecoded(feature):

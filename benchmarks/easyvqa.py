@@ -63,18 +63,39 @@ def hasty(row: dict, rng: np.random.Generator) -> str:
     return f"<think>{rng.choice(make_demo.HASTY)}</think> \\boxed{{{guess}}}"
 
 
+def teach_vision(policy: Policy, rows: list[dict], steps: int, size: int = 48) -> None:
+    """The tower first, as in demo/make_demo.py: a throw-away probe tells colour and shape from its mean token."""
+    tower, probe = policy.model.model.visual, torch.nn.Linear(128, len(COLOURS) + len(SHAPES))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *probe.parameters()], lr=1e-3)
+    for step in range(steps):
+        batch = [rows[(step * size + i) % len(rows)] for i in range(size)]
+        inputs = policy.processor.image_processor([Image.open(row["image"]) for row in batch], return_tensors="pt")
+        tokens = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output.view(size, -1, 128)
+        logits = probe(tokens.mean(dim=1)).split([len(COLOURS), len(SHAPES)], dim=1)
+        colour = torch.tensor([COLOURS.index(row["colour"]) for row in batch])
+        shape = torch.tensor([SHAPES.index(row["shape"]) for row in batch])
+        loss = sum(map(torch.nn.functional.cross_entropy, logits, (colour, shape)))
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            right = [(x.argmax(1) == y).float().mean().item() for x, y in zip(logits, (colour, shape), strict=True)]
+            print(f"vision step {step + 1}: colours {right[0]:.2f}, shapes {right[1]:.2f} right", flush=True)
+
+
 def warm_start(rows: list[dict], steps: list[int]) -> None:
-    """demo/mixed taught to talk about easy-VQA's train split, into out/easy_vqa/warm."""
+    """demo/mixed taught to see and to talk about easy-VQA's train split, into out/easy_vqa/warm."""
     known = facts(rows)
-    usable = [row for row in rows if row["image"] in known]
+    usable = [row | known[row["image"]] for row in rows if row["image"] in known]
 
     def make(i: int) -> dict:
         row = usable[i % len(usable)]
-        return {"images": [Image.open(row["image"])], "problem": row["question"], **row, **known[row["image"]]}
+        return {"images": [Image.open(row["image"])], "problem": row["question"], **row}
 
     policy = Policy.from_pretrained(str(ROOT / "demo/mixed"))
-    ways = ({careful: 1.0}, {careful: 0.1, hasty: 0.9})
-    phases = list(zip(steps, ways, strict=True))
+    teach_vision(policy, usable, steps[0])
+    phases = list(zip(steps[1:], ({careful: 1.0}, {careful: 0.1, hasty: 0.9}), strict=True))
     make_demo.warm_start(policy.model, policy.processor, phases, batch_size=48, lr=1e-3, make=make)
     policy.save_pretrained(OUT / "warm")
 
@@ -89,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--warm_steps", type=int, nargs=2, default=[200, 80], help="careful answers, then the mix")
+    parser.add_argument("--warm_steps", type=int, nargs=3, default=[150, 300, 80], help="tower, careful, the mix")
     args = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)
