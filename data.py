@@ -266,7 +266,14 @@ def by_preset(preset: Preset, table, title: str) -> Callable[[dict], dict]:
         raise ValueError(
             f"{title} is no copy of {preset.dataset}: it lacks {', '.join(missing)} and has {', '.join(found)}"
         )
-    return preset.row
+
+    def convert(raw: dict) -> dict:
+        try:
+            return preset.row(raw)
+        except (KeyError, TypeError, AttributeError) as error:  # None or another kind of value in a column
+            raise ValueError(f"not as in {preset.dataset}: {error!r}") from error
+
+    return convert
 
 
 def by_columns(table, columns: dict[str, str | None]) -> Callable[[dict], dict]:
@@ -282,8 +289,9 @@ def by_columns(table, columns: dict[str, str | None]) -> Callable[[dict], dict]:
         choices = raw[names["choices"]] if "choices" in names else None
         if choices is not None and not isinstance(choices, list):
             raise ValueError(f"choices must be a list of texts, got {choices!r:.80}")
+        choices = [str(choice) for choice in choices or []] or None
         row = {name: raw[name] for name in others} | {"images": raw[names["image"]] if "image" in names else None}
-        row |= {"problem": raw[names["problem"]], "answer": raw[names["answer"]], "choices": choices or None}
+        row |= {"problem": raw[names["problem"]], "answer": raw[names["answer"]], "choices": choices}
         messages, embedded = to_messages(row["problem"])
         messages[-1]["content"] = with_choices(messages[-1]["content"], row["choices"])
         if embedded and row["images"]:
@@ -320,15 +328,14 @@ def to_messages(problem: object) -> tuple[list[dict], list]:
         raise ValueError("the problem is empty" if not problem else f"the problem is no text: {problem!r:.80}")
     messages, pictures = [], []
     for message in problem:
-        content = message["content"]
-        for part in content if isinstance(content, list) else []:
-            if part["type"] not in ("text", "image"):
-                raise ValueError(f"a message has a part of type {part['type']!r}: only text and image are known")
+        content, text = message.get("content"), ""
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+            if part.get("type") not in ("text", "image"):
+                raise ValueError(f"a message has a part of type {part.get('type')!r}: only text and image are known")
+            text += "<image>" if part["type"] == "image" else part["text"] or ""
             if part["type"] == "image" and part.get("image") is not None:
                 pictures.append(part["image"])
-        if isinstance(content, list):
-            content = "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
-        messages.append({"role": message["role"], "content": content})
+        messages.append({"role": message["role"], "content": text})
     if messages[-1]["role"] != "user":
         raise ValueError(f"the prompt must end with the user's message, not with the {messages[-1]['role']}'s")
     return messages, pictures

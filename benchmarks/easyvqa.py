@@ -95,7 +95,7 @@ def warm_start(rows: list[dict], steps: list[int]) -> None:
 
     policy = Policy.from_pretrained(str(ROOT / "demo/mixed"))
     teach_vision(policy, usable, steps[0])
-    phases = list(zip(steps[1:], ({careful: 1.0}, {careful: 0.1, hasty: 0.9}), strict=True))
+    phases = list(zip(steps[1:], ({careful: 1.0}, {careful: 0.15, hasty: 0.85}), strict=True))
     make_demo.warm_start(policy.model, policy.processor, phases, batch_size=48, lr=1e-3, make=make)
     policy.save_pretrained(OUT / "warm")
 
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--problems", type=int, default=1000)
-    parser.add_argument("--warm_steps", type=int, nargs=3, default=[150, 300, 80], help="tower, careful, the mix")
+    parser.add_argument("--warm_steps", type=int, nargs=3, default=[600, 800, 60], help="tower, careful, the mix")
     args = parser.parse_args()
     torch.set_num_threads(1)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -248,9 +248,9 @@ def test_text_alone_has_to_be_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["choices", "options"])
 def test_choices_are_listed_and_go_to_the_reward(tmp_path, picture, name):
-    path = write(tmp_path, [good(**{name: ["red", "blue"]}, solution="blue"), good(**{name: None})])
+    path = write(tmp_path, [good(**{name: [7, 8]}, solution="8"), good(**{name: None})])
     listed, plain = load_rows(path)
-    assert (listed["problem"], listed["choices"]) == ("How many?\nChoices:\nA. red\nB. blue", ["red", "blue"])
+    assert (listed["problem"], listed["choices"]) == ("How many?\nChoices:\nA. 7\nB. 8", ["7", "8"])
     assert (plain["problem"], plain["choices"], plain["precision"]) == ("How many?", None, None)
 
 
@@ -369,6 +369,7 @@ def test_pictures_within_messages(tmp_path, picture):
         ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "end with the user's message"),
         ([{"role": "user", "content": [{"type": "video"}]}], "a part of type 'video'"),
         ([{"role": "user", "content": [{"type": "text", "text": " "}]}], "the problem is empty"),
+        ([{"role": "user", "content": None}], "the problem is empty"),
         ([], "the problem is empty"),
     ],
 )

@@ -216,6 +216,12 @@ def test_an_evaluation_set_is_not_trained_on_by_accident(tmp_path):
     assert evaluation.EvalConfig("m", "o", dataset="geometry3k").splits == ["test"]
 
 
+def test_a_row_unlike_the_hubs_is_a_bad_row(tmp_path):
+    for name, changes in (("clevr_count", {"solution": None}), ("hallusionbench", {"gt_answer": "2"})):
+        with pytest.raises(ValueError, match=f"row 0: not as in {PRESETS[name].dataset}: (TypeError|KeyError)"):
+            data.load_rows(copy_of(name, tmp_path, **changes), "test", preset=name)
+
+
 # --------------------------------------------------------------------------------------------------------- choices
 
 
