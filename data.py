@@ -100,9 +100,11 @@ def load_rows(
     seed: int = 0,
     **columns: str | None,
 ) -> Rows | Stream:
-    """dataset: "demo", a preset's name, a .json/.jsonl/.parquet file, a folder (of images with metadata, of such files,
-    or written by save_to_disk), or a hub id; split: its split. preset: read `dataset`, or the preset's own if that is
-    "demo", as this one. template: a name of TEMPLATES or a YAML file with the keys user and, if wanted, system.
+    """The rows of a split, checked.
+
+    dataset: "demo", a preset's name, a .json/.jsonl/.parquet/.csv file, a folder (of images with metadata, of such
+    files, or written by save_to_disk), or a hub id. preset: read it, or the preset's own set if it is "demo", as this
+    entry of presets.py. template: a name of TEMPLATES or a YAML file with the keys user and, if wanted, system.
     image_column, problem_column, answer_column, choices_column: unset, the first of their common names is taken.
     streaming: a Stream; with a limit, Rows that were read up to there.
 
@@ -200,9 +202,11 @@ def open_table(
     dataset: str, split: str, config: str | None = None, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
     """The split as it is stored, or a stream of it with images undecoded."""
-    path, kinds = Path(dataset), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    path, kinds = Path(dataset), {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
     if path.suffix in kinds and not path.exists():
         raise ValueError(f"{dataset} does not exist")
+    if path.is_file() and path.suffix not in kinds:
+        raise ValueError(f"{dataset}: only files ending in {', '.join(kinds)} can be read")
     if path.is_dir() and any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         table = datasets.load_from_disk(dataset)
         if isinstance(table, datasets.DatasetDict):

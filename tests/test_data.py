@@ -177,6 +177,12 @@ def test_folder_of_parquet_shards_as_the_hub_has_them(tmp_path):
     assert [row["answer"] for row in load_rows(str(tmp_path), "train")] == ["0", "1"]  # whole numbers become texts
 
 
+def test_csv_with_paths(tmp_path, picture):
+    (tmp_path / "rows.csv").write_text("image,question,answer\na.png,How many?,3\n")
+    (row,) = load_rows(str(tmp_path / "rows.csv"))
+    assert (row["problem"], row["answer"], row["images"][0].size) == ("How many?", "3", (60, 40))
+
+
 def test_json_array_and_absolute_paths(tmp_path):
     paint(tmp_path / "elsewhere", a="blue")
     path = tmp_path / "rows.json"
@@ -187,6 +193,9 @@ def test_json_array_and_absolute_paths(tmp_path):
 def test_what_cannot_be_found_is_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
         load_rows("nowhere.jsonl")
+    (tmp_path / "a.xlsx").write_bytes(b"x")
+    with pytest.raises(ValueError, match="a.xlsx: only files ending in .json, .jsonl, .parquet, .csv can be read"):
+        load_rows(str(tmp_path / "a.xlsx"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="nobody/nothing cannot be found: no local file.*presets are geometry3k"):
         load_rows("nobody/nothing")
@@ -361,6 +370,9 @@ def test_pictures_within_messages(tmp_path, picture):
     row = {"messages": [{"role": "user", "content": content}], "answer": "yes"}
     (row,) = load_rows(write(tmp_path, [row]), problem_column="messages", image_column="none")
     assert (row["problem"], row["images"][0].size) == ("<image>Red?", (60, 40))
+    row = {"messages": [{"role": "user", "content": content}], "answer": "yes", "image": "a.png"}
+    with pytest.raises(ValueError, match="row 0: pictures stand both in the messages and in the image column"):
+        load_rows(write(tmp_path, [row]), problem_column="messages")
 
 
 @pytest.mark.parametrize(
