@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from inspect import signature
 from pathlib import Path
 
 import datasets
@@ -239,6 +240,7 @@ def json_files(folder: Path, split: str) -> dict[str, list[str]] | None:
     if not found:
         return None
     mine = [str(p) for p in found if split in p.stem or p.parent.name == split]
+    mine = [str(p) for p in found] if len(found) == 1 and split == "train" else mine  # a file is one split, called so
     if not mine:
         raise ValueError(f"no file of {folder} is named after the split {split!r}: {', '.join(p.name for p in found)}")
     return {split: mine}
@@ -284,7 +286,8 @@ def by_columns(table, columns: dict[str, str | None]) -> Callable[[dict], dict]:
     """raw row -> {images, problem, answer, choices, precision} by column names, and the other columns but pictures."""
     found = list(table.column_names)
     names = find_columns(found, {name.removesuffix("_column"): column for name, column in columns.items()})
-    if clash := sorted({"completions", "rewards"} & set(found)):  # names of arguments of the rewards
+    arguments = {**signature(rewards.total_reward).parameters, **signature(rewards.accuracy_reward).parameters}
+    if clash := sorted((set(arguments) - {"answer", "choices", "precision"}) & set(found)):
         raise ValueError(f"a column must not be called {' or '.join(clash)}: rename it")
     features = table.features or {}
     others = [x for x in found if x not in names.values() and undecoded(features.get(x)) == features.get(x)]

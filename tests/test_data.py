@@ -166,6 +166,9 @@ def test_folder_of_json_files_beside_pictures(tmp_path):
     assert row["problem"] == "<image> or <image>, test?" and colours(row["images"]) == [RED, BLUE]
     with pytest.raises(ValueError, match="no file of .* is named after the split 'val': test.jsonl, train.jsonl"):
         load_rows(str(tmp_path), "val")
+    (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
+    (tmp_path / "test.jsonl").unlink()
+    assert load_rows(str(tmp_path))[0]["problem"] == "<image> or <image>, train?"
 
 
 def test_folder_of_parquet_shards_as_the_hub_has_them(tmp_path):
