@@ -219,6 +219,14 @@ def test_every_form_of_image(tmp_path, picture):
             data.to_image(nothing, tmp_path)
 
 
+def test_further_pictures_do_not_go_to_rewards_and_logs(tmp_path, picture):
+    row = {"image": "a.png", "thumbnail": str(tmp_path / "a.png"), "problem": "?", "answer": "1", "source": "mine"}
+    features = datasets.Features({name: datasets.Value("string") for name in row} | {"thumbnail": datasets.Image()})
+    datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "t.parquet")
+    (row,) = load_rows(str(tmp_path / "t.parquet"))
+    assert "thumbnail" not in row and row["source"] == "mine" and len(row["images"]) == 1
+
+
 def test_a_broken_picture_in_an_image_column_is_a_bad_row(tmp_path, picture, capsys):
     """Not the end of the reader: images are stored undecoded until a row is checked."""
     features = datasets.Features(

@@ -265,7 +265,8 @@ def test_wemath_scores_by_hand():
     """One composite of each kind: mastered, by rote (strict only, then both), not generalised, not known."""
     records = composite("a", True, True, True) + composite("b", True, True, False, True)
     records += composite("c", True, False, False) + composite("d", False, True, True)
-    records += composite("e", False, True, False) + composite("f", True, True, True)[:2]  # f: its composite is missing
+    records += composite("e", False, True, False)
+    records += composite("f", True, True, True)[:2] + composite("g", True, True, True)[1:]  # a part of each is missing
     scores = presets.wemath_scores(records)
     assert (scores["composites"], scores["IK"], scores["IG"]) == (5, 1, 1)
     assert (scores["RM strict"], scores["RM loose"]) == (2, 1)
