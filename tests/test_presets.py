@@ -280,8 +280,9 @@ def test_hallusionbench_scores_by_hand():
         return place | {"greedy_right": right}
 
     records = [record("VD", "0", "0", 1.0), record("VD", "0", "1", 1.0), record("VD", "1", "0", 0.0)]
-    records += [record("VD", "1", "1", 1.0), record("VS", "0", "0", 0.0)]  # the last has no figure
-    assert presets.hallusionbench_scores(records) == {"aAcc": 3 / 5, "fAcc": 1 / 2, "qAcc": 1 / 3}
+    records += [record("VD", "1", "1", 1.0), record("VD", "2", "1", 1.0), record("VS", "0", "0", 0.0)]
+    # figures: 0 and 2 of three (the last record has none); questions: VD 1 of VD 0, VD 1 and VS 0
+    assert presets.hallusionbench_scores(records) == {"aAcc": 4 / 6, "fAcc": 2 / 3, "qAcc": 1 / 3}
 
 
 def test_mathverse_mean_of_each_version():
@@ -289,6 +290,18 @@ def test_mathverse_mean_of_each_version():
         {"problem_version": v, "greedy_right": r} for v, r in (("Text Lite", 1.0), ("Text Lite", 0.0), ("V", 1.0))
     ]
     assert presets.mathverse_versions(records) == {"Text Lite": 0.5, "V": 1.0}
+
+
+def test_eval_grades_with_the_choices(tiny, tmp_path, monkeypatch):
+    def accuracy(completions, answer, choices, precision, **columns):
+        assert answer == ["B"] * len(completions) and precision == [None] * len(completions)
+        assert choices == [["200.96", "3215.36", "6280", "32", "No correct answer"]] * len(completions)
+        return [1.0] * len(completions)
+
+    monkeypatch.setattr(rewards, "accuracy_reward", accuracy)
+    settings = {"preset": "wemath", "dataset": copy_of("wemath", tmp_path), "samples": 2, "k": [1], "max_new_tokens": 4}
+    result = evaluation.main(evaluation.EvalConfig(tiny, str(tmp_path / "out"), **settings))
+    assert result["splits"]["testmini"]["greedy"][0] == 1.0
 
 
 def test_eval_reports_them_and_says_that_it_scored_by_rule(tiny, tmp_path, capsys):
