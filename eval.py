@@ -1,6 +1,7 @@
 """Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy on named splits, with 95% intervals.
 
     accelerate launch eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
+    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista --output out/mathvista
 
 Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json (the numbers) and
 <output>.jsonl (one line a problem: what was answered). Processes share the problems; the numbers do not depend on how.
@@ -35,9 +36,22 @@ from policy import Policy
 class EvalConfig:
     model: str = field(metadata={"help": "checkpoint folder or hub id"})
     output: str = field(metadata={"help": "where to write, without ending: <output>.json and <output>.jsonl"})
-    dataset: str = field(default="demo", metadata={"help": "as train_saei.py's"})
-    splits: list[str] = field(default_factory=lambda: ["plain/test"], metadata={"help": "one or several splits"})
-    problems: int = field(default=1000, metadata={"help": "at most so many of each split, from its start"})
+    dataset: str = field(default="demo", metadata={"help": "this and the next seven as train_saei.py's"})
+    preset: str | None = field(default=None, metadata={"help": "an entry of presets.py"})
+    dataset_config: str | None = field(default=None, metadata={"help": "the hub set's configuration"})
+    image_column: str | None = field(default=None, metadata={"help": "unset: images, image; none: no such column"})
+    problem_column: str | None = field(default=None, metadata={"help": "unset: problem, question, prompt"})
+    answer_column: str | None = field(default=None, metadata={"help": "unset: answer, solution, ground_truth"})
+    choices_column: str | None = field(default=None, metadata={"help": "unset: choices, options"})
+    template: str | None = field(default=None, metadata={"help": "boxed | tags | none | a YAML file"})
+    streaming: bool = field(default=False, metadata={"help": "read only the first --problems rows of a hub set"})
+    bad_rows: str = field(default="refuse", metadata={"help": "refuse | skip: left out, counted and named"})
+    splits: list[str] = field(
+        default_factory=list, metadata={"help": "one or several; unset: the preset's, test, or the demo's plain/test"}
+    )
+    problems: int | None = field(
+        default=None, metadata={"help": "at most so many of each split, from its start; unset: all, of the demo 1000"}
+    )
     samples: int = field(default=8, metadata={"help": "n, sampled responses per problem"})
     k: list[int] = field(default_factory=lambda: [1, 8], metadata={"help": "the k of pass@k, each at most n"})
     temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
@@ -47,6 +61,14 @@ class EvalConfig:
     dtype: str = field(default="float32", metadata={"help": "parameters' dtype: float32 | bfloat16"})
 
     def __post_init__(self):
+        self.preset_found, source = data.find_preset(self.preset, self.dataset)
+        if source == "demo":
+            self.splits, self.problems = self.splits or ["plain/test"], self.problems or 1000
+        self.splits = self.splits or [data.default_split(self.preset_found, "test")]
+        if self.bad_rows not in ("refuse", "skip"):
+            raise ValueError(f"bad_rows must be refuse or skip, got {self.bad_rows!r}")
+        if self.streaming and self.problems is None:
+            raise ValueError("with streaming say how many problems to read: --problems")
         if not self.k or not all(1 <= k <= self.samples for k in self.k):
             raise ValueError(f"every k must be between 1 and samples={self.samples}, got {self.k}")
         if self.temperature <= 0:
@@ -76,7 +98,8 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalC
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1).mean(dim=1).tolist()
     records = []
     for row, best, responses, h in zip(rows, greedy, texts, entropy, strict=True):
-        right = rewards.accuracy_reward([best, *responses], [row["answer"]] * (1 + cfg.samples))
+        columns = {name: [value] * (1 + cfg.samples) for name, value in row.items() if name != "images"}
+        right = rewards.accuracy_reward([best, *responses], **columns)
         record = {name: value for name, value in row.items() if name != "images"}
         record |= {"greedy": best, "greedy_right": right[0], "responses": responses, "right": right[1:], "entropy": h}
         records.append(record)
@@ -85,7 +108,8 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalC
 
 def evaluate_split(policy: Policy, split: str, cfg: EvalConfig, accelerator: Accelerator) -> list[dict]:
     """All processes' records of a split, in its order, on every process; each row exactly once."""
-    rows = data.load_rows(cfg.dataset, split, limit=cfg.problems)
+    options = {name: getattr(cfg, name) for name in data.OPTIONS}
+    rows = data.load_rows(cfg.dataset, split, cfg.bad_rows, cfg.problems, **options)
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     records = []
     for start in tqdm(
@@ -117,17 +141,25 @@ def main(cfg: EvalConfig) -> dict:
     result = {"model": cfg.model, "dataset": cfg.dataset, "n_samples": cfg.samples, "temperature": cfg.temperature}
     result |= {"seed": cfg.seed, "seconds": round(time.time() - start, 1)}
     result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
+    if preset := cfg.preset_found:
+        result |= {"preset": preset.dataset, "by_rule": preset.departs}
+        if preset.summary:
+            result["official"] = {split: preset.summary(found) for split, found in records.items()}
     if accelerator.is_main_process:
         out = Path(cfg.output)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
-        lines = [json.dumps(record) + "\n" for found in records.values() for record in found]
+        lines = [json.dumps(record, default=str) + "\n" for found in records.values() for record in found]
         out.with_name(out.name + ".jsonl").write_text("".join(lines))
         names = ["greedy", *(f"pass@{k}" for k in cfg.k), "entropy"]
         print(f"{'split':16}" + "".join(f"{name:>22}" for name in names))
         for split, numbers in result["splits"].items():
             cells = [f"{numbers[x][0]:.3f} [{numbers[x][1]:.3f}, {numbers[x][2]:.3f}]" for x in names]
             print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
+        for split, numbers in result.get("official", {}).items():
+            print(f"{split:16}" + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
+        if cfg.preset_found:
+            print(f"scored by rule, greedy answers; {cfg.preset_found.departs}")
     return result
 
 

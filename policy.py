@@ -306,7 +306,9 @@ class Policy(nn.Module):
         """[0, 1] images at the final size -> the model's vision inputs, differentiably, equal to the processor's."""
         return self.family.pixel_values(images, self.processor.image_processor)
 
-    def encode(self, problems: list[str], images: list[list[Image.Image]], max_tokens: int | None = None) -> Prompts:
+    def encode(
+        self, problems: list[str | list[dict]], images: list[list[Image.Image]], max_tokens: int | None = None
+    ) -> Prompts:
         """Questions and their pictures -> Prompts on the model's device: chat template, image tokens, positions.
 
         Raises ValueError for an empty problem or a prompt longer than max_tokens: a prompt is never truncated, as that
@@ -342,13 +344,27 @@ class Policy(nn.Module):
             **self.family.untiled,
         )
 
-    def chat_text(self, problem: str, images: int) -> str:
-        """The chat template over one user message, pictures first, ending where the assistant begins."""
-        if not problem.strip():
+    def chat_text(self, problem: str | list[dict], images: int) -> str:
+        """The chat template over a user's text or over messages, ending where the assistant begins.
+
+        A picture stands where the text says <image>; if it nowhere does, all stand before the first user's text.
+        """
+        messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
+        if not messages[-1]["content"].strip():
             raise ValueError("the problem is empty")
-        content = [{"type": "image"}] * images + [{"type": "text", "text": problem}]
-        messages = [{"role": "user", "content": content}]
-        return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        marks = sum(message["content"].count("<image>") for message in messages)
+        if marks not in (0, images):
+            raise ValueError(f"the problem has {marks} <image> marks for {images} images")
+        chat, unmarked = [], images - marks
+        for message in messages:
+            first, *texts = message["content"].split("<image>")
+            parts = [{"type": "text", "text": first}]
+            for text in texts:
+                parts += [{"type": "image"}, {"type": "text", "text": text}]
+            if message["role"] == "user":
+                parts, unmarked = [{"type": "image"}] * unmarked + parts, 0
+            chat.append({"role": message["role"], "content": [part for part in parts if part.get("text") != ""]})
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _positions(self, ids: Tensor, mask: Tensor, rows: list, left_padded: Callable) -> tuple[Tensor, Tensor]:
         """Explicit position ids: no offset that the model remembers from another batch (rope_deltas) is ever used."""

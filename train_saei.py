@@ -62,8 +62,20 @@ class Config:
     lora_alpha: float = opt(32.0, "ours", "LoRA's scale is lora_alpha / lora_rank")
     checkpointing: bool = opt(False, "ours", "keep each layer's input alone, compute the layer again in the backward")
     self_check: bool = opt(True, "ours", "compare pixel_values and logits with the library's own before the first step")
-    dataset: str = opt("demo", "ours", "demo, a .jsonl/.json/.parquet file, a saved data set's folder, or a hub id")
-    split: str = opt("shifted/train", "ours", "the split to train on")
+    dataset: str = opt("demo", "ours", "demo, a preset's name, a .jsonl/.json/.parquet file, a folder, or a hub id")
+    preset: str | None = opt(None, "ours", "read the data set as this entry of presets.py; alone: the set it names")
+    dataset_config: str | None = opt(None, "ours", "the hub set's configuration; unset: the preset's, or none")
+    split: str | None = opt(
+        None, "ours", "the split to train on; unset: the preset's, train, or the demo's shifted/train"
+    )
+    image_column: str | None = opt(None, "ours", "unset: images, image; none: text alone, or pictures within messages")
+    problem_column: str | None = opt(None, "ours", "text or messages; unset: problem, question, prompt")
+    answer_column: str | None = opt(None, "ours", "unset: answer, solution, ground_truth")
+    choices_column: str | None = opt(None, "ours", "list of options; unset: choices, options, or there are none")
+    template: str | None = opt(
+        None, "ours", "boxed | tags | none | a YAML file with user, system; unset: the preset's, none"
+    )
+    streaming: bool = opt(False, "ours", "do not store the set: rows are read, and checked, as they come")
     bad_rows: str = opt("refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named")
     max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
     output: str = opt("out/demo", "ours", "the run's folder")
@@ -169,7 +181,9 @@ def main(cfg: Config) -> None:
     if cfg.kl_coef:
         reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
         reference.requires_grad_(False)
-    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, None, policy.prompt_tokens, cfg.max_prompt_tokens)
+    options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
+    limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
+    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
     reward_functions = load_rewards(cfg, rows[0])
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -184,7 +198,7 @@ def main(cfg: Config) -> None:
     log = runs.Log(cfg, accelerator, first_step)
 
     for step in log.progress(range(first_step, cfg.steps)):
-        indices = my_rows(cfg, step, len(rows), accelerator)
+        indices = my_rows(cfg, step, None if cfg.streaming else len(rows), accelerator)
         batch = [rows[i] for i in indices]
         prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
         sampling = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
@@ -505,10 +519,13 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def my_rows(cfg: Config, step: int, n: int, accelerator: Accelerator) -> list[int]:
-    """This process's share of the step's rows; the rows are shuffled anew each epoch, and no batch is short."""
+def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> list[int]:
+    """This process's share of the step's rows; the n rows are shuffled anew each epoch, and no batch is short.
+
+    n None: a stream, which comes shuffled and is read in its order.
+    """
     stream = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
-    rows = [int(epoch_order(cfg.seed, i // n, n)[i % n]) for i in stream]
+    rows = [int(epoch_order(cfg.seed, i // n, n)[i % n]) if n else i for i in stream]
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 

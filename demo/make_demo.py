@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -229,15 +231,20 @@ def warm_start(
     phases: list[tuple[int, dict]],
     batch_size: int = 24,
     lr: float = 2e-3,
+    make: Callable[[int], dict] | None = None,
 ) -> None:
-    """Supervised, loss on the response only. phases: (steps, {way of answering: share}), one after the other."""
+    """Supervised, loss on the response only. phases: (steps, {way of answering: share}), one after the other.
+
+    make(i): the i-th row; unset: of plain/train.
+    """
+    make = make or partial(make_row, "plain/train", seed=1)
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     processor.tokenizer.padding_side = "right"
     started, model, losses = time.time(), model.train(), []
     schedule = [ways for steps, ways in phases for _ in range(steps)]
     for step, ways in enumerate(schedule):
-        rows = [make_row("plain/train", step * batch_size + i, seed=1) for i in range(batch_size)]
+        rows = [make(step * batch_size + i) for i in range(batch_size)]
         chosen = rng.choice(list(ways), size=batch_size, p=list(ways.values()))
         problems = ["Look." if way is look else row["problem"] for way, row in zip(chosen, rows, strict=True)]
         answers = [way(row, rng) + "<|im_end|>" for way, row in zip(chosen, rows, strict=True)]
