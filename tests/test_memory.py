@@ -227,7 +227,7 @@ def test_a_lora_run_resumes_exactly_and_its_checkpoint_is_a_plain_model(tmp_path
     lora = dict(lora_rank=2, lora_alpha=4.0, lr=1e-2)
     whole = train(model, rows, tmp_path / "whole", steps=3, **lora)
     train(model, rows, tmp_path / "parts", steps=2, **lora)
-    parts = train(model, rows, tmp_path / "parts", steps=3, resume=True, **lora)
+    parts = train(model, rows, tmp_path / "parts", steps=3, resume=True, self_check=False, **lora)
     assert parts[0] == whole[0] and all(torch.equal(w, parts[1][name]) for name, w in whole[1].items())
     before = AutoModelForImageTextToText.from_pretrained(model).state_dict()
     assert before.keys() == whole[1].keys()
