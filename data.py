@@ -57,7 +57,7 @@ class Rows(Sequence):
 
 
 class Stream:
-    """stream[i], i never falling: the i-th usable row of an endless stream, epoch after epoch, each checked when it comes.
+    """stream[i], i never falling: the i-th usable row of endless epochs, each checked when it comes.
 
     The order follows from the seed alone, so that a resumed run gets the same rows: it reads up to its place again.
     """
