@@ -57,7 +57,7 @@ class Rows(Sequence):
 
 
 class Stream:
-    """stream[i], i growing: the i-th usable row of an endless stream, epoch after epoch, each checked when it comes.
+    """stream[i], i never falling: the i-th usable row of endless epochs, each checked when it comes.
 
     The order follows from the seed alone, so that a resumed run gets the same rows: it reads up to its place again.
     """
@@ -80,10 +80,12 @@ class Stream:
                 raise ValueError("the streamed set has no usable row")
 
     def __getitem__(self, i: int) -> dict:
-        if i < self.next:
+        if i < self.next - 1:
             raise IndexError(f"a stream goes forward only: row {i} after row {self.next - 1}")
-        skip, self.next = i - self.next, i + 1
-        return next(itertools.islice(self.rows, skip, None))
+        if i >= self.next:
+            skip, self.next = i - self.next, i + 1
+            self.last = next(itertools.islice(self.rows, skip, None))
+        return self.last
 
 
 def load_rows(
