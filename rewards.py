@@ -21,10 +21,11 @@ What equal means (`grade`; both answers are parsed by the same rules, so a data 
     the rest   by algebra (math-verify): 2\sqrt{3} = \sqrt{12}, (x+1)^2 = x^2+2x+1, 2x - y = 1 as y = 2x - 1
 A miss costs less than a false reward: what is doubtful is wrong.
 
-Bounded and safe: text from the model is never executed, and the time is linear in its length. Whatever needs algebra is
-decided in a process forked for that one question, which dies after 0.5 s of CPU time, 2 s of wall time or 1 GiB: the
-answer is then wrong. So a grade takes at most 2 s in any thread or process (threads queue for one worker, which starts
-in about a second, on the first such question, and ends with its parent). Needs os.fork for it: Linux or macOS.
+Bounded and safe: text from the model is never executed, and the time is linear in its length. Whatever needs algebra
+is decided in a process forked for that one question, which ends after 0.5 s of CPU time, 1.5 s of wall time or at
+1 GiB: the answer is then wrong. So a grade takes at most 2 s, in any thread or process; threads wait for their turn.
+One worker a process forks them: it starts in about a second, with the first such question, is replaced when it was
+killed, and ends with its parent. Needs os.fork: Linux or macOS.
 
 Symbols: N = P*G completions (P prompts, G responses each), lists of N in, lists of N floats out, with TRL's signature.
 Standard library, and math-verify (pip install math-verify) once an answer needs algebra.
@@ -49,6 +50,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Real
@@ -64,7 +66,7 @@ _BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{")  # one backslash, or two where th
 _BRACE = re.compile(_BOX.pattern + r"|\\.|[{}]", re.DOTALL)  # \{ and \} are characters, not braces
 _TAG = re.compile(r"</?(?:think|answer)>")
 _PHRASE = re.compile(r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.IGNORECASE)
-_LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\**([A-Z])\**(?:\)|(?=[.,:;!]?(?:\s|$)))")
+_LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]?(?:\s|$)))")
 
 
 def _last_box(text: str) -> str | None:
@@ -141,7 +143,7 @@ _SPELLINGS = [  # (pattern, replacement), in this order; @ ends a LaTeX command;
     (r"\\(?:[lr]?vert|mid)@", "|"),
     (r"\\lbrace@", r"\\{"), (r"\\rbrace@", r"\\}"), (r"\\langle@", "("), (r"\\rangle@", ")"),
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)|\\degree@", "°"),
-    (r"<=|=<|\\leqslant@|\\le@", r"\\leq "), (r">=|\\geqslant@|\\ge@", r"\\geq "), (r"!=|\\ne@", r"\\neq "),
+    (r"<=|=<|\\leqslant@|\\le@", r"\\leq "), (r">=|\\geqslant@|\\ge@", r"\\geq "), (r"!=|\\ne@|\\not ?=", r"\\neq "),
     (r"\\lt@", "<"), (r"\\gt@", ">"), (r"\\varnothing@", r"\\emptyset "), (r"\\backslash@", r"\\setminus "),
     (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"), (r"\b[Aa]ll real numbers\b", r"\\mathbb{R}"),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
@@ -165,23 +167,23 @@ _LEAD = re.compile(
 )
 _D = r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
 _NUMBER = re.compile(
-    rf"(?P<sign>[+-]?)(?P<money>[$€£¥]?)(?:"
+    rf"(?P<sign>[+-]?)(?P<money>(?:[$€£¥] ?)?)(?:"
     rf"(?:(?P<whole>[0-9]+) ?)?\\frac{{(?P<top>[+-]?{_D})}}{{(?P<bottom>[+-]?{_D})}}"  # \frac12, 3\frac12
-    rf"|(?:(?P<whole2>[0-9]+)[ -])?(?P<top2>{_D})/(?P<bottom2>{_D})(?![0-9/])"  # 1/2, 3 1/2
+    rf"|(?:(?P<whole2>[0-9]+) )?(?P<top2>{_D})/(?P<bottom2>{_D})(?![0-9/])"  # 1/2, 3 1/2
     r"|(?P<fixed>[0-9]*\.[0-9]*)\\(?:overline|bar){(?P<repeated>[0-9]+)}"  # 0.1\overline{6}
     rf"|(?P<decimal>{_D})(?: ?(?:\\times|\\cdot|\*|x) ?10\^\{{?(?P<power>[+-]?[0-9]{{1,3}})(?![0-9])\}}?)?)"
 )
 _UNDEFINED = re.compile(rf"[+-]?(?:\\frac{{[+-]?{_D}}}{{[+-]?0+}}|{_D}/0+) ?%?")
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
-_OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because; B (red)
-    r"(?:(?:option|choice|answer) )?"
-    r"(?:\(([A-Z])\)|([A-Z])(?: ?[):]| ?\.(?![\w.])|(?= ?(?:[-–] |,? ?because |\())))(.*)",
+_OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because
+    r"(?:(?:option|choice|answer) ?)?"
+    r"(?:\(([A-Z])\)(?![+*/^=_<>!]|-[0-9])|([A-Z])(?: ?[):]| ?\.(?![\w.])|(?= ?(?:[-–] |,? ?because ))))(.*)",
     re.I | re.S,
 )
-_OTHER_OPTION = re.compile(r"(?:^|[,;/&(]|\b(?:or|and|not)\b)\s*\(?(?!A [a-z])[A-Z](?=$|[\s,;:.)/&])")
+_CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z])([A-Z])(?![\w'])")
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S)
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
-    r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9]))(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
+    r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})"
 )
 _VERBATIM = re.compile(  # dates, clock times, B2B, and what LaTeX does not show or algebra would read in its own way
@@ -191,6 +193,10 @@ _VERBATIM = re.compile(  # dates, clock times, B2B, and what LaTeX does not show
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _INEQUALITY = re.compile(r"[<>]|\\[lg]eq")
+_RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
+_MISREAD = re.compile(
+    r"(?<![_0-9])[0-9]+ [0-9]|[$'′≅≡]|<>|\\(?:equiv|cong|not)"
+)  # by math-verify: it adds, or drops the rest
 _UNIT_NAMES = {
     long: short
     for short, names in {
@@ -199,6 +205,7 @@ _UNIT_NAMES = {
         "mg": "milligram", "lb": "pound", "oz": "ounce", "s": "second sec", "min": "minute", "h": "hour hr",
         "l": "liter litre", "ml": "milliliter millilitre", "°": "degree deg", "$": "dollar usd", "%": "percent pct",
         "rad": "radian", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "a": "ampere amp", "k": "kelvin",
+        "day": "days", "week": "weeks", "month": "months", "year": "yr",
         "c": "celsius", "f": "fahrenheit", "pa": "pascal", "hz": "hertz", "mol": "mole", "cent": "¢",
         "€": "euro eur", "£": "gbp", "¥": "yen", "": "unit",
     }.items()
@@ -206,11 +213,13 @@ _UNIT_NAMES = {
 }  # fmt: skip
 _UNITS = set(filter(None, _UNIT_NAMES.values())) | {"mph", "kmh", "ohm", "kw", "mw", "kj", "ha", "cc", "kpa"}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_NO_UNITS = set(  # words that make of "11 ..." something else than 11 of a kind
-    "is are was were be not no or and the a an to than then but if of off at by with without for from on when where "
-    "maybe perhaps possibly only wrong false true more less other plus minus times divided over mod modulo choose "
-    "squared cubed factorial half halves third thirds quarter quarters fourth fourths fifth fifths tenth tenths "
-    "hundredth hundredths dozen base power root sqrt log instead except about exactly least most any all none".split()
+_NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of a kind
+    "is|isnt|are|was|were|be|not|no|nope|never|or|and|the|an?|to|than|then|but|if|of|off|at|by|with|without|for|from|on|in"
+    "|when|where|unless|instead|except|about|exactly|least|most|any|all|none|maybe|perhaps|possibly|only|wrong|false|true"
+    "|incorrect|versus|vs|alternatively|more|less|other|plus|minus|negative|below|under|times|twice|divided|over|mod"
+    "|modulo|choose|squared|cubed|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?"
+    "|scores?|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|.*teen"
+    "|.*[nrfxy]ty|.*th|.*ths|.*illions?|hundreds|thousands"
 )
 
 
@@ -244,7 +253,8 @@ def _normalise(text: str) -> str:
     text = re.sub(r"\\\$", "$", re.sub(r"(?<!\\)\$([^$]*)\$", r" \1 ", text))  # what is left over is money
     text = re.sub(r"\s+", " ", text)  # then no spaces at signs, but at commas: "1, 234" is a pair
     text = re.sub(r" (?=\\)| ?([-+*/=^_{()<>|]) ?| ?(\}) ?(?![a-zA-Z ])| (?=\})", r"\1\2", text)
-    text = text.strip().removeprefix("**").removesuffix("**").strip().strip("\"'`")  # Markdown bold, quotes
+    text = text.strip().removeprefix("**").removesuffix("**").strip()  # Markdown bold
+    text = re.sub(r"""^(["'`])(.*)\1$""", r"\2", text)
     text = _parentheses_to_braces(text).removesuffix(".").rstrip()
     return text[lead.end() :].strip() if (lead := _LEAD.match(text)) else text
 
@@ -289,9 +299,14 @@ def _unit(text: str) -> str | None:
     """
     text = re.sub(r"\bper\b", "/", text.replace(r"\cdot", " ").translate({123: None, 125: None}).lower())
     words = re.findall(r"[^\W\d_]+(?:\^-?[1-3])?|[^\s.]", text)
-    if len(words) > 5 or not _NO_UNITS.isdisjoint(words) or words[:1] == ["/"] or words[-1:] == ["/"]:
+    if (
+        len(words) > 5
+        or any(_NO_UNITS.fullmatch(w) for w in words if w not in _UNIT_NAMES)
+        or words[:1] == ["/"]
+        or words[-1:] == ["/"]
+    ):
         return None
-    unit, power = [], ""
+    unit, power, unknown = [], "", 0
     for word in words:
         stem, _, exponent = word.partition("^")
         known = [w for w in (stem, stem.removesuffix("s"), stem.removesuffix("es")) if w in _UNIT_NAMES or w in _UNITS]
@@ -304,6 +319,9 @@ def _unit(text: str) -> str | None:
             return None
         else:
             unit.append(stem.removesuffix("s") + exponent)
+            unknown += stem != "/"
+    if unknown > 2:
+        return None
     return re.sub("° ([cf])$", r"\1", " ".join(word for word in unit if word[:1] not in ("", "^")))
 
 
@@ -328,10 +346,10 @@ def _number(text: str) -> Parsed | None:
     if whole and not 0 < value < 1:  # 2\frac{3}{2} is a product
         return None
     value = (value + int(whole or 0)) * Fraction(10) ** int(part["power"] or 0) * (_SCALES[scale[1]] if scale else 1)
-    return Parsed("number", -value if part["sign"] == "-" else value, part["money"] or unit, text)
+    return Parsed("number", -value if part["sign"] == "-" else value, part["money"].strip() or unit, text)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=4096)
 def parse(text: str) -> Parsed | None:
     """An answer (what stands in the box) as Parsed; None for an empty, over-long or undefined (1/0) one."""
     return _parse(_normalise(text), 0) if len(text) <= MAX_CHARS else None
@@ -347,7 +365,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
         letter = choice[1] or choice[2]
         return Parsed("choice", letter.lower(), raw=letter)
     if depth > 8 or _VERBATIM.search(text):
-        return Parsed("text", _plain(text), raw=text)
+        return Parsed("text", _plain(text) or text, raw=text)
     for reader in (_parse_matrix, _parse_list, _parse_brackets, _parse_relation, _parse_ratio, _parse_union):
         if parsed := reader(text, depth + 1):
             return parsed
@@ -357,7 +375,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
         if unit is not None and (len(unit) > 1 or unit in ("", "°", "%")):
             return Parsed("formula", head[1], unit, head[1])
     words = _WORD.search(_COMMAND.sub(" ", text)) or not re.search(r"[0-9+*/^_=<>\\|!-]", text)
-    return Parsed("text", _plain(text), raw=text) if words else Parsed("formula", text, raw=text)
+    return Parsed("text", _plain(text) or text, raw=text) if words else Parsed("formula", text, raw=text)
 
 
 def _plain(text: str) -> str:
@@ -401,7 +419,7 @@ def _parse_brackets(text: str, depth: int) -> Parsed | None:
     brackets, inside = text[start] + text[-1], inside.removesuffix("\\").strip()
     if (brackets[0] == "{") != (brackets[1] == "}"):
         return None
-    if brackets == "{}" and (builder := re.fullmatch(r"(\w+)(?:\\in[^|:]*)? ?[|:](.*)", inside)):  # {x | x > 3}
+    if brackets == "{}" and (builder := re.fullmatch(r"(\w+)(?:\\in\\mathbb{R})? ?[|:](.*)", inside)):  # {x | x > 3}
         inner = _parse(builder[2], depth)
         return inner if inner and inner.kind == "named" and inner.note == builder[1] else None
     inner = _parse_list(inside, depth) or _parse(inside, depth)  # (4,321) is a pair
@@ -434,16 +452,20 @@ def _parse_relation(text: str, depth: int) -> Parsed | None:
             return Parsed("formula", text, raw=text)
         values = _parse_all(sides[named:], depth)
         names = sides[0].strip("()").split(",")
-        if (
-            values and len(names) > 1 and values[-1].kind == "tuple" and len(names) == len(values[-1].value)
-        ):  # (x,y)=(1,2)
+        if values and len(names) > 1 and values[-1].note == "()" and len(names) == len(values[-1].value):  # (x,y)=(1,2)
             pairs = zip(names, values[-1].value, strict=True)
             return Parsed("tuple", tuple(Parsed("named", (v,), _name(n), text) for n, v in pairs), "()", text)
         return Parsed("named", values, _name(sides[0]) if named else "", text) if values else None
     if operators[0] in (">", r"\geq"):  # read it from the small side
         sides, operators = sides[::-1], [{">": "<", r"\geq": r"\leq"}.get(op, "") for op in operators[::-1]]
-    variables = [i for i, side in enumerate(sides) if re.fullmatch(r"[a-zA-Z]|\\(?!infty)[a-zA-Z]+", side)]
-    if not set(operators) <= {"<", r"\leq"} or len(variables) != 1 or len(sides) == 3 and variables != [1]:
+    variables = [i for i, side in enumerate(sides) if re.fullmatch(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+", side)]
+    if (
+        not set(operators) <= {"<", r"\leq"}
+        or len(variables) != 1
+        or len(sides) == 3
+        and variables != [1]
+        or len(sides) > 3
+    ):
         return Parsed("formula", text, raw=text)
     at = variables[0]  # at the start, in the middle or at the end
     low, high = sides[at - 1] if at else r"-\infty", sides[at + 1] if at + 1 < len(sides) else r"\infty"
@@ -483,6 +505,10 @@ class NeedsAlgebra(Exception):
     """Raised by a comparison that the rules cannot decide."""
 
 
+class NoAnswer(Exception):
+    """Raised where the process that does the algebra was killed or stopped from outside, twice in a row."""
+
+
 def _defer(a: str, b: str, precision: int | None) -> bool:
     raise NeedsAlgebra
 
@@ -494,6 +520,12 @@ class How(NamedTuple):
     algebra: Callable[[str, str, int | None], bool] = _defer
 
     def formulas(self, a: str, b: str) -> bool:
+        """Not asked about words, nor where only the case of letters differs: math-verify reads all as small ones."""
+        letters = [sorted(re.findall(r"[a-zA-Z]", text)) for text in (a, b)]
+        if letters[0] != letters[1] and sorted("".join(letters[0]).lower()) == sorted("".join(letters[1]).lower()):
+            return False
+        if any(_MISREAD.search(text) or _WORD.search(_COMMAND.sub(" ", text)) for text in (a, b)):
+            return False
         return self.algebra(a, b, self.precision)
 
 
@@ -526,6 +558,13 @@ def _same(a: Parsed, b: Parsed, how: How) -> bool:
         a.note and b.note and a.note != b.note or "%" in (a.note, b.note)
     ):
         return False  # different units
+    related = [bool(_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw))) for x in (a, b)]
+    if (
+        kinds <= {"number", "formula"}
+        and len(set(related)) > 1
+        and not re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw)
+    ):
+        return False  # math-verify takes the right side: x + 1 = 9 is not 9
     return how.formulas(*(str(x.value) if x.kind == "number" else x.raw for x in (a, b)))  # without the units
 
 
@@ -539,11 +578,11 @@ def _same_number(a: Parsed, b: Parsed, how: How) -> bool:
     """By value; of different units none; p% is p and p/100."""
     if a.note and b.note and a.note != b.note:
         return False
-    digits = (lambda x: x) if how.precision is None else (lambda x: round(x, how.precision))
+    digits = (lambda x: x) if how.precision is None else (lambda x: round(x, int(how.precision)))
     if (a.note == "%") == (b.note == "%"):
         return digits(a.value) == digits(b.value)
     percent, plain = (a.value, b.value) if a.note == "%" else (b.value, a.value)
-    return digits(plain) in (digits(percent), digits(percent / 100))
+    return digits(plain) == digits(percent) or plain == percent / 100
 
 
 def _same_named(a: Parsed, b: Parsed, how: How) -> bool:
@@ -571,14 +610,17 @@ def _same_collection(a: Parsed, b: Parsed, how: How) -> bool:
         return how.formulas(a.raw, b.raw)
     if kinds <= {"tuple", "interval"} and len(notes) > 1 or "set" in kinds and kinds & {"tuple", "interval"}:
         return False  # other brackets
-    if kinds == {"list", "interval"} or kinds == {"list", "tuple"} and "()" not in notes:
+    if kinds == {"list", "interval"} or kinds == {"list", "tuple"} and ("()" not in notes or "or" in notes):
         return False
     words = any(item.kind in ("text", "choice") for item in a.value + b.value)
-    names = {item.note for item in a.value + b.value if item.kind == "named"}
-    if kinds == {"list"} and len(notes) > 1 and (words or len(names) > 1 or _INEQUALITY.search(a.raw)):
+    names = [len({item.note for item in x.value if item.kind == "named"}) > 1 for x in (a, b)]  # x = 1, y = 2
+    if kinds == {"list"} and len(notes) > 1 and (words or any(names) or _INEQUALITY.search(a.raw)):
         return False  # red or blue, red and blue
-    ordered = bool(kinds & {"tuple", "interval"}) or kinds == {"list"} and words
-    return _match(a.value, b.value, ordered, how, repeats="set" not in kinds)
+    first, second = (
+        sorted(x.value, key=lambda item: item.note) if n else x.value for x, n in zip((a, b), names, strict=True)
+    )
+    ordered = bool(kinds & {"tuple", "interval"}) or kinds == {"list"} and (words or any(names))
+    return _match(first, second, ordered, how, repeats="set" not in kinds)
 
 
 def _match(xs: Sequence[Parsed], ys: Sequence[Parsed], ordered: bool, how: How, repeats: bool = True) -> bool:
@@ -600,49 +642,72 @@ def _match(xs: Sequence[Parsed], ys: Sequence[Parsed], ordered: bool, how: How, 
 
 def _letter(text: str) -> tuple[str, str] | None:
     """(letter, what is said after it) of an answer that names one option: "B", "(B)", "B. red", "option B: red"."""
-    text = _normalise(text)
+    text = _normalise(re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text))  # B (red)
     if choice := _CHOICE.fullmatch(re.sub("^(?:option|choice|answer) ?(?=[A-Z(])", "", text, flags=re.I)):
         return (choice[1] or choice[2]).lower(), ""
-    if not (option := _OPTION.fullmatch(text)) or _OTHER_OPTION.search(option[3]):
+    if not (option := _OPTION.fullmatch(text)):
         return None
-    return (option[1] or option[2]).lower(), option[3].strip(" -–:.")
+    letter, said = (option[1] or option[2]).lower(), option[3].strip(" -–:.")
+    listed = re.findall("[a-z]", said) if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", said) else []  # B: a, c
+    others = {x.lower() for x in [*_CAPITAL.findall(option[3]), *listed]}
+    return None if others - {letter} else (letter, said)
 
 
 def _yes_or_no(text: str) -> str | None:
     """ "yes" for "Yes, there are no gaps.", None for "yes or no" and "yes, but no"."""
-    text = _normalise(text).casefold()
-    said = re.match(r"(yes|no)(?:$|(?=[,.;:!]))", text)
-    doubt = re.search(r"(?:[,.;:!] ?|\b(?:but|or|and) )(?:yes|no|not)\b", text)
-    return said[1] if said and not doubt else None
+    said = re.match(r"(yes|no)(?:$|(?=[,.;:!]))(.*)", _normalise(text).casefold(), re.S)
+    doubt = (
+        r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$|\b(?:maybe|mean|unless|false|true|wrong)\b"
+    )
+    return said[1] if said and not re.search(doubt, said[2]) else None
 
 
 def _compare(prediction: str, gold: str, choices: tuple[str, ...], how: How) -> bool:
     """The verdict on an answer; may take for ever where the algebra does."""
     found, wanted = parse(prediction), parse(gold)
+    letter = _letter(gold) if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold) else None
     if choices and all(re.match(rf"\(?{chr(65 + i)}[.):]", choice) for i, choice in enumerate(choices)):
         choices = tuple(re.sub(r"^\(?[A-Z][.):]+ ?", "", choice) for choice in choices)  # "A. red"
     texts = [parse(choice) for choice in choices]
-    letter = _letter(gold) if wanted.kind == "choice" or re.match(r"\(?[A-Z][).:]", gold) else None
     index = texts.index(wanted) if wanted in texts else ord(letter[0]) - 97 if letter else -1
-    if 0 <= index < len(texts):  # the gold is one of the choices, by its text or else by its letter
-        if found is not None and found in texts:
-            return found == texts[index]
-        if letter := _letter(prediction):
-            said = parse(letter[1])
-            return ord(letter[0]) - 97 == index and (said not in texts or said == texts[index])
-        wanted = texts[index]
-    elif letter and (wanted.kind == "choice" or letter[1]):  # a gold letter, or "B. red"
+    if 0 <= index < len(texts):
+        return _same_choice(prediction, found, index, texts, how)
+    if letter:  # the gold is a letter, or "B. red"
         if said := _letter(prediction):
             return said[0] == letter[0] and ("" in (said[1], letter[1]) or parse(said[1]) == parse(letter[1]))
         wanted = parse(letter[1] or gold)
     if found is None or wanted is None:
         return False
-    if wanted.value in ("yes", "no"):
-        return _yes_or_no(prediction) == wanted.value
+    if answer := _yes_or_no(gold):
+        return _yes_or_no(prediction) == answer
+    if wanted.kind == "number" and found.kind == "formula" and found.raw.count("=") == 1:  # m + n = 23 is 23
+        left, right = found.raw.split("=")
+        letters = _COMMAND.sub(" ", left)  # of one variable it would say what that is
+        if len(set(re.findall("[a-zA-Z]", letters))) > 1 and not _WORD.search(letters):
+            found = parse(right) or found
     return _same(found, wanted, how)
 
 
-@lru_cache(maxsize=65536)
+def _same_choice(prediction: str, found: Parsed | None, index: int, texts: list[Parsed | None], how: How) -> bool:
+    """Whether an answer is the index-th of the options: by its text, by its letter, or equal to it and to no other."""
+    if found is not None and found in texts:
+        return found == texts[index]
+    if letter := _letter(prediction):
+        said, own = parse(letter[1]), texts[index]
+        others = [x.value for x in texts if x and x.kind == "text" and x != own]  # B. red or blue
+        if said and said != own and any(re.search(rf"\b{re.escape(x)}\b", _plain(letter[1])) for x in others):
+            return False
+        return ord(letter[0]) - 97 == index and (said is None or said not in texts or said == own)
+    if found is None or texts[index] is None:
+        return False
+    if texts[index].value in ("yes", "no"):
+        return _yes_or_no(prediction) == texts[index].value
+    return _same(found, texts[index], how) and not any(
+        x is not None and _same(found, x, how) for i, x in enumerate(texts) if i != index
+    )
+
+
+@lru_cache(maxsize=16384)
 def _check_gold(answer: str) -> str:
     """A gold answer without box or tags; ValueError where no completion could ever earn it."""
     found = extract_answer(answer)  # data sets box or tag some of their answers
@@ -654,8 +719,9 @@ def _check_gold(answer: str) -> str:
     return found
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=16384)
 def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: int | None) -> bool:
+    """Raises NoAnswer, which is not remembered, where the algebra could not be done at all."""
     try:
         return _compare(prediction, gold, choices, How(precision))
     except NeedsAlgebra:
@@ -674,7 +740,7 @@ def grade(
     which the data set states its numbers. Any prediction gets a verdict, in at most 2 s. A gold answer that cannot be
     parsed is an error in the data and raises ValueError, whatever the prediction: grade(None, answer) checks it alone.
     """
-    if isinstance(answer, Real) and not isinstance(answer, bool):
+    if isinstance(answer, Real | Decimal) and not isinstance(answer, bool):
         try:
             answer = str(Fraction(str(answer)))  # through str, so that 0.1 is 1/10
         except ValueError as error:
@@ -687,12 +753,15 @@ def grade(
     whole = _BOX.search(prediction) or prediction.lstrip().startswith("<")  # a completion; else what stood in its box
     found = extract_answer(prediction) if whole else None
     found = prediction.strip() if found is None else found
-    return len(found) <= MAX_CHARS and _verdict(found, gold, tuple(choices or ()), precision)
+    try:
+        return len(found) <= MAX_CHARS and _verdict(found, gold, tuple(map(str, choices or ())), precision)
+    except NoAnswer:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------- algebra
 
-CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 2.0, 2**30
+CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
 
 
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
@@ -704,9 +773,6 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
         return False
     a, b = (re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text) for text in (a, b))
-    commands = [sorted(_COMMAND.findall(text)) for text in (a, b)]
-    if commands[0] != commands[1] and [c.lower() for c in commands[0]] == [c.lower() for c in commands[1]]:
-        return False  # \delta and \Delta: math-verify reads all letters as small ones
     plain = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
     found = [math_verify.parse(f"${text}$", config, parsing_timeout=None) for text in (a, b)]
@@ -778,6 +844,8 @@ class _Worker:
             raise RuntimeError(f"the process that compares formulas did not start: {' '.join(command)}")
 
     def stop(self) -> None:
+        if self.process is None:
+            return
         self.process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -785,18 +853,26 @@ class _Worker:
         self.process = None
 
     def read(self, seconds: float) -> bytes:
-        ready = select.select([self.process.stdout], [], [], seconds)[0]
-        return self.process.stdout.readline() if ready else b""
+        poll = select.poll()  # select.select fails at file numbers of 1,024 and more
+        poll.register(self.process.stdout, select.POLLIN)
+        return self.process.stdout.readline() if poll.poll(1000 * seconds) else b""
 
     def ask(self, *question) -> bool:
         with self.lock:
-            if self.process is None or self.process.poll() is not None:
-                self.start()
-            self.process.stdin.write(json.dumps(question).encode() + b"\n")
-            answer = self.read(WALL_SECONDS + 1)
-            if not answer:  # killed or stopped from outside; the next question starts another
-                self.stop()
-            return answer == b"1\n"
+            for _ in range(2):  # a worker that was killed or stopped from outside is replaced once
+                try:
+                    if self.process is None:
+                        self.start()
+                    self.process.stdin.write(json.dumps(question).encode() + b"\n")
+                    if answer := self.read(WALL_SECONDS + 0.5):
+                        return answer == b"1\n"
+                    self.stop()
+                except BrokenPipeError:
+                    self.stop()
+                except BaseException:  # an interrupt: the next answer must not be taken for this one's
+                    self.stop()
+                    raise
+            raise NoAnswer
 
 
 def _new_worker() -> None:
@@ -813,7 +889,7 @@ os.register_at_fork(after_in_child=_new_worker)  # a forked process must not wri
 
 def _text(completion: Completion) -> str:
     """The text of a completion: of a conversational one, the content of its last message."""
-    text = completion if isinstance(completion, str) else completion[-1]["content"]
+    text = completion if isinstance(completion, str) or not completion else completion[-1]["content"]
     if not isinstance(text, str):
         raise TypeError(f"a completion must be text or messages whose content is text, got {completion!r:.200}")
     return text
@@ -944,8 +1020,8 @@ def explain(completion: str, gold: str, choices: Sequence[str] | None = None) ->
     extracted, wanted = extract_answer(completion, prose=True), _check_gold(gold)
     prose = " (from prose: a reward reads it only with prose=True)" if extract_answer(completion) is None else ""
     try:
-        verdict = extracted is not None and _compare(extracted, wanted, tuple(choices or ()), How())
-        how = "by rule"
+        readable = extracted is not None and len(extracted) <= MAX_CHARS
+        verdict, how = readable and _compare(extracted, wanted, tuple(choices or ()), How()), "by rule"
     except NeedsAlgebra:
         verdict, how = grade(extracted, gold, choices), "by algebra (math-verify)"
     lines = [f"extracted  {extracted!r}{prose if extracted is not None else ''}"]

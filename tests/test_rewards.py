@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -636,21 +637,61 @@ def test_a_question_that_hangs_is_wrong_in_time_and_the_next_is_answered():
     assert children() == before  # nothing was left
 
 
-def test_a_worker_that_was_killed_is_replaced():
-    assert grade(*SAME)
-    before = rewards._worker.process
-    os.kill(before.pid, signal.SIGKILL)
-    assert not before.wait(10) == 0
+def sums() -> tuple[str, str]:
+    """A new pair that only algebra can show to be equal."""
     n = next(COUNTER)
-    assert grade(f"2\\sqrt{{3}}+{n}z", f"{n}z+\\sqrt{{12}}") and rewards._worker.process is not before
+    return f"2\\sqrt{{3}}+{n}z", f"{n}z+\\sqrt{{12}}"
 
 
-def test_a_worker_that_was_stopped_costs_one_answer(monkeypatch):
-    monkeypatch.setattr(rewards, "WALL_SECONDS", 0.2)
-    assert grade(f"2\\sqrt{{3}}+{(n := next(COUNTER))}z", f"{n}z+\\sqrt{{12}}")
-    os.kill(rewards._worker.process.pid, signal.SIGSTOP)
-    assert not grade(f"2\\sqrt{{3}}+{(n := next(COUNTER))}z", f"{n}z+\\sqrt{{12}}")
-    assert grade(f"2\\sqrt{{3}}+{(n := next(COUNTER))}z", f"{n}z+\\sqrt{{12}}")
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_was_killed_or_stopped_is_replaced_and_no_answer_lost(harm):
+    assert grade(*sums())
+    before = rewards._worker.process
+    os.kill(before.pid, harm)
+    assert grade(*sums()) and grade(*sums()) and not grade(sums()[0], sums()[1])
+    assert rewards._worker.process is not before and before.returncode is not None
+
+
+def test_what_could_not_be_decided_is_wrong_and_not_remembered(monkeypatch):
+    pair = sums()
+    with monkeypatch.context() as m:
+        m.setattr(rewards._Worker, "read", lambda self, seconds: b"ready\n" if seconds > 10 else b"")
+        assert not grade(*pair)
+    assert grade(*pair)
+
+
+@pytest.mark.parametrize("delay", [0.02, 0.3])
+def test_an_interrupted_question_does_not_shift_the_answers(delay):
+    """As a caught Ctrl-C would: while the worker starts (0.02 s), or while it thinks."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    slow = fresh(HANG[0])
+    if delay > 0.1:
+        assert grade(*sums())
+    else:
+        rewards._worker.stop()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        with pytest.raises(KeyboardInterrupt):
+            grade(slow, "x+1")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    for _ in range(3):
+        assert grade(*sums()) and not grade(sums()[0], sums()[1])
+
+
+def test_a_process_with_many_open_files():
+    code = f"""
+import resource, rewards
+resource.setrlimit(resource.RLIMIT_NOFILE, (3000, max(3000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+files = [open("/dev/null") for _ in range(1500)]
+print(rewards.grade(*{SAME!r}))
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
 
 
 def test_threads_and_forked_processes_ask_for_themselves():
@@ -685,6 +726,62 @@ def test_without_math_verify_the_command_is_named(monkeypatch):
     assert grade("1/2", "0.5")
     with pytest.raises(ImportError, match="pip install math-verify"):
         grade(fresh("x"), "2x")
+
+
+GAMES = [  # (prediction, gold): found by an attack on this grader; none may earn
+    ("2, 1", "x=1, y=2"), ("y=2, x=1", "(2,1)"), ("x=2 or x=1", "(2,1)"), ("2 hundred fifty", "200"),
+    ("3 eighths", "3"),
+    ("11 thousandths", "11"), ("5 millions", "5"), ("11 pairs", "11"), ("7 twice", "7"), ("3 in four", "3"),
+    ("5 below zero", "5"), ("5 negative", "5"), ("11 in binary", "11"), ("11 twelve", "11"), ("11 nope", "11"),
+    ("11 versus twelve", "11"), (r"\frac{n^2+n}{2} million", r"\frac{n(n+1)}{2}"), ("12 13", "25"), ("1 2", "3"),
+    ("12$13", "12"), ("x+1$x+2", "x+1"), ("12\u224513", "12"), (r"13\equiv 12", "12"), ("y=3x<>y=2x+1", "y=2x+1"),
+    ("x-3>0 is wrong", "x>3"), (r"x\ne0 is wrong", r"\mathbb{R}\setminus\{0\}"), ("-1<k<4 < 77", "-1<k<4"),
+    ("x'+1", "x+1"), ("h+1=9", "9"), ("2h=9", "9"), ("h^2=9", "9"), (r"x+1=2\sqrt3", r"\sqrt{12}"), (r"x\not= 3", "3"),
+    ("not = 3", "3"), ("not 5 = 3", "3"), ("x isn't = 3", "3"), (r"x \not\in [1,2]", "[1,2]"), ("3 - 1/4", "13/4"),
+    (r"no more than \angle A = 75^\circ", "75"), ("f'", "f"), ("12'", "12"), ("B: c", "B"), ("b: a b c d", "B"),
+    ("B because C", "B"), ("B (actually C)", "B"), ("A. x B. y C. z", "A"), ("A(2,1)", "A"), ("a(b+c)^{-1}", "A"),
+    ("(B)+1", "B"), ("yes, (no)", "yes"), ("yes, I mean no", "yes"), ("Yes, maybe", "yes"), ("no, it is yes", "no"),
+    (r"\{x \in \mathbb{Z} : x>3\}", r"(3,\infty)"), (r"\pi>3", r"(3,\infty)"), ("1<x<3<2", "1<x<3"),
+    (r"(x, y) = \left[5, -1\right)", "(x,y)=(5,-1)"), ("X+1", "x+1"), ("?", "..."), ("12<answer>11</answer>13", "11"),
+    ("x.__init__.__globals__", "x"), ("11^", "11"), ("11-", "11"), ("11 == 11", "11"), ("1,,2", "1,2"), ("B1", "B"),
+]  # fmt: skip
+CHOICE_GAMES = [  # (prediction, choices): may be right for one gold letter at most
+    ("4", ["4 m", "4 cm", "4%"]), ("5", ["5 m", "5 cm", "5 km"]), ("2", ["x=2", "y=2", "2 m"]), ("50%", ["50", "0.5"]),
+    ("1, 2", ["(1,2)", r"\{1,2\}"]), (r"\pm 1", ["1, -1", r"\{1,-1\}"]), ("A: red B: blue", ["red", "blue"]),
+    ("A. red or blue", ["red", "blue"]), ("red or blue", ["red", "blue"]), ("A or B", ["red", "blue"]), ("", ["a", ""]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction, gold", GAMES)
+def test_games_do_not_pay(prediction, gold):
+    assert grade(gold, gold) and not grade(prediction, gold)
+
+
+@pytest.mark.parametrize("prediction, choices", CHOICE_GAMES)
+def test_no_answer_is_right_for_two_choices(prediction, choices):
+    letters = "ABC"[: len(choices)]
+    assert not any(grade(prediction, letter, choices) for letter in letters)
+    assert all(grade(letter, letter, choices) for letter in letters)
+
+
+@pytest.mark.parametrize("percent, gold, precision", [("30%", "0", 0), ("51%", "1", 0), ("150%", "2", 0)])
+def test_a_percent_sign_is_no_rounding(percent, gold, precision):
+    assert not grade(percent, gold, precision=precision)
+
+
+def test_columns_as_data_sets_have_them():
+    assert grade("3.141", "3.14", precision=2.0) and grade("B", "B", [1, 2]) and grade("2", "B", [1, 2])
+    assert grade("B", "B", ["red", "blue", ""]) and grade("B", "B", ["red", "blue", "x" * 600])
+    assert grade("0.5", Decimal("0.50")) and grade("B", "Option B") and grade("Yes", "Yes, it is.")
+
+
+def test_prose_is_linear_in_stars():
+    assert seconds(extract_answer, "*" * 100_000, prose=True) < SECONDS
+
+
+def test_memory_stays_bounded():
+    """Distinct long answers: what is remembered of them is limited."""
+    assert rewards.parse.cache_info().maxsize <= 4096
 
 
 def test_verdicts_by_algebra_are_remembered():
