@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import launch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grpo
@@ -338,30 +338,17 @@ def test_frozen_gives_the_gradients_back(policy):
 
 
 def test_two_processes_equal_one(tmp_path):
-    """accelerate launch on half of the prompts each: after 3 steps the parameters of one process on all of them.
+    """Half of the prompts each: after 3 steps the parameters of one process on all of them.
 
     Rollouts are equal because each prompt draws from its own seed. Tolerance: two float32 sums in another order differ
     by 1e-7; AdamW divides by the gradient's size, so that an entry whose gradient is near 0 can differ by more.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-    ]
-    command += ["--dynamo_backend", "no"]
-    options = (
-        "--model demo/mixed --split plain/train --steps 3 --prompts_per_step 4 --rollouts 4 --adversarial_rollouts 2"
-    )
-    options += " --lr 1e-4 --pgd_steps 2 --max_new_tokens 48"
+    options = "--model demo/mixed --split plain/train --steps 3 --prompts_per_step 4 --rollouts 4"
+    options += " --adversarial_rollouts 2 --lr 1e-4 --pgd_steps 2 --max_new_tokens 48"
     for processes in (1, 2):
-        arguments = ["train_saei.py", *options.split(), "--output", str(tmp_path / str(processes))]
-        launch = [*command, "--num_processes", str(processes), *arguments]
-        subprocess.run(launch, check=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        launch(processes, "train_saei.py", *options.split(), "--output", str(tmp_path / str(processes)))
+        states = list((tmp_path / str(processes) / "checkpoints/step-000003/state").glob("random_states_*"))
+        assert len(states) == processes  # each process leaves its own: a launcher may start fewer, without a word
     one, two = (parameters(tmp_path / str(n) / "checkpoints/step-000003") for n in (1, 2))
     start = parameters(ROOT / "demo/mixed")
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
