@@ -554,18 +554,17 @@ def _same(a: Parsed, b: Parsed, how: How) -> bool:
         return how.formulas(a.raw, b.raw)  # e = \exp(1), x = 2x/2
     if kinds & {"text", "choice", "list"} or "formula" not in kinds:
         return False
-    if {a.kind, b.kind} <= {"number", "formula"} and (
-        a.note and b.note and a.note != b.note or "%" in (a.note, b.note)
-    ):
-        return False  # different units
-    related = [bool(_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw))) for x in (a, b)]
-    if (
-        kinds <= {"number", "formula"}
-        and len(set(related)) > 1
-        and not re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw)
-    ):
-        return False  # math-verify takes the right side: x + 1 = 9 is not 9
+    if kinds <= {"number", "formula"} and not _comparable(a, b):
+        return False
     return how.formulas(*(str(x.value) if x.kind == "number" else x.raw for x in (a, b)))  # without the units
+
+
+def _comparable(a: Parsed, b: Parsed) -> bool:
+    """Neither of different units nor an equation with a value: of x + 1 = 9 math-verify would take the right side."""
+    if a.note and b.note and a.note != b.note or "%" in (a.note, b.note):
+        return False
+    related = [bool(_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw))) for x in (a, b)]
+    return related[0] == related[1] or bool(re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw))  # x \neq 3 is a set
 
 
 def _glued(text: str) -> str:
@@ -587,11 +586,8 @@ def _same_number(a: Parsed, b: Parsed, how: How) -> bool:
 
 def _same_named(a: Parsed, b: Parsed, how: How) -> bool:
     """name = value against a value (equal to all that is said to be equal), another named value or an equation."""
-    if (
-        b.kind == "formula"
-        and re.search(r"=|\\neq", b.raw + _INEQUALITY.sub("=", b.raw))
-        or "interval" == a.value[-1].kind != b.kind == "union"
-    ):
+    equation = b.kind == "formula" and _RELATION.search(b.raw)
+    if equation or a.value[-1].kind == "interval" and b.kind == "union":
         return how.formulas(a.raw, b.raw)
     if b.kind != "named":
         steps = [v for v in a.value[:-1] if not re.search("[a-zA-Z]", _COMMAND.sub("", v.raw))]  # of 2 + 3 = 5
