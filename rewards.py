@@ -241,7 +241,7 @@ def _normalise(text: str) -> str:
     r"""The answer without what changes only its look. A removed command leaves a space: \text{1}2 is not 12."""
     if text.isalnum() and text.isascii() and (text.isdigit() or len(text) == 1):  # most answers
         return text
-    text = unicodedata.normalize("NFC", text).translate(_SYMBOLS)
+    text = unicodedata.normalize("NFC", re.sub(r"(?<!\\)\\\s*$", "", text)).translate(_SYMBOLS)
     text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{m[0].translate(_SMALL)}}}", text)
     text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_SMALL)}}}", text)
     # two backslashes: a row's end in a matrix; elsewhere a model that escaped its backslash

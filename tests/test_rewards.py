@@ -39,7 +39,7 @@ relaxed = settings(deadline=None)  # hypothesis would count wall time; see secon
 
 # What a teacher would accept and the rules do not: a miss costs less than a false reward.
 MISSES = {
-    ("7", "7\\ "), (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"),
+    (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"),
     ("|x-1|", "abs(x-1)"), (r"\binom{5}{2}", r"\binom52"), (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"),
     ("xy", "x*y"), ("xy", r"x\cdot y"), ("xy", "x y"), ("xy", r"x \times y"),
     ("1<x\\le 2", r"x>1 \text{ and } x\le 2"), ("-1<k<4", r"k>-1\text{ and }k<4"), (r"\emptyset", "empty set"),
@@ -343,6 +343,27 @@ def test_grade_is_symmetric(one, other):
         assert grade(one, other) == grade(other, one)
     except ValueError:
         pass  # one of them is no gold answer
+
+
+WRAPPERS = [
+    "  %s\n",
+    "$%s$",
+    r"\(%s\)",
+    r"\[%s\]",
+    r"\boxed{%s}",
+    "<answer> %s </answer>",
+    "%s.",
+    r"$\displaystyle %s$",
+]
+PLAIN = [case for case in CASES if case[1].strip() and not re.search(r"[$*<]|\\[(\[]|boxed|[.\\]\s*$", case[1])]
+
+
+@relaxed
+@given(st.sampled_from(PLAIN), st.sampled_from(WRAPPERS))
+def test_spaces_and_wrappers_change_no_verdict(case, wrapper):
+    _, prediction, gold, choices, precision, _ = case
+    same = grade(prediction, gold, choices, precision)
+    assert grade(wrapper.replace("%s", prediction), gold, choices, precision) is same
 
 
 PIECES = [r"\boxed{", r"\fbox", "{", "}", "<answer>", "</answer>", "<think>", "</think>", r"\text{", r"\frac", "1", ",",
