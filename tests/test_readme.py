@@ -1,4 +1,4 @@
-"""README.md and docs/grading.md say what is so: their tables come from the results; README's files exist, its metrics are the logged ones."""
+"""README.md and docs/grading.md say what is so: tables are the results', files exist, metrics are the logged ones."""
 
 import re
 import sys
