@@ -131,7 +131,8 @@ _ALGEBRA = "latex roots, latex powers, latex trig and logs, latex pi and e, late
 REASONS = [
     ("decimals for an exact value", "", r"-?[0-9]*\.[0-9]{5,}", False),
     ("characters instead of commands", "", r".*[−×÷·√π∞≤≥≠½²³⁰-⁻₀-₉∪∠△θαβ∈∅].*", True),
-    ("programmers' spelling", "", r".*([0-9][eE][-+]?[0-9]|[^*]\*[^*]|(?<!\\)\b(pi|sqrt|exp|sin|cos|ln)\b).*", True),
+    ("programmers' spelling", "",
+     r".*([0-9][eE][-+]?[0-9]|[^*]\*[^*]|(?<!\\)\b(pi|sqrt|exp|sin|cos|ln|arctan)\b).*", True),
     ("final dot", "number, separators, decimal, fraction, wrappers", r".*\.", True),
     ("decoration", "wrappers", None, True),
     ("not the number that is shown", "wrappers", None, False),
