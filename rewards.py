@@ -130,6 +130,8 @@ _SYMBOLS = str.maketrans({  # what LaTeX has a name for
     "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "≈": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
     "∅": r"\emptyset ", "∞": r"\infty ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}", "∠": r"\angle ", "△": r"\triangle ",
     "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4",
+    "∧": r"\land ", "∨": r"\lor ", "¬": r"\neg ", "∀": r"\forall ", "→": r"\to ",
+    "⊂": r"\subset ", "∥": r"\parallel ",
     "“": '"', "”": '"', "‘": "'", "’": "'", "\u00a0": " ",
 })  # fmt: skip
 _SMALL = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻₀₁₂₃₄₅₆₇₈₉", "0123456789-0123456789")
@@ -145,7 +147,10 @@ _SPELLINGS = [  # (pattern, replacement), in this order; @ ends a LaTeX command;
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)|\\degree@", "°"),
     (r"<=|=<|\\leqslant@|\\le@", r"\\leq "), (r">=|\\geqslant@|\\ge@", r"\\geq "), (r"!=|\\ne@|\\not ?=", r"\\neq "),
     (r"\\lt@", "<"), (r"\\gt@", ">"), (r"\\varnothing@", r"\\emptyset "), (r"\\backslash@", r"\\setminus "),
-    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"), (r"\b[Aa]ll real numbers\b", r"\\mathbb{R}"),
+    (r"\\wedge@", r"\\land "), (r"\\vee@", r"\\lor "), (r"\\lnot@", r"\\neg "), (r"\\rightarrow@", r"\\to "),
+    (r"\\binom ?([0-9])([0-9])", r"\\binom{\1}{\2}"), (r"(?<![a-zA-Z\\])abs\(([^()|]*)\)", r"|\1|"),
+    (r"^(?:[Tt]he )?empty set$", r"\\emptyset "), (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"\b[Aa]ll real numbers\b", r"\\mathbb{R}"),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
     (r"(?<=[0-9)}a-zA-Z])\*\*(?=[-0-9({a-zA-Z])", "^"),  # a power, as Python writes it
     (r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)@", r"\\infty "),
@@ -549,6 +554,9 @@ def _same(a: Parsed, b: Parsed, how: How) -> bool:
         return _same_collection(a, b, how)
     if kinds <= {"text", "formula"} and not a.note + b.note and _glued(a.raw) == _glued(b.raw):  # 5 m and 5m
         return True
+    letters = next((x.raw for x in (a, b) if x.kind == "text"), "")
+    if kinds == {"text", "formula"} and re.fullmatch("[a-z]{2}", letters) and set(letters) <= set(a.raw) & set(b.raw):
+        return how.formulas(a.raw, b.raw)  # xy = x \cdot y
     letter = next((x.raw for x in (a, b) if x.kind == "choice"), "")
     if kinds == {"choice", "formula"} and letter.islower() and letter in a.raw and letter in b.raw:
         return how.formulas(a.raw, b.raw)  # e = \exp(1), x = 2x/2

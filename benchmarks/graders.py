@@ -8,7 +8,7 @@ Each grader gets a gold and a prediction as its users give them: math-verify bot
 and time limits; mathruler (`grade_answer`) the bare strings. The public ones run in a process of their own, which is
 ended and counted as hung after 10 s on one case, and as crashed when it ends itself: such a case counts as wrong. They
 know no choices list and no precision: those two tables are counted apart. The hostile completions are for ours alone:
-with math-verify's own alarms they did not end in 8 minutes.
+with math-verify's own alarms they did not end in 6 minutes.
 """
 
 import importlib.metadata

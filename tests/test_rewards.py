@@ -39,14 +39,9 @@ relaxed = settings(deadline=None)  # hypothesis would count wall time; see secon
 
 # What a teacher would accept and the rules do not: a miss costs less than a false reward.
 MISSES = {
-    (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"),
-    ("|x-1|", "abs(x-1)"), (r"\binom{5}{2}", r"\binom52"), (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"),
-    ("xy", "x*y"), ("xy", r"x\cdot y"), ("xy", "x y"), ("xy", r"x \times y"),
-    ("1<x\\le 2", r"x>1 \text{ and } x\le 2"), ("-1<k<4", r"k>-1\text{ and }k<4"), (r"\emptyset", "empty set"),
-    (r"\emptyset", "the empty set"), (r"AB \parallel CD", "AB \u2225 CD"), ("42", "4{2}"),
-    (r"p \land q", r"p \wedge q"), (r"p \land q", "p \u2227 q"), (r"\neg p", r"\lnot p"), (r"\neg p", "\u00acp"),
-    (r"p \to q", r"p \rightarrow q"), (r"p \to q", "p \u2192 q"), (r"\forall x", "\u2200x"),
-    (r"A \subset B", "A \u2282 B"),
+    (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"), ("42", "4{2}"),
+    (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"), ("xy", "x y"), ("1<x\\le 2", r"x>1 \text{ and } x\le 2"),
+    ("-1<k<4", r"k>-1\text{ and }k<4"),
 }  # fmt: skip
 CASES = [
     (kind, prediction, gold, None, None, verdict)
