@@ -19,6 +19,7 @@ generator: a run is the same on any number of processes (but for tsec_scope batc
 import contextlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ import data
 import egas
 import grpo
 import memory
+import plan
 import rewards
 import runs
 import tsec
@@ -80,6 +82,7 @@ class Config:
     max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
     output: str = opt("out/demo", "ours", "the run's folder")
     overwrite: bool = opt(False, "ours", "replace a run that the folder already holds")
+    dry_run: bool = opt(False, "ours", "print the resolved plan, its memory estimated, and stop; reads no weights")
     resume: bool = opt(False, "ours", "go on from the folder's newest complete checkpoint, exactly")
     seed: int = opt(0, "ours", "decides data order, rollouts and random images")
     steps: int = opt(100, "ours", "optimisation steps (batches of rollouts)")
@@ -162,6 +165,11 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:  # before the accelerator: no GPU is needed
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan.describe(cfg, split_work(cfg, processes)[0], processes))
+        return
     tracker = None if cfg.report_to == "none" else cfg.report_to
     # a micro-batch of text alone reaches no vision parameter, and in LLaVA's towers some are never reached
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
