@@ -147,7 +147,7 @@ def describe(cfg, micro: int, processes: int) -> str:
     units = [[policy.to_unit_image(image) for image in row["images"]] for row in look]
     ids = [policy.prompt_ids(row) for row in look]
     lengths = [x.shape[1] for x in ids]
-    image_tokens = max(int((x == policy.processor.image_token_id).sum()) for x in ids)
+    image_tokens = max(int((x == policy.model.config.image_token_id).sum()) for x in ids)
     patches = [patches_of(policy, x) for x in units]
     sizes = sorted({f"{x.shape[2]} x {x.shape[1]}" for row in units for x in row}) or ["none"]
     numel = lambda ps: sum(p.numel() for p in ps)  # noqa: E731
