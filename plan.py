@@ -122,7 +122,7 @@ def estimate(cfg, policy: Policy, prompts: int, micro: int, L: int, patches: int
                 out[f"{phase}: computed again"] = c * recomputing(policy, micro, rows, *common[:2])
     chunk = min(max(1, HEAD_NUMBERS // vocabulary), lots(micro * cfg.rollouts) * cfg.max_new_tokens)
     out["update, attack: a chunk of the head"] = 6 * 4 * chunk * vocabulary
-    rows = prompts * max(cfg.clean_rollouts, cfg.adversarial_rollouts)
+    rows = min(prompts, cfg.sample_prompts or prompts) * max(cfg.clean_rollouts, cfg.adversarial_rollouts)
     out["sampling: keys and values"] = c * language.count * 2 * language.kv * rows * (L + cfg.max_new_tokens)
     out["sampling: the head"] = 24 * rows * vocabulary  # float32 logits, float64 probabilities and their sums
     return out
@@ -153,6 +153,7 @@ def describe(cfg, micro: int, processes: int) -> str:
     numel = lambda ps: sum(p.numel() for p in ps)  # noqa: E731
     trained, prompts = [p for p in policy.parameters() if p.requires_grad], cfg.prompts_per_step // processes
     lot = min(micro * cfg.rollouts, cfg.micro_responses or micro * cfg.rollouts)
+    few = min(prompts, cfg.sample_prompts or prompts)
     epochs = "unknown" if cfg.streaming else f"{cfg.steps * cfg.prompts_per_step / len(rows):.2f}"
     parts = estimate(cfg, policy, prompts, micro, max(lengths), max(patches), processes)
     lines = {
@@ -166,7 +167,8 @@ def describe(cfg, micro: int, processes: int) -> str:
         "a step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses = {cfg.prompts_per_step * cfg.rollouts} "
         f"rollouts ({cfg.adversarial_rollouts} of {cfg.rollouts} adversarial)",
         "a device": f"one of {processes}: samples {prompts} prompts, {prompts * cfg.clean_rollouts} + "
-        f"{prompts * cfg.adversarial_rollouts} responses; updates {micro} prompts, {lot} responses at a time",
+        f"{prompts * cfg.adversarial_rollouts} responses, {few} prompts at a time; "
+        f"updates {micro} prompts, {lot} responses at a time",
     }
     text = yaml.safe_dump(asdict(cfg), sort_keys=False) + "\n"
     text += "".join(f"{name + ':':14}{value}\n" for name, value in lines.items())

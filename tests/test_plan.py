@@ -94,6 +94,8 @@ def test_the_cache_of_sampling_is_the_measured_one(policy, rows, monkeypatch):
     cfg = Config(rollouts=6, adversarial_rollouts=3, max_new_tokens=8)
     ours = plan.estimate(cfg, policy, 2, 2, L, 36)["sampling: keys and values"]
     assert max(seen) * (L + 8) == ours * (L + 7)  # the last token is never fed back
+    few = plan.estimate(Config(sample_prompts=4), policy, 16, 2, L, 36)["sampling: keys and values"]
+    assert few * 4 == plan.estimate(Config(), policy, 16, 2, L, 36)["sampling: keys and values"]
 
 
 def test_what_is_done_a_few_at_a_time_is_estimated_so(policy):
@@ -124,14 +126,16 @@ def test_dry_run_without_weights_trains_and_writes_nothing(tiny, tmp_path, capsy
     cfg = dict(model=model, output=str(out), dry_run=True, steps=5, prompts_per_step=8, updates_per_step=2)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    train_saei.main(Config(**cfg, micro_prompts=2, micro_responses=6))
+    train_saei.main(Config(**cfg, micro_prompts=2, micro_responses=6, sample_prompts=3))
     said = capsys.readouterr().out
     settings, lines = said.split("\n\n")[:2]
     assert yaml.safe_load(settings)["steps"] == 5 and "optimiser steps 10" in lines
     count = sum(p.numel() for p in Policy.from_pretrained(tiny).parameters())
     assert f"qwen2_5_vl, {count:,} parameters, {count:,} trained" in lines
     assert "8 prompts x 8 responses = 64 rollouts (4 of 8 adversarial)" in lines and "1,000,000 rows" in lines
-    assert "samples 4 prompts, 16 + 16 responses; updates 2 prompts, 6 responses at a time" in lines
+    assert (
+        "samples 4 prompts, 16 + 16 responses, 3 prompts at a time; updates 2 prompts, 6 responses at a time" in lines
+    )
     assert "at most 9 a prompt" in lines and "96 x 96" in lines  # 96 / (16 * 2) squared
     assert not out.exists()
     monkeypatch.setenv("RANK", "1")
