@@ -1,19 +1,21 @@
 """plan.py: a dry run's counts are exact, its estimates near what a tiny model of each family measures."""
 
 import contextlib
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from test_families import KINDS, PROBLEMS, make_policy, picture, responses
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import memory
 import plan
 import train_saei
-from policy import Policy
+from policy import FAMILIES, Policy
 from train_saei import Config
 
 FACTOR = 1.5  # of the kept activations: the projector, the patches and what a family adds are left out
@@ -172,16 +174,20 @@ QWEN = {  # of the released configurations, what differs; the counts are those o
 }
 
 
-@pytest.mark.parametrize("size", QWEN)
-def test_parameters_of_released_models(size):
-    text, count = QWEN[size]
-    kv, tied = (2, True) if size == "3B" else (4, False)
+def released(size: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """Qwen2.5-VL of that size on the meta device."""
+    text, _ = QWEN[size]
+    kv, tied, vocabulary = (2, True, 151_936) if size == "3B" else (4, False, 152_064)
     vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"])
-    text = text | dict(num_key_value_heads=kv, vocab_size=151936 if size == "3B" else 152064, tie_word_embeddings=tied)
+    text = text | dict(num_key_value_heads=kv, vocab_size=vocabulary, tie_word_embeddings=tied)
     config = AutoConfig.for_model("qwen2_5_vl", text_config=text, vision_config=vision, tie_word_embeddings=tied)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    assert sum(p.numel() for p in model.parameters()) == count
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", QWEN)
+def test_parameters_of_released_models(size):
+    assert sum(p.numel() for p in released(size).parameters()) == QWEN[size][1]
 
 
 def test_a_dry_run_is_no_other_run(tiny, tmp_path):
@@ -190,3 +196,20 @@ def test_a_dry_run_is_no_other_run(tiny, tmp_path):
 
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**vars(Config()), "dry_run": True}))
     runs.same_config(Config(), tmp_path / "config.yaml")
+
+
+def test_the_lora_recipes_memory_is_the_formulas():
+    """The figures in its comment, of one GPU without autocast."""
+    recipe = ROOT / "recipes/geometry3k_lora.yaml"
+    cfg = train_saei.load_config(["--config", str(recipe)])
+    policy = Policy.__new__(Policy)  # without a processor, which estimate does not ask
+    torch.nn.Module.__init__(policy)
+    policy.model, policy.family = released("3B", getattr(torch, cfg.dtype)), FAMILIES["qwen2_5_vl"]
+    policy.banned = torch.zeros(151_936, dtype=torch.bool)
+    memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, 0)
+    patches = cfg.max_pixels // 14**2
+    parts = plan.estimate(cfg, policy, cfg.prompts_per_step, cfg.micro_prompts, cfg.max_prompt_tokens, patches)
+    parts["in all, of phases the largest"] = plan.peak(parts)
+    said = re.findall(r"^#   (\S.*?)  +([\d.]+)$", recipe.read_text(), re.MULTILINE)
+    assert said == [(name, f"{n / 2**30:.2f}") for name, n in parts.items()]
+    assert plan.peak(parts) < 20 * 2**30  # of 24 GB, and room for what is not estimated
