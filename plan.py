@@ -173,7 +173,7 @@ def describe(cfg, micro: int, processes: int) -> str:
     text = yaml.safe_dump(asdict(cfg), sort_keys=False) + "\n"
     text += "".join(f"{name + ':':14}{value}\n" for name, value in lines.items())
     text += "\nmemory of a device, GiB; the first three counted, the rest estimates, for the longest prompt above and\n"
-    text += f"responses of {cfg.max_new_tokens} tokens\n"
+    text += f"responses of {cfg.max_new_tokens} tokens; what the allocator wastes and CUDA itself takes come on top\n"
     text += "".join(f"  {name:38}{n / GIB:9.2f}\n" for name, n in parts.items())
     text += f"  {'in all, of phases the largest':38}{peak(parts) / GIB:9.2f}\n"
     if processes > 1:
