@@ -33,11 +33,13 @@ class Shape(NamedTuple):
     q: int  # heads * size of a head
     kv: int  # the same of keys, or of values
 
-    def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool) -> int:
+    def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool) -> int:
         """Numbers that all layers keep for the backward, for this many tokens and attended keys (values as many).
 
-        Frozen weights need no inputs of theirs: a norm's result and the last product of the MLP are not kept.
+        Frozen weights need no inputs of theirs: a norm's result and the last product of the MLP are not kept. half: the
+        numbers are of two bytes, but norms keep float32, and so do adapters, each a copy of its input.
         """
+        double = 2 if half else 1
         outside = (4 if trained else 2) * tokens * self.width  # embedding, last norm, what leads on from it
         if recomputed:
             return outside + self.count * tokens * self.width
@@ -45,9 +47,12 @@ class Shape(NamedTuple):
         inner = max(m.in_features for m in modules.values() if isinstance(m, nn.Linear))  # the MLP's
         norms = [m for m in modules.values() if "Norm" in type(m).__name__ and m.weight.numel() == self.width]
         of_norms = len(norms) * self.width * (1 if not trained else 3 if "RMS" in type(norms[0]).__name__ else 2)
+        adapters = sum(
+            2 * m.in_features for name, m in modules.items() if half and trained and name.endswith("lora_A.default")
+        )
         gated = any(name.endswith("gate_proj") for name in modules)
         mlp = inner * ((3 if gated else 1) + (1 if trained else 0))
-        return outside + self.count * (tokens * (of_norms + 2 * self.q + mlp) + keys * 2 * self.kv)
+        return outside + self.count * (tokens * (double * of_norms + 2 * self.q + mlp + adapters) + keys * 2 * self.kv)
 
 
 def load(cfg) -> Policy:
@@ -74,7 +79,9 @@ def shapes(policy: Policy) -> tuple[Shape, Shape]:
     return language, Shape(layers[True][0], len(layers[True]), wide, wide, wide)
 
 
-def activations(cfg, policy: Policy, prompts: int, rows: int, L: int, T: int, patches: int, attack: bool) -> int:
+def activations(
+    cfg, policy: Policy, prompts: int, rows: int, L: int, T: int, patches: int, attack: bool, half: bool = False
+) -> int:
     """Numbers kept for the backward of `prompts` of L tokens and `patches` each, and of `rows` responses at a time.
 
     attack: the gradient goes to the pixels and no parameter has one. Else to the parameters, and a tower that is not
@@ -85,16 +92,18 @@ def activations(cfg, policy: Policy, prompts: int, rows: int, L: int, T: int, pa
     tower = any(p.requires_grad for p in vision.layer.parameters()) and not attack
     keys = language if cfg.attention == "flash_attention_2" else language._replace(kv=language.q)  # repeated for heads
     again = cfg.checkpointing
-    total = keys.kept(prompts * L, prompts * L, trained, again) + keys.kept(rows * T, rows * (L + T), trained, again)
+    total = keys.kept(prompts * L, prompts * L, trained, again, half) + keys.kept(
+        rows * T, rows * (L + T), trained, again, half
+    )
     if attack or tower:
-        total += vision.kept(prompts * patches, prompts * patches, tower, again)
+        total += vision.kept(prompts * patches, prompts * patches, tower, again, half)
     return total
 
 
-def recomputing(policy: Policy, prompts: int, rows: int, L: int, T: int) -> int:
+def recomputing(policy: Policy, prompts: int, rows: int, L: int, T: int, half: bool = False) -> int:
     """With checkpointing, besides: the prompts' keys and values, each response's copy, one layer computed again."""
     language, _ = shapes(policy)
-    one = language._replace(count=1, kv=language.q).kept(max(prompts * L, rows * T), rows * (L + T), True, False)
+    one = language._replace(count=1, kv=language.q).kept(max(prompts * L, rows * T), rows * (L + T), True, False, half)
     return language.count * 2 * language.kv * (prompts + rows) * L + one
 
 
@@ -117,9 +126,9 @@ def estimate(cfg, policy: Policy, prompts: int, micro: int, L: int, patches: int
     for phase, n in (("update", cfg.rollouts), ("attack", cfg.clean_rollouts)):
         if phase == "update" or cfg.intervention == "egas":
             rows = lots(micro * n)
-            out[f"{phase}: activations"] = c * activations(cfg, policy, micro, rows, *common, phase == "attack")
+            out[f"{phase}: activations"] = c * activations(cfg, policy, micro, rows, *common, phase == "attack", c == 2)
             if cfg.checkpointing:
-                out[f"{phase}: computed again"] = c * recomputing(policy, micro, rows, *common[:2])
+                out[f"{phase}: computed again"] = c * recomputing(policy, micro, rows, *common[:2], c == 2)
     chunk = min(max(1, HEAD_NUMBERS // vocabulary), lots(micro * cfg.rollouts) * cfg.max_new_tokens)
     out["update, attack: a chunk of the head"] = 6 * 4 * chunk * vocabulary
     rows = min(prompts, cfg.sample_prompts or prompts) * max(cfg.clean_rollouts, cfg.adversarial_rollouts)

@@ -42,12 +42,15 @@ def kept_bytes(policy: Policy, prompts, tokens, mask, attack: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("what", ["plain", "attack", "freeze", "lora", "checkpointing"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_kept_activations_are_near_the_measured_ones(kind, what):
+def test_kept_activations_are_near_the_measured_ones(kind, what, half):
     policy, cfg = make_policy(kind), Config(checkpointing=what == "checkpointing")
     prompts = policy.encode([PROBLEMS[0]] * 2, [[picture(64, 64)]] * 2)
     tokens, mask = responses(policy, 2, 8, 24)
+    if half:
+        policy.model.to(torch.bfloat16)
     if what == "freeze":
         memory.freeze(policy, "vision+projector")
     if what == "lora":
@@ -57,7 +60,7 @@ def test_kept_activations_are_near_the_measured_ones(kind, what):
     with train_saei.frozen(policy) if what == "attack" else contextlib.nullcontext():
         measured = kept_bytes(policy, prompts, tokens, mask, what == "attack")
     sizes = (2, 16, prompts.ids.shape[1], 24, plan.patches_of(policy, prompts.images[:1]))
-    ours = 4 * plan.activations(cfg, policy, *sizes, attack=what == "attack")
+    ours = (2 if half else 4) * plan.activations(cfg, policy, *sizes, attack=what == "attack", half=half)
     assert 1 / FACTOR < ours / measured < FACTOR, (ours, measured)
 
 
@@ -119,7 +122,7 @@ def test_autocast_and_processes_cost(policy, monkeypatch):
     assert plan.estimate(Config(), policy, 4, 2, 40, 36, 2)["DDP's buckets"] == alone["gradients"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     half = plan.estimate(Config(kl_coef=0.1), policy, 4, 2, 40, 36)
-    assert half["update: activations"] * 2 == alone["update: activations"]
+    assert 1.2 < alone["update: activations"] / half["update: activations"] < 2  # norms stay in float32
     assert half["reference"] == half["parameters"] == alone["parameters"] > half["autocast's copies of weights"] * 1.9
 
 
