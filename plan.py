@@ -97,6 +97,8 @@ def activations(
     )
     if attack or tower:
         total += vision.kept(prompts * patches, prompts * patches, tower, again, half)
+    if tower:
+        total += prompts * patches * patch_numbers(policy)  # what the first product is of
     return total
 
 
@@ -193,9 +195,11 @@ def describe(cfg, micro: int, processes: int) -> str:
 
 def patches_of(policy: Policy, images: list[torch.Tensor]) -> int:
     """What the vision tower computes of one prompt's images."""
-    if not images:
-        return 0
+    return policy.to_pixel_values(images)["pixel_values"].numel() // patch_numbers(policy) if images else 0
+
+
+def patch_numbers(policy: Policy) -> int:
+    """Numbers of one patch of pixel_values, channels and temporal slots included."""
     vision = policy.model.config.vision_config
     p = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    numbers = policy.to_pixel_values(images)["pixel_values"].numel()
-    return numbers // (3 * p * p * getattr(policy.processor.image_processor, "temporal_patch_size", 1))
+    return 3 * p * p * getattr(vision, "temporal_patch_size", 1)
