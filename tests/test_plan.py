@@ -217,3 +217,19 @@ def test_the_lora_recipes_memory_is_the_formulas():
     said = re.findall(r"^#   (\S.*?)  +([\d.]+)$", recipe.read_text(), re.MULTILINE)
     assert said == [(name, f"{n / 2**30:.2f}") for name, n in parts.items()]
     assert total < 20 * 2**30  # of 24 GB, and room for what is not estimated
+
+
+def test_a_frozen_tower_keeps_nothing_but_for_the_attack(policy):
+    memory.freeze(policy, "vision")
+    few, many = (
+        [plan.activations(Config(), policy, 2, 8, 40, 64, n, attack) for attack in (False, True)] for n in (4, 9)
+    )
+    assert few[0] == many[0] and few[1] < many[1]
+
+
+def test_sdpa_repeats_keys_and_values_for_the_heads(policy):
+    """4 heads of 32, 2 of them keys': 2 x 64 numbers more a layer and attended key, of 4 layers."""
+    sdpa, flash = (
+        plan.activations(Config(attention=x), policy, 2, 8, 40, 64, 0, False) for x in ("sdpa", "flash_attention_2")
+    )
+    assert sdpa - flash == 4 * 2 * 64 * (2 * 40 + 8 * (40 + 64))
