@@ -32,6 +32,8 @@ import grpo
 import memory
 import tsec
 
+HEAD_NUMBERS = 2**26  # logits at a time, in scoring: 256 MiB in float32
+
 # ---------------------------------------------------------------------------------------------------- model families
 # What differs between families, one entry each in FAMILIES. A picture is resized once, by the processor's own rule and
 # with its tiling off: one [0, 1] image is attacked, and no tile or thumbnail can drift apart from another.
@@ -238,20 +240,25 @@ class Policy(nn.Module):
         attention: str = "sdpa",
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        weights: bool = True,
     ) -> "Policy":
         """Load model and processor from a hub id or a folder. Raises ValueError when they are not a supported VLM.
 
         min_pixels, max_pixels: limits of a picture's area, where the family has such; None: the processor's own.
+        weights False: parameters without values, on the meta device, from the configuration alone.
         """
-        kind = AutoConfig.from_pretrained(name_or_path).model_type
-        if kind not in FAMILIES:
+        config = AutoConfig.from_pretrained(name_or_path)
+        if (kind := config.model_type) not in FAMILIES:
             raise ValueError(
                 f"{name_or_path} is a {kind!r} model; train_saei needs a vision-language model of one of the families "
                 f"{', '.join(FAMILIES)}"
             )
-        model = AutoModelForImageTextToText.from_pretrained(
-            name_or_path, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+        if weights:
+            model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
+        else:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config, **options)
         policy = cls(model, AutoProcessor.from_pretrained(name_or_path))
         if min_pixels is not None or max_pixels is not None:
             policy._limit_pixels(min_pixels, max_pixels)
@@ -381,8 +388,12 @@ class Policy(nn.Module):
 
     def prompt_tokens(self, row: dict) -> int:
         """The length of a row's prompt, image tokens included."""
+        return self.prompt_ids(row).shape[1]
+
+    def prompt_ids(self, row: dict) -> Tensor:
+        """A row's prompt, image tokens included.   -> (1, L)"""
         units = [self.to_unit_image(image) for image in row["images"]]
-        return self._tokenize(self.chat_text(row["problem"], len(units)), units)["input_ids"].shape[1]
+        return self._tokenize(self.chat_text(row["problem"], len(units)), units)["input_ids"]
 
     @property
     def device(self) -> torch.device:
@@ -503,7 +514,7 @@ class Policy(nn.Module):
             logits = self.logits(h)  # (chunk, V)
             return grpo.token_logprobs(logits, y, temperature), tsec.token_entropy(logits, temperature)
 
-        size = max(1, 2**26 // len(self.banned))  # about 256 MiB of float32 logits at a time
+        size = max(1, HEAD_NUMBERS // len(self.banned))
         parts = [
             checkpoint(chunk_stats, h, y, use_reentrant=False)
             for h, y in zip(hidden.flatten(0, 1).split(size), tokens.flatten().split(size), strict=True)

@@ -52,7 +52,7 @@ def prepare_output(cfg, accelerator: Accelerator) -> tuple[int, str]:
 def same_config(cfg, path: Path) -> None:
     """Refuse to go on with another configuration; what cannot change the result may differ."""
     free = {"output", "overwrite", "resume", "steps", "save_every", "report_to", "log_prompts", "micro_prompts"}
-    free |= {"micro_responses", "checkpointing", "self_check"}
+    free |= {"micro_responses", "sample_prompts", "checkpointing", "self_check", "dry_run"}
     if cfg.anneal or cfg.intervention == "noise":
         free.discard("steps")
     before = yaml.safe_load(path.read_text())

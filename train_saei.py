@@ -19,6 +19,7 @@ generator: a run is the same on any number of processes (but for tsec_scope batc
 import contextlib
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ import data
 import egas
 import grpo
 import memory
+import plan
 import rewards
 import runs
 import tsec
@@ -80,6 +82,7 @@ class Config:
     max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
     output: str = opt("out/demo", "ours", "the run's folder")
     overwrite: bool = opt(False, "ours", "replace a run that the folder already holds")
+    dry_run: bool = opt(False, "ours", "print the resolved plan, its memory estimated, and stop; reads no weights")
     resume: bool = opt(False, "ours", "go on from the folder's newest complete checkpoint, exactly")
     seed: int = opt(0, "ours", "decides data order, rollouts and random images")
     steps: int = opt(100, "ours", "optimisation steps (batches of rollouts)")
@@ -117,6 +120,9 @@ class Config:
     reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
     micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
+    sample_prompts: int = opt(
+        0, "ours", "prompts a device samples at a time: memory, not the responses; 0: all its share"
+    )
     micro_responses: int = opt(0, "ours", "responses the backward holds at a time, computed twice for it; 0: all")
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
     warmup_steps: int = opt(0, "ours", "optimisation steps of linear warm-up")
@@ -150,6 +156,7 @@ class Config:
             "lr > 0": self.lr > 0,
             "lora_rank >= 0": self.lora_rank >= 0,
             "micro_responses >= 0": self.micro_responses >= 0,
+            "sample_prompts >= 0": self.sample_prompts >= 0,
         }
         positive = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts"
         rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in positive.split()}
@@ -162,6 +169,11 @@ class Config:
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:  # before the accelerator: no GPU is needed
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if os.environ.get("RANK", "0") == "0":
+            print(plan.describe(cfg, split_work(cfg, processes)[0], processes))
+        return
     tracker = None if cfg.report_to == "none" else cfg.report_to
     # a micro-batch of text alone reaches no vision parameter, and in LLaVA's towers some are never reached
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
@@ -201,12 +213,11 @@ def main(cfg: Config) -> None:
         indices = my_rows(cfg, step, None if cfg.streaming else len(rows), accelerator)
         batch = [rows[i] for i in indices]
         prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
-        sampling = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature}
         clock = runs.Clock(accelerator.device)
 
         with accelerator.autocast():
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            clean = policy.sample(prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, 0), **sampling)
+            clean = sample(cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, 0))
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
@@ -221,7 +232,7 @@ def main(cfg: Config) -> None:
             fresh = None
             if cfg.adversarial_rollouts:
                 seeds = seeds_of(cfg, step, indices, 2)
-                fresh = policy.sample(attacked, cfg.adversarial_rollouts, seeds, **sampling)
+                fresh = sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds)
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group
@@ -259,6 +270,19 @@ class Rollouts:
     texts: list[list[str]]  # (P, G), the clean ones first
     scores: dict[str, Tensor]  # reward, accuracy, format: (P, G)
     advantages: Tensor  # (P, G)
+
+
+def sample(cfg: Config, policy: Policy, prompts: Prompts, n: int, seeds: list[int]) -> Responses:
+    """Steps 1 and 4: n responses per prompt, `sample_prompts` prompts at a time, padded to the longest."""
+    width, parts = cfg.sample_prompts or len(prompts), []
+    for i in range(0, len(prompts), width):
+        part = slice(i, i + width)
+        parts.append(policy.sample(prompts[part], n, seeds[part], cfg.max_new_tokens, cfg.temperature))
+    longest, fields = max(r.tokens.shape[1] for r in parts), []
+    for name, value in (("tokens", policy.pad_id), ("mask", False), ("logprobs", 0.0), ("entropy", 0.0)):
+        columns = [getattr(r, name) for r in parts]
+        fields.append(torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=value) for x in columns]))
+    return Responses(*fields)
 
 
 def intervene(

@@ -17,6 +17,7 @@ import grpo
 import rewards
 import runs
 import train_saei
+from policy import Policy
 from train_saei import Config, load_config, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,6 +136,20 @@ def test_every_arm_trains_at_one_budget(tiny, tmp_path, half_right, intervention
     for sample in samples:
         assert len(sample["tokens"]) == len(sample["entropy"])
         assert (tmp_path / sample["picture"]).exists() and (tmp_path / sample["clean_picture"]).exists()
+
+
+def test_sampling_a_few_prompts_at_a_time_gives_the_same_responses(policy, rows, monkeypatch):
+    cfg = short("", Path(), max_new_tokens=12)
+    prompts = policy.encode([r["problem"] for r in rows], [r["images"] for r in rows])
+    policy.eos_ids = list(range(0, 400, 8))  # lengths differ
+    want, seen, before = train_saei.sample(cfg, policy, prompts, 2, [5, 6, 7, 8]), [], Policy.sample
+    monkeypatch.setattr(Policy, "sample", lambda self, x, *rest: seen.append(len(x)) or before(self, x, *rest))
+    cfg.sample_prompts = 3
+    ours = train_saei.sample(cfg, policy, prompts, 2, [5, 6, 7, 8])
+    assert seen == [3, 1] and torch.equal(ours.mask, want.mask) and torch.equal(ours.tokens, want.tokens)
+    assert len(set(ours.mask.sum(dim=1).tolist())) > 2
+    for name in ("logprobs", "entropy"):
+        assert torch.allclose(getattr(ours, name)[ours.mask], getattr(want, name)[want.mask], atol=1e-5)
 
 
 def test_noise_fades_and_eps_can(tiny):
