@@ -1,5 +1,6 @@
 """README.md and docs/grading.md say what is so: tables are the results', files exist, metrics are the logged ones."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -33,3 +34,12 @@ def test_every_logged_number_is_explained(tiny, tmp_path):
     logged = {re.sub(r"^(reward|accuracy)/.*", r"\1", name) for name in metrics_of(tmp_path)[0]}
     logged = {"seconds/..." if name.startswith("seconds/") else name for name in logged}
     assert logged - {"step"} <= explained
+
+
+def test_the_readmes_figures_of_the_graders_are_the_measured_ones():
+    graders = json.loads((ROOT / "benchmarks/graders.json").read_text())["kinds"]["all"]
+    text = " ".join(README.split("## Rewards")[1].split("\n## ")[0].split())
+    assert f"On {graders['n']:,} grading cases" in text
+    for name, x in graders["graders"].items():
+        assert f"{x['right'] / graders['n']:.1%}" in text, name
+        assert not x["false positives"] or f"({x['false positives']}" in text, name
