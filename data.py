@@ -14,6 +14,7 @@ named. Nothing is ever truncated.
 import io
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from inspect import signature
 from pathlib import Path
@@ -180,7 +181,7 @@ def find_preset(preset: str | None, dataset: str) -> tuple[Preset | None, str]:
     """The preset that is named, by --preset or as the data set, and what to read with it."""
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    found = PRESETS.get(preset or dataset)
+    found = PRESETS.get(preset or ("" if Path(dataset).exists() else dataset))  # a folder of that name is that folder
     return found, found.dataset if found and dataset in ("demo", preset or dataset) else dataset
 
 
@@ -229,8 +230,8 @@ def open_table(
                 f"{dataset} cannot be found: no local file or folder, and no hub id that can be reached ({error}); "
                 f"presets are {', '.join(PRESETS)}"
             ) from error
-        except ValueError as error:
-            raise ValueError(f"{dataset} cannot be read or has no rows: {error}") from error
+        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{dataset} cannot be read or has no rows: {error.__cause__ or error}") from error
     return table.cast(undecoded(table.features)) if streaming and table.features else table
 
 
@@ -241,7 +242,7 @@ def json_files(folder: Path, split: str) -> dict[str, list[str]] | None:
     found = sorted(p for p in folder.rglob("*.json*") if p.suffix in (".json", ".jsonl"))
     if not found:
         return None
-    mine = [str(p) for p in found if split in p.stem or p.parent.name == split]
+    mine = [str(p) for p in found if split in re.split(r"[\W_]+", p.stem) or p.parent.name == split]
     mine = [str(p) for p in found] if len(found) == 1 and split == "train" else mine  # a file is one split, called so
     if not mine:
         raise ValueError(f"no file of {folder} is named after the split {split!r}: {', '.join(p.name for p in found)}")
@@ -338,10 +339,13 @@ def to_messages(problem: object) -> tuple[list[dict], list]:
     messages, pictures = [], []
     for message in problem:
         content, text = message.get("content"), ""
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content or []:
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
+        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+            raise ValueError(f"a message's content is neither a text nor a list of parts: {content!r:.80}")
+        for part in parts:
             if part.get("type") not in ("text", "image"):
                 raise ValueError(f"a message has a part of type {part.get('type')!r}: only text and image are known")
-            text += "<image>" if part["type"] == "image" else part["text"] or ""
+            text += "<image>" if part["type"] == "image" else part.get("text") or ""
             if part["type"] == "image" and part.get("image") is not None:
                 pictures.append(part["image"])
         messages.append({"role": message["role"], "content": text})
@@ -356,9 +360,12 @@ def load_template(name: str) -> dict[str, str]:
     if template is None:
         if not Path(name).is_file():
             raise ValueError(f"template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}")
-        template = yaml.safe_load(Path(name).read_text())
+        try:
+            template = yaml.safe_load(Path(name).read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"template {name} is no YAML: {error}") from error
     keys = set(template) if isinstance(template, dict) else set()
-    if not {"user"} <= keys <= {"user", "system"} or "{problem}" not in template["user"]:
+    if not {"user"} <= keys <= {"user", "system"} or "{problem}" not in str(template["user"]):
         raise ValueError(f"template {name}: needs the key user with {{problem}} in it, and may have system; has {keys}")
     return template
 
@@ -381,8 +388,14 @@ def to_row(row: dict, template: dict[str, str], folder: Path) -> dict:
         raise ValueError(f"the problem has {marks} <image> marks for {len(images)} images")
     answer, choices, precision = row["answer"], row["choices"], row["precision"]
     answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
+    if precision is not None and not str(precision).removesuffix(".0").isdigit():
+        raise ValueError(f"precision must be a whole number of decimals, got {precision!r:.80}")
     precision = None if precision is None else int(precision)
     rewards.accuracy_reward([""], answer=[answer], choices=[choices], precision=[precision])  # the gold can be parsed
+    several = re.fullmatch(r"[A-Z](?: ?, ?[A-Z])+", answer)  # "A, C": more than one choice
+    letters = [chr(65 + i) for i in range(len(choices or []))]
+    if letters and not several and not any(rewards.grade(x, answer, choices, precision) for x in letters):
+        raise ValueError(f"the answer {answer!r:.80} is none of the choices {choices}: give its letter or its text")
     problem = messages[0]["content"] if len(messages) == 1 else messages
     done = {"images": [to_image(image, folder) for image in images], "problem": problem, "answer": answer}
     return row | done | {"precision": precision}

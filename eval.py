@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy on named splits, with 95% intervals.
 
     accelerate launch eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
-    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista --output out/mathvista
+    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista --max_new_tokens 2048 --batch 4 \\
+        --output out/mathvista
 
 Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json (the numbers) and
 <output>.jsonl (one line a problem: what was answered). Processes share the problems; the numbers do not depend on how.
@@ -9,6 +10,7 @@ Any folder or hub id of a supported vision-language model, trained here or not. 
     greedy   share of problems that the most likely answer (temperature 0) solves
     pass@k   chance that at least one of k sampled answers is right, estimated without bias from n samples:
              1 - C(n - c, k) / C(n, k), c of the n right
+    truncated  share of sampled responses that ran into max_new_tokens (a cut answer is a wrong one)
     entropy  mean over sampled responses of their mean token entropy, nats, at the sampling temperature
 Intervals are percentile bootstraps over problems: how much the number would move with other problems, not other seeds.
 """
@@ -59,6 +61,9 @@ class EvalConfig:
     batch: int = field(default=50, metadata={"help": "problems a device computes at a time"})
     seed: int = field(default=0, metadata={"help": "decides the samples"})
     dtype: str = field(default="float32", metadata={"help": "parameters' dtype: float32 | bfloat16"})
+    attention: str = field(default="sdpa", metadata={"help": "sdpa | eager | flash_attention_2"})
+    min_pixels: int | None = field(default=None, metadata={"help": "smallest area of a picture, Qwen families"})
+    max_pixels: int | None = field(default=None, metadata={"help": "largest area of a picture, Qwen families"})
 
     def __post_init__(self):
         self.preset_found, source = data.find_preset(self.preset, self.dataset)
@@ -96,12 +101,14 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalC
     sampled = policy.sample(prompts, cfg.samples, seeds, cfg.max_new_tokens, cfg.temperature)
     texts = np.array(policy.decode(sampled), dtype=object).reshape(len(rows), cfg.samples).tolist()
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1).mean(dim=1).tolist()
+    cut = sampled.truncated(policy.eos_ids).float().view(len(rows), -1).mean(dim=1).tolist()
     records = []
-    for row, best, responses, h in zip(rows, greedy, texts, entropy, strict=True):
+    for row, best, responses, h, c in zip(rows, greedy, texts, entropy, cut, strict=True):
         columns = {name: [value] * (1 + cfg.samples) for name, value in row.items() if name != "images"}
         right = rewards.accuracy_reward([best, *responses], **columns)
         record = {name: value for name, value in row.items() if name != "images"}
         record |= {"greedy": best, "greedy_right": right[0], "responses": responses, "right": right[1:], "entropy": h}
+        record["truncated"] = c
         records.append(record)
     return records
 
@@ -127,7 +134,8 @@ def summarise(records: list[dict], cfg: EvalConfig) -> dict[str, int | list[floa
     columns = {"greedy": [record["greedy_right"] for record in records]}
     for k in cfg.k:
         columns[f"pass@{k}"] = [pass_at_k(cfg.samples, int(sum(record["right"])), k) for record in records]
-    columns["entropy"] = [record["entropy"] for record in records]
+    for name in ("entropy", "truncated"):
+        columns[name] = [record[name] for record in records]
     arrays = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
     return {"n": len(records)} | {name: [float(x.mean()), *bootstrap_interval(x)] for name, x in arrays.items()}
 
@@ -135,7 +143,8 @@ def summarise(records: list[dict], cfg: EvalConfig) -> dict[str, int | list[floa
 def main(cfg: EvalConfig) -> dict:
     """Evaluate, write and print. Returns what <output>.json holds."""
     accelerator, start = Accelerator(), time.time()
-    policy = Policy.from_pretrained(cfg.model, cfg.dtype).to(accelerator.device)
+    policy = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels)
+    policy = policy.to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         records = {split: evaluate_split(policy, split, cfg, accelerator) for split in cfg.splits}
     result = {"model": cfg.model, "dataset": cfg.dataset, "n_samples": cfg.samples, "temperature": cfg.temperature}
@@ -156,6 +165,8 @@ def main(cfg: EvalConfig) -> dict:
         for split, numbers in result["splits"].items():
             cells = [f"{numbers[x][0]:.3f} [{numbers[x][1]:.3f}, {numbers[x][2]:.3f}]" for x in names]
             print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
+            if (cut := numbers["truncated"][0]) > 0.5:
+                print(f"warning: {cut:.0%} of these responses ran into --max_new_tokens {cfg.max_new_tokens}: raise it")
         for split, numbers in result.get("official", {}).items():
             print(f"{split:16}" + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
         if cfg.preset_found:

@@ -1,7 +1,8 @@
 """Named data sets: where they are, what their columns mean, how their official score is computed from graded rows.
 
     accelerate launch train_saei.py --preset geometry3k --model Qwen/Qwen2.5-VL-3B-Instruct --output out/geo
-    accelerate launch eval.py --preset mathvista --model out/geo/checkpoints/step-000060 --output out/geo/mathvista
+    accelerate launch eval.py --preset mathvista --model out/geo/checkpoints/step-000060 --max_new_tokens 2048 \\
+        --batch 4 --output out/geo/mathvista
 
 A preset's row function maps a stored row to {images, problem, answer, choices, precision, ...}: images as stored
 (data.py decodes and checks), problem a text with <image> where a picture stands, answer the gold answer, choices the

@@ -155,6 +155,8 @@ class Config:
             "temperature > 0": self.temperature > 0,
             "lr > 0": self.lr > 0,
             "lora_rank >= 0": self.lora_rank >= 0,
+            "0 < length_buffer <= max_new_tokens": not self.length_weight
+            or 0 < self.length_buffer <= self.max_new_tokens,
             "micro_responses >= 0": self.micro_responses >= 0,
             "sample_prompts >= 0": self.sample_prompts >= 0,
         }
@@ -240,7 +242,7 @@ def main(cfg: Config) -> None:
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
         with accelerator.autocast():
-            metrics = sampling_metrics(cfg, policy, rollouts)  # before the update: all of it is about pi_old
+            metrics = sampling_metrics(cfg, policy, rollouts, micro)  # before the update: all of it is about pi_old
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
@@ -497,7 +499,7 @@ def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator
         )
 
 
-def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts) -> dict[str, float]:
+def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> dict[str, float]:
     """What this process's rollouts look like; every value a mean over its prompts. The README defines each name."""
     n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
     quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
@@ -514,9 +516,11 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts) -> dict[str, floa
     }
     if x.fresh is not None:
         pairs = list(zip(x.attacked.images, x.prompts.images, strict=True))
-        objective = entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature)
+        parts = [slice(i, i + micro) for i in range(0, len(x.prompts), micro)]
+        objectives = [entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature, part) for part in parts]
         with torch.no_grad():
-            tensors["entropy/attacked"] = objective(x.attacked.images)
+            values = [objective(x.attacked[part].images) for objective, part in zip(objectives, parts, strict=True)]
+            tensors["entropy/attacked"] = torch.cat(values)
         tensors |= {
             "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
             "attack/linf": torch.tensor(max([(a - b).abs().max().item() for a, b in pairs], default=0.0)),

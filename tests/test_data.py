@@ -562,3 +562,45 @@ def test_a_streamed_run_resumes_exactly(tiny, tmp_path, monkeypatch):
     assert len(metrics_of(tmp_path / "parts")) == 4
     whole, parts = (parameters(tmp_path / run / "checkpoints/step-000004") for run in ("whole", "parts"))
     assert all(equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "answer, choices, fits",
+    [
+        ("A", ["red", "blue"], True), ("blue", ["red", "blue"], True), ("A, C", ["a1", "b1", "c1"], True),
+        ("C", ["red", "blue"], False), ("1", ["red", "blue"], False), ("green", ["red", "blue"], False),
+        ("2", ["1", "2"], True), ("B", ["A. red", "B. blue"], True), ("3.0", ["3", "4"], True),
+    ],
+)  # fmt: skip
+def test_a_gold_that_is_none_of_the_choices_is_refused(tmp_path, picture, answer, choices, fits):
+    path = write(tmp_path, [good(solution=answer, choices=choices)])
+    if fits:
+        assert load_rows(path, "train")[0]["choices"] == choices
+    else:
+        with pytest.raises(ValueError, match="row 0: the answer .* is none of the choices"):
+            load_rows(path, "train")
+
+
+def test_splits_are_whole_words_of_a_files_name(tmp_path, picture):
+    for name, count in (("my.train", 1), ("constraint_test", 2), ("latest", 3)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(good()) + "\n" for _ in range(count)))
+    assert len(load_rows(str(tmp_path), "train")) == 1 and len(load_rows(str(tmp_path), "test")) == 2
+
+
+@pytest.mark.parametrize("content", [{"type": "text"}, ["plain"]])
+def test_malformed_messages_are_bad_rows(tmp_path, picture, content):
+    bad = {"image": "a.png", "prompt": [{"role": "user", "content": content}], "solution": "3"}
+    with pytest.raises(ValueError, match="row 0: a message's content is neither a text nor a list of parts"):
+        load_rows(write(tmp_path, [bad]), "train")
+
+
+@pytest.mark.parametrize("text", ['{"image": "a.png", "question": ', ""])
+def test_a_broken_or_empty_file_is_named(tmp_path, text):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match="rows.jsonl cannot be read or has no rows"):
+        load_rows(str(tmp_path / "rows.jsonl"), "train")
+
+
+def test_a_precision_that_is_no_number_is_named(tmp_path, picture):
+    with pytest.raises(ValueError, match="row 0: precision must be a whole number of decimals, got 'high'"):
+        load_rows(write(tmp_path, [good(precision="high")]), "train")

@@ -71,3 +71,12 @@ def test_files_and_split_of_the_work(tiny, tmp_path):
     assert written == result and written["splits"]["plain/test"]["n"] == 7
     mean, low, high = written["splits"]["plain/test"]["entropy"]
     assert low <= mean <= high and mean == pytest.approx(np.mean([record["entropy"] for record in records]))
+
+
+def test_cut_responses_are_counted_and_said(tiny, tmp_path, capsys):
+    common = {"model": tiny, "output": str(tmp_path / "e"), "problems": 4, "samples": 2, "k": [1]}
+    result = main(EvalConfig(**common, max_new_tokens=1))
+    assert result["splits"]["plain/test"]["truncated"][0] > 0.9
+    assert "ran into --max_new_tokens 1: raise it" in capsys.readouterr().out
+    records = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert all(0 <= record["truncated"] <= 1 for record in records)
