@@ -31,7 +31,10 @@ class Preset(NamedTuple):
 
 def with_choices(question: str, choices: list[str] | None) -> str:
     """The question, then the options, one a line: A. first, B. second, ..."""
-    lines = [f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices or [])]
+    letters = [chr(65 + i) for i in range(len(choices or []))]
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices or [], strict=True)]
+    if all(re.match(rf"\(?{letter}[.):]", str(choice)) for letter, choice in zip(letters, choices or [], strict=True)):
+        lines = [str(choice) for choice in choices or []]  # they have their letters already
     return "\n".join([question, "Choices:", *lines]) if lines else question
 
 

@@ -184,14 +184,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"the tracker {cfg.report_to} is not installed: pip install {cfg.report_to}")
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
     first_step, source = runs.prepare_output(cfg, accelerator)
-    start = cfg.model if cfg.lora_rank else source  # adapters go on from the base model
-    policy, reference = Policy.from_pretrained(start, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels), None
-    memory.freeze(policy, cfg.freeze)
-    if cfg.lora_rank:
-        memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed, source if first_step else None)
-    if cfg.checkpointing:
-        memory.checkpoint_layers(policy)
-    policy.micro_responses = cfg.micro_responses
+    policy, reference = load_policy(cfg, source, first_step), None
     if cfg.kl_coef:
         reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
         reference.requires_grad_(False)
@@ -356,6 +349,19 @@ def by_prompt(x: Tensor, P: int) -> Tensor:
 def annealing(step: int, steps: int) -> float:
     """NoisyRollout's schedule, 1 -> 0, scaled to the run: 1 - 1 / (1 + exp(-30 (step / steps - 2/3)))."""
     return 1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps))
+
+
+def load_policy(cfg: Config, source: str, first_step: int) -> Policy:
+    """The model with what is frozen, adapted and computed again; `source`: a checkpoint if first_step > 0."""
+    start = cfg.model if cfg.lora_rank else source  # adapters go on from the base model
+    policy = Policy.from_pretrained(start, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels)
+    memory.freeze(policy, cfg.freeze)
+    if cfg.lora_rank:
+        memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed, source if first_step else None)
+    if cfg.checkpointing:
+        memory.checkpoint_layers(policy)
+    policy.micro_responses = cfg.micro_responses
+    return policy
 
 
 def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:

@@ -313,3 +313,11 @@ def test_eval_reports_them_and_says_that_it_scored_by_rule(tiny, tmp_path, capsy
     assert "aAcc 0" in capsys.readouterr().out
     (record,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert record["figure_id"] == "1" and record["answer"] == "no"
+
+
+def test_choices_are_lettered_once():
+    plain = presets.with_choices("Which?", ["red", "blue"])
+    assert plain == "Which?\nChoices:\nA. red\nB. blue" == presets.with_choices("Which?", ["A. red", "B. blue"])
+    assert presets.with_choices("Which?", ["(A) red", "(B) blue"]).endswith("(A) red\n(B) blue")
+    assert presets.with_choices("Which?", ["A. red", "A. blue"]).endswith("A. A. red\nB. A. blue")
+    assert presets.with_choices("Which?", None) == "Which?"
