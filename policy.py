@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, DynamicCache
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import SizeDict
 
@@ -33,6 +33,7 @@ import memory
 import tsec
 
 HEAD_NUMBERS = 2**26  # logits at a time, in scoring: 256 MiB in float32
+ROWS = 16  # responses of like length that scoring computes together
 
 # ---------------------------------------------------------------------------------------------------- model families
 # What differs between families, one entry each in FAMILIES. A picture is resized once, by the processor's own rule and
@@ -154,6 +155,36 @@ class PromptLayer(DynamicLayer):
             return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         self.keys, self.values, self.is_initialized = keys, values, True  # computed again, they are the same
         return keys, values
+
+
+class DecodeLayer(DynamicLayer):
+    """One layer's keys and values of rows that grow by a token at a time, written into room made once.
+
+    Appending by concatenation, as DynamicLayer does, copies all of the prompt for every token.
+    """
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, n: int, room: int) -> "DecodeLayer":
+        """Each prompt's keys and values n times, with room for further tokens.   (P, heads, L, d)"""
+        layer, layer.is_initialized, layer.length = cls(), True, keys.shape[2]
+        for name, x in (("keys", keys), ("values", values)):
+            P, heads, L, d = x.shape
+            grown = x.new_empty(P, n, heads, L + room, d)
+            grown[..., :L, :] = x[:, None]
+            setattr(layer, name, grown.flatten(0, 1))  # (P * n, heads, L + room, d)
+        return layer
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end], self.values[:, :, self.length : end] = keys, values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 # ------------------------------------------------------------------------------------------------- prompts, responses
@@ -446,32 +477,38 @@ class Policy(nn.Module):
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"one seed an entry of prompts: got {len(seeds)} for {len(prompts)}")
-        N, L = len(prompts) * n, prompts.ids.shape[1]
+        N, T = len(prompts) * n, max_new_tokens
         kv, hidden = self.prefill(prompts)
         prompt = (hidden, prompts.mask, prompts.next_position)
-        hidden, mask, position = (x.repeat_interleave(n, dim=0) for x in prompt)  # (N, D), (N, L), (N,)
-        cache = DynamicCache()
-        for layer in range(len(kv) // 2):
-            cache.update(*(x.repeat_interleave(n, dim=0) for x in kv[2 * layer : 2 * layer + 2]), layer)
-        uniforms = torch.stack([_uniforms(seed, n, max_new_tokens) for seed in seeds]).view(N, -1).to(self.device)
-        alive = torch.ones(N, dtype=torch.bool, device=self.device)
-        eos_ids = torch.tensor(self.eos_ids, device=self.device)
-        columns = []
-        for t in range(max_new_tokens):
-            logits = self.logits(hidden)  # (N, V)
-            scale = temperature or 1.0
-            token = logits.argmax(-1) if temperature == 0 else _inverse_cdf(logits / scale, uniforms[:, t])
-            token = torch.where(alive, token, self.pad_id)
-            logprob = grpo.token_logprobs(logits, torch.where(alive, token, logits.argmax(-1)), scale)
-            columns.append((token, alive, logprob, tsec.token_entropy(logits, scale)))
-            mask = torch.cat([mask, alive[:, None]], dim=1)
+        hidden, seen, position = (x.repeat_interleave(n, dim=0) for x in prompt)  # (N, D), (N, L), (N,)
+        cache = Cache(layers=[DecodeLayer.of(k, v, n, T) for k, v in zip(kv[::2], kv[1::2], strict=True)])
+        del kv
+        uniforms = torch.stack([_uniforms(seed, n, T) for seed in seeds]).view(N, -1).to(self.device)
+        eos_ids, scale = torch.tensor(self.eos_ids, device=self.device), temperature or 1.0
+        tokens, mask = hidden.new_full((N, T), self.pad_id, dtype=torch.long), hidden.new_zeros(N, T, dtype=torch.bool)
+        logprobs, entropy = (hidden.new_zeros(N, T, dtype=torch.float32) for _ in range(2))
+        rows = torch.arange(N, device=self.device)  # those that are still computed; some may have ended
+        alive = torch.ones_like(rows, dtype=torch.bool)
+        for t in range(T):
+            logits = self.logits(hidden)  # (rows, V)
+            token = logits.argmax(-1) if temperature == 0 else _inverse_cdf(logits / scale, uniforms[rows, t])
+            tokens[rows, t], mask[rows, t] = torch.where(alive, token, self.pad_id), alive
+            logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
+            entropy[rows, t] = tsec.token_entropy(logits, scale)
             alive = alive & ~torch.isin(token, eos_ids)
-            if not alive.any() or t + 1 == max_new_tokens:
+            left = int(alive.sum())
+            if left == 0 or t + 1 == T:
                 break
-            hidden = self.respond(token[:, None], cache, mask, position)[:, -1]
+            if left <= 0.75 * len(rows):  # those that have ended leave the batch, some at a time: moving the rest costs
+                rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
+                for layer in cache.layers:
+                    layer.keep(alive)
+                alive = alive[alive]
+            # An ended row that is still here reads its padding; nobody reads the row. A mask of ones is the fast one.
+            seen = torch.cat([seen, torch.ones_like(alive)[:, None]], dim=1)
+            hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
             position = position + 1
-        tokens, _, logprobs, entropy = (torch.stack(column, dim=1) for column in zip(*columns, strict=True))
-        return Responses(tokens, mask[:, L:], logprobs, entropy)
+        return Responses(*(x[:, : t + 1] for x in (tokens, mask, logprobs, entropy)))
 
     def score(self, prompts: Prompts, tokens: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probs and entropies of given responses.   (N, T), (N, T) bool -> (N, T), (N, T) float32
@@ -485,12 +522,16 @@ class Policy(nn.Module):
             hidden = self._response_hidden(prompts, tokens, mask, owner, last, kv)
             return self._head_in_chunks(hidden, torch.where(mask, tokens, self.eos_ids[0]), temperature)
 
-        if not 0 < self.micro_responses < len(tokens):
-            return rows(tokens, mask, owner, last, *kv)
-        # A few responses at a time, each lot computed again in the backward: activations of one lot and of P prompts.
-        lots = zip(*(x.split(self.micro_responses) for x in (tokens, mask, owner)), strict=True)
-        parts = [checkpoint(rows, *lot, last, *kv, use_reentrant=False) for lot in lots]
-        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        # In lots of like length, so that little padding is computed. micro_responses: each lot is computed again in the
+        # backward, for activations of one lot and of P prompts.
+        lengths, parts = mask.sum(dim=1), []
+        order = lengths.argsort(stable=True)
+        for lot in order.split(self.micro_responses or ROWS):
+            end = max(1, int(lengths[lot[-1]]))
+            inputs = tokens[lot, :end], mask[lot, :end], owner[lot], last, *kv
+            part = checkpoint(rows, *inputs, use_reentrant=False) if self.micro_responses else rows(*inputs)
+            parts.append([nn.functional.pad(x, (0, tokens.shape[1] - end)) for x in part])  # back to (lot, T)
+        logprobs, entropy = (torch.cat(column)[order.argsort()] for column in zip(*parts, strict=True))
         return logprobs, entropy
 
     forward = score

@@ -508,9 +508,10 @@ def test_the_head_in_chunks_is_exact_and_never_holds_all_logits(sharp, monkeypat
             grads = torch.autograd.grad((logprobs + entropy.square())[mask].sum(), leaves)
         return logprobs, entropy, grads, largest.rows
 
+    monkeypatch.setattr("policy.ROWS", 48)
     whole = run()
     assert whole[3] == 4 * 12 * 8
-    monkeypatch.setattr(policy_module, "max", lambda *_: 7, raising=False)  # the chunk: max(1, 2^26 // V)
+    monkeypatch.setattr("policy.HEAD_NUMBERS", 7 * V)
     chunked = run()
     assert chunked[3] <= 128
     for a, b in zip(chunked[:2], whole[:2], strict=True):
@@ -644,6 +645,32 @@ def test_sampling_ends_with_the_last_row(sharp):
     sampled = sharp.sample(prompts, 3, [1], 200)
     assert sampled.tokens.shape[1] == sampled.mask.sum(1).max() < 200
     assert sharp.sample(prompts, 3, [1], 1).tokens.shape == (3, 1)
+
+
+def test_rows_that_have_ended_leave_the_batch(sharp, monkeypatch):
+    """The rows computed for each token: never fewer than those still alive, at most 4/3 of them."""
+    respond, computed = Policy.respond, []
+    monkeypatch.setattr(Policy, "respond", lambda self, ids, *a: computed.append(len(ids)) or respond(self, ids, *a))
+    sampled = sharp.sample(sharp.encode(PROBLEMS, PICTURES), 8, [1, 2, 3, 4], 60)
+    alive = sampled.mask.sum(dim=0).tolist()[1:]
+    assert len(computed) == len(alive) and computed[0] > 4 * computed[-1]
+    for rows, n in zip(computed, alive, strict=True):
+        assert n <= rows < n / 0.75 + 1
+
+
+def test_scoring_computes_lots_of_like_length(sharp, monkeypatch):
+    """Less than all rows padded to the longest, the same values."""
+    prompts = sharp.encode(PROBLEMS, PICTURES)
+    tokens, mask = responses(sharp, 4, 6, 40)
+    respond, computed = Policy.respond, []
+    monkeypatch.setattr(Policy, "respond", lambda self, ids, *a: computed.append(ids.numel()) or respond(self, ids, *a))
+    results = []
+    for rows in (24, 4):
+        monkeypatch.setattr("policy.ROWS", rows)
+        results.append([x[mask] for x in sharp.score(prompts, tokens, mask)])
+    assert computed[0] == 24 * 39 and sum(computed[1:]) < 0.7 * computed[0]
+    for whole, lots in zip(*results, strict=True):
+        torch.testing.assert_close(lots, whole, atol=1e-5, rtol=0)
 
 
 def test_a_list_of_end_tokens_from_the_generation_config(processor):
