@@ -37,9 +37,10 @@ from PIL import Image, ImageEnhance, ImageFilter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import study_tables  # noqa: E402
+
 import eval as evaluation  # noqa: E402
 import rewards  # noqa: E402
-import study_tables  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
 from demo.task import make_row  # noqa: E402
@@ -328,7 +329,7 @@ def diagnose(folder: Path, judge: Path) -> dict:
 
 
 def kinds_of(tokens: list[str]) -> list[str]:
-    """What each token of a response is for: frame, answer, digit, colour, sign, or words."""
+    """What each token of a response is for: frame (tags, box, spaces, the end), answer, digit, colour, sign, words."""
     text, at, kinds = "".join(tokens), 0, []
     boxes = [match.span(1) for match in re.finditer(r"\\boxed\{([^}]*)\}", text)]
     frames = [match.span() for match in re.finditer(r"</?think>|\\boxed\{|\}", text)]
@@ -337,7 +338,7 @@ def kinds_of(tokens: list[str]) -> list[str]:
         inside = lambda spans: any(low < middle < high for low, high in spans)  # noqa: E731, B023
         word = token.strip()
         kinds.append(
-            "end" if not word else "answer" if inside(boxes) else "frame" if inside(frames)
+            "answer" if inside(boxes) else "frame" if inside(frames) or not word or word.startswith("<|")
             else "digit" if word.isdigit() else "colour" if word in ("red", "blue", "green", "yellow")
             else "sign" if not any(c.isalpha() for c in word) else "words"
         )  # fmt: skip
@@ -362,7 +363,7 @@ def token_kinds(lines: list[dict]) -> dict:
     return {"kinds": table, "examples": {fate: [t for t, _ in c.most_common(8)] for fate, c in examples.items()}}
 
 
-# ---------------------------------------------------------------------------- the temperature of equal entropy, --temperature
+# ------------------------------------------------------------------------------------- the temperature of equal entropy
 
 
 @torch.no_grad()
