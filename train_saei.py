@@ -101,6 +101,7 @@ class Config:
     tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0 keeps the low tail (that it goes: inferred)")
     tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1 keeps the high tail (that it goes: inferred)")
     tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a process's)")
+    tsec_keep: str = opt("moderate", "ours", "tokens within the cuts, or, as a control, the extreme ones outside them")
     eps: float = opt(4 / 255, "ours", "L-infinity radius of the attack, in [0, 1] pixel units")
     pgd_steps: int = opt(3, "ours", "number of PGD steps (PGD on pixel inputs: the brief)")
     step_size: float | None = opt(None, "ours", "PGD's step, in pixel units; unset: 2.5 * eps / steps, at most eps")
@@ -137,6 +138,7 @@ class Config:
             "intervention": ("none", "random", "noise", "egas"),
             "condition": ("clean", "sampled"),
             "tsec_scope": ("response", "batch"),
+            "tsec_keep": ("moderate", "extreme"),
             "advantage_scale": ("std", "none"),
             "zero_variance": ("keep", "drop"),
         }
@@ -216,7 +218,8 @@ def main(cfg: Config) -> None:
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
-            keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope)
+            cuts = (cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope, cfg.tsec_keep)
+            keep = tsec.select_tokens(clean.entropy, clean.mask, *cuts)
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
             seeds = seeds_of(cfg, step, indices, 1)
@@ -536,6 +539,8 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> di
             tensors[f"{name}/clean"], tensors[f"{name}/adversarial"] = x.scores[name].split(
                 (n, cfg.rollouts - n), dim=1
             )
+        found, found_fresh = (tensors[f"accuracy/{half}"].any(dim=1) for half in ("clean", "adversarial"))  # (P,)
+        tensors |= {"rescued": found_fresh & ~found, "lost": found & ~found_fresh}
     return {name: values.float().mean().item() for name, values in tensors.items()}
 
 

@@ -57,26 +57,36 @@ def entropy_quantile(entropy: Tensor, mask: Tensor, q: float, scope: str = "resp
 
 @torch.no_grad()
 def select_tokens(
-    entropy: Tensor, mask: Tensor, low: float = 0.2, high: float = 0.8, scope: str = "response"
+    entropy: Tensor,
+    mask: Tensor,
+    low: float = 0.2,
+    high: float = 0.8,
+    scope: str = "response",
+    which: str = "moderate",
 ) -> Tensor:
     """keep_t = mask_t and q_low <= H_t <= q_high, the quantiles taken over the scope.   (N, T), (N, T) -> (N, T) bool
 
     Moderate, not extreme, entropy: second-hand; the quantiles, their values and the scope: ours. low = 0 keeps the
     low tail, high = 1 the high one (both: EgAS without TsEC). A response of one token keeps it; the tokens of one of
-    two can both fall outside the cuts, and it keeps none.
-    Raises ValueError on shapes that differ, a mask that is not bool, cuts outside 0 <= low < high <= 1, NaN entropy.
+    two can both fall outside the cuts, and it keeps none. which "extreme": the tokens outside the cuts instead, a
+    control.
+    Raises ValueError on shapes that differ, a mask that is not bool, cuts outside 0 <= low < high <= 1, NaN entropy,
+    an unknown scope or which.
     """
     if entropy.ndim != 2 or entropy.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"entropy and a bool mask must be (N, T), got {tuple(entropy.shape)} and {tuple(mask.shape)} {mask.dtype}"
         )
+    if which not in ("moderate", "extreme"):
+        raise ValueError(f"which must be 'moderate' or 'extreme', got {which!r}")
     if not 0.0 <= low < high <= 1.0:
         raise ValueError(f"the cuts must satisfy 0 <= low < high <= 1, got low={low}, high={high}")
     if entropy[mask].isnan().any():
         raise ValueError("the entropy of a masked-in token is NaN")
     lower = entropy_quantile(entropy, mask, low, scope)[:, None]  # (N, 1)
     upper = entropy_quantile(entropy, mask, high, scope)[:, None]
-    return mask & (entropy >= lower) & (entropy <= upper)
+    moderate = (entropy >= lower) & (entropy <= upper)
+    return mask & (moderate if which == "moderate" else ~moderate)
 
 
 def selective_entropy(entropy: Tensor, keep: Tensor) -> Tensor:

@@ -1,14 +1,19 @@
-"""Write the tables of the README and docs/grading.md from the results that benchmarks left: python benchmarks/tables.py
+"""Write the tables of the README and of docs/ from the results that benchmarks left: python benchmarks/tables.py
 
 Each stands between <!-- name --> and <!-- /name -->; tests/test_readme.py checks that the pages are what this writes.
 """
 
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import study_tables  # noqa: E402
+
 STEPS = [
     (r"# 1  ", "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies"),
     (r"# 2  ", "TsEC: choose the tokens of moderate entropy"),
@@ -161,7 +166,8 @@ def reasons() -> str:
 
 README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
 GRADING = {"graders": graders, "reasons": reasons}
-PAGES = {"README.md": README, "docs/grading.md": GRADING}
+STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
+PAGES = {"README.md": README, "docs/grading.md": GRADING, "docs/study.md": STUDY}
 
 
 def fill(page: str, tables: dict = README) -> str:

@@ -1,0 +1,199 @@
+"""benchmarks/study.py and its tables: the statistics in closed form, the plan of the runs, what is stored and read."""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import study  # noqa: E402
+import study_tables as tables  # noqa: E402
+
+import train_saei  # noqa: E402
+
+
+def arguments(tmp_path: Path, **changes) -> argparse.Namespace:
+    chosen = {"settings": ["shifted", "elicit"], "arms": None, "seeds": [2], "ablation_seeds": 1, "tried": {}}
+    chosen |= {
+        "smoke": True,
+        "results": tmp_path / "results",
+        "out": tmp_path / "runs",
+        "sizes": study.SMOKE,
+        "jobs": 2,
+    }
+    return argparse.Namespace(**chosen | changes)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_bootstrap_over_seeds_enumerates_them():
+    """Differences that hang on the seed alone: the interval is the quantile over all S^S draws of seeds."""
+    by_seed = np.array([0.1, -0.2, 0.4])
+    mean, low, high = tables.bootstrap(np.repeat(by_seed[:, None], 50, axis=1))
+    draws = [np.mean(draw) for draw in itertools.product(by_seed, repeat=3)]
+    assert mean == pytest.approx(0.1)
+    assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975), method="inverted_cdf"))
+
+
+def test_bootstrap_over_problems_is_the_normal_one():
+    values = (np.random.default_rng(0).random(2000) < 0.3).astype(float)
+    _, low, high = tables.bootstrap(np.stack([values] * 4))  # the seeds agree: they add no certainty
+    half = 1.96 * values.std() / math.sqrt(2000)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.003)
+
+
+def test_bootstrap_adds_both_variances():
+    """d = a_s + b_i: the interval's width is that of var(a) / S + var(b) / N, up to the draws' noise."""
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(0, 0.05, 40), rng.normal(0, 0.3, 900)
+    mean, low, high = tables.bootstrap(a[:, None] + b)
+    expected = 2 * 1.96 * math.sqrt(a.var() / 40 + b.var() / 900)
+    assert mean == pytest.approx(a.mean() + b.mean())
+    assert high - low == pytest.approx(expected, rel=0.06)
+    with pytest.raises(ValueError, match=r"values must be \(seeds, problems\), got \(3,\)"):
+        tables.bootstrap(np.zeros(3))
+
+
+def part(right: list[int], samples: int = 8) -> dict:
+    return {"samples": samples, "greedy": study.pack([c > 3 for c in right]), "right": study.pack(right)}
+
+
+def test_pass_at_k_of_stored_counts():
+    counts = [0, 1, 8, 4, 32, 20]
+    assert tables.unpack(study.pack(counts)).tolist() == counts
+    found = tables.per_problem(part([0, 1, 8, 4]), "pass@2")
+    assert found == pytest.approx([0, 1 - math.comb(7, 2) / math.comb(8, 2), 1, 1 - math.comb(4, 2) / math.comb(8, 2)])
+    assert tables.per_problem(part([0, 2, 8]), "pass@1") == pytest.approx([0, 0.25, 1])
+    assert tables.per_problem(part([0, 3, 4]), "greedy").tolist() == [0, 0, 1]
+
+
+def test_differences_are_paired_by_seed_and_problem():
+    runs = lambda right: {seed: {"evaluation": {"a/test": part(x)}} for seed, x in right.items()}  # noqa: E731
+    a, b = runs({0: [8, 0, 4], 2: [8, 8, 8], 7: [8, 8, 8]}), runs({2: [0, 8], 0: [0, 0]})
+    assert tables.paired(a, b, "a/test", "pass@1").tolist() == [[1, 0], [1, 0]]
+    assert tables.paired(a, b, "b/test", "pass@1") is None and tables.paired(a, {}, "a/test", "pass@1") is None
+
+
+# ---------------------------------------------------------------------------------------------------- what is to be run
+
+
+def test_order_of_the_runs_is_balanced(tmp_path):
+    listed = study.jobs(arguments(tmp_path))
+    assert listed[0] == ("shifted", "before", 0) and len(listed) == len(set(listed))
+    seeds = [seed for _, arm, seed in listed if arm in study.MAIN]
+    assert seeds == sorted(seeds) and seeds.count(0) == seeds.count(1) == 2 * len(study.MAIN)
+    ablations = listed[-len(study.ABLATIONS) :]
+    assert ablations == [("shifted", arm, 0) for arm in study.ABLATIONS]
+    assert not set(study.MAIN) & set(study.ABLATIONS)
+    assert set(study.MAIN) | set(study.ABLATIONS) | {"before"} == set(tables.ARMS) and set(study.MAIN) == set(
+        tables.MAIN
+    )
+
+
+def test_tuning_has_seeds_and_problems_of_its_own(tmp_path):
+    args = arguments(tmp_path, seeds=[100, 101], tried={"bold": {"eps": "0.03"}}, settings=["shifted"])
+    assert study.jobs(args) == [("shifted", "before", 100), ("shifted", "bold", 100), ("shifted", "bold", 101)]
+    assert study.result_path(args, "shifted", "bold", 100) == tmp_path / "results/tuning/shifted/bold-100.json"
+    cfg = train_saei.load_config(study.train_arguments(args, "shifted", "bold", 100))
+    assert (cfg.eps, cfg.intervention, cfg.seed, cfg.split) == (0.03, "egas", 100, "shifted/train")
+    problems = [
+        {row["problem"] + str(row["pips"]) for row in study.study_rows("plain/test", 40, s)} for s in (0, 99, 100)
+    ]
+    assert problems[0] == problems[1] and len(problems[0] & problems[2]) < 3
+    with pytest.raises(ValueError, match="not both at once, got \\[0, 100\\]"):
+        study.jobs(arguments(tmp_path, seeds=[0, 100]))
+    with pytest.raises(ValueError, match="--try is for tuning"):
+        study.jobs(arguments(tmp_path, tried={"bold": {}}))
+    with pytest.raises(ValueError, match="unknown arms bolt"):
+        study.jobs(arguments(tmp_path, arms=["bolt"]))
+
+
+def test_every_arm_is_a_valid_configuration_of_equal_rollouts(tmp_path):
+    args = arguments(tmp_path)
+    for setting, arm, seed in study.jobs(args):
+        if arm != "before":
+            cfg = train_saei.load_config(study.train_arguments(args, setting, arm, seed))
+            assert (cfg.rollouts, cfg.seed) == (8, seed)
+            assert (cfg.intervention == "none") == (arm in ("plain", "temperature", "mixed-plain"))
+
+
+def test_the_matched_temperature_must_have_been_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="--temperature measures it first"):
+        study.run_options("shifted", "temperature", 0, smoke=False, tried={})
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/temperature.json").write_text('{"shifted": {"temperature": 1.3}}')
+    assert study.run_options("shifted", "temperature", 0, smoke=False, tried={})["temperature"] == 1.3
+
+
+# ----------------------------------------------------------------------------------------------------- results, tables
+
+
+def test_kinds_of_tokens():
+    tokens = [
+        "<think",
+        ">",
+        "red",
+        " ",
+        "3",
+        ",",
+        " so",
+        " 3",
+        "+4",
+        ".</",
+        "think",
+        ">",
+        " \\",
+        "boxed",
+        "{",
+        "7",
+        "}",
+    ]
+    kinds = study.kinds_of([*tokens, "<|im_end|>"])
+    assert dict(zip(tokens, kinds, strict=False))["7"] == "answer"
+    expected = "frame frame colour frame digit sign words digit sign frame frame frame frame frame frame answer frame"
+    assert kinds == [*expected.split(), "frame"]
+
+
+def test_curves_are_means_of_neighbouring_steps(tmp_path):
+    steps = [{"step": i, "accuracy": i / 100, "seconds/step": 2.0, "lr": 1.0} for i in range(100)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    found = study.training(tmp_path)
+    assert len(found["curves"]["accuracy"]) == study.POINTS and "lr" not in found["curves"]
+    assert found["curves"]["accuracy"][:2] == pytest.approx([0.015, 0.055])
+    assert found["seconds/train"] == 200 and found["seconds"] == {"seconds/step": 2.0}
+    assert tables.curve_mean(found, "accuracy", 0.8, 1.0) == pytest.approx(0.895, abs=0.001)
+
+
+def test_a_failed_run_is_recorded_and_shown(tmp_path, monkeypatch):
+    """Training that cannot start: the result holds the error, the tables name it, and the run counts as done."""
+    monkeypatch.setitem(study.MAIN, "plain", {"intervention": "none", "model": str(tmp_path / "nowhere")})
+    args = arguments(tmp_path, settings=["shifted"])
+    study.one_run(args, "shifted", "plain", 0)
+    result = json.loads((tmp_path / "results/shifted/plain-0.json").read_text())
+    assert result["error"].startswith("RuntimeError: train_saei.py ended with 1")
+    text = tables.everything(tmp_path / "results")
+    assert "- shifted, plain, seed 0: " in text and tables.NONE_YET in text
+
+
+def test_a_run_from_training_to_table(tmp_path):
+    args = arguments(tmp_path, sizes={"problems": 4, "samples": 4, "deep": 2, "deep_samples": 32})
+    for arm in ("plain", "extremes"):
+        study.one_run(args, "shifted", arm, 0)
+    assert not (tmp_path / "runs/shifted/plain-0/checkpoints").exists()
+    plain, extremes = (tables.load(tmp_path / "results")["shifted"][arm][0] for arm in ("plain", "extremes"))
+    assert list(plain["evaluation"])[0] == "shifted/test" and len(plain["evaluation"]) == 5
+    assert len(plain["evaluation"]["sums/test"]["right"]) == 4 and len(plain["deep"]["right"]) == 2
+    assert list(extremes["evaluation"]) == ["shifted/test"] and extremes["config"]["tsec_keep"] == "extreme"
+    assert extremes["diagnostics"]["judge"]["pictures"] == 4 and "judge" not in plain["diagnostics"]
+    counts = [sum(numbers[:3]) for numbers in plain["diagnostics"]["tokens"]["kinds"].values()]
+    assert sum(counts) > 100
+    text = tables.everything(tmp_path / "results")
+    assert "| plain GRPO | 1 | " in text and "| TsEC reversed: the extremes | 1 | " in text and "nan" not in text
