@@ -33,7 +33,8 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def prepare_output(cfg, accelerator: Accelerator) -> tuple[int, str]:
     """Make, empty or continue the run's folder.   -> the first step, where the parameters come from"""
     out = Path(cfg.output)
-    held, found = (out / "metrics.jsonl").exists(), checkpoints(out)
+    found = checkpoints(out)
+    held = (out / "metrics.jsonl").exists() or bool(found)
     if held and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite replaces it")
     if cfg.resume and found:
@@ -41,27 +42,30 @@ def prepare_output(cfg, accelerator: Accelerator) -> tuple[int, str]:
         same_processes(cfg, found[-1], accelerator.num_processes)
     accelerator.wait_for_everyone()  # nobody deletes what another process has still to look at
     if accelerator.is_main_process:
-        if held and not cfg.resume:
-            for old in reversed(found):  # killed in between, it leaves complete ones
-                discard(old)
-            for name in ("checkpoints", "pictures", "report", "eval"):
-                shutil.rmtree(out / name, ignore_errors=True)
-        if not cfg.resume or not found:
-            for name in ("metrics.jsonl", "samples.jsonl", "reference.txt"):
-                (out / name).unlink(missing_ok=True)
-        for left in out.glob("checkpoints/.step-*"):  # by a process that was killed while it saved
-            shutil.rmtree(left)
         try:
+            clear(out, everything=held and not cfg.resume, logs=not (cfg.resume and found))
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
         except OSError as error:
-            raise ValueError(
-                f"cannot write to --output {out}: {error}; choose a folder that can be written to"
-            ) from error
+            raise ValueError(f"cannot write to --output {out}: {error}; choose another folder") from error
     accelerator.wait_for_everyone()
     if cfg.resume and found:
         return int(found[-1].name.removeprefix("step-")), str(found[-1])
     return 0, cfg.model
+
+
+def clear(out: Path, everything: bool, logs: bool) -> None:
+    """Delete what is left half done, the logs of a run that begins anew, everything of one that is replaced."""
+    for left in out.glob("checkpoints/.step-*"):  # by a process that was killed while it saved
+        shutil.rmtree(left)
+    if everything:
+        for old in reversed(checkpoints(out)):  # killed in between, this leaves complete ones
+            discard(old)
+        for name in ("checkpoints", "pictures", "report", "eval"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    if logs and out.exists():
+        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt"):
+            (out / name).unlink(missing_ok=True)
 
 
 def same_config(cfg, path: Path) -> None:
