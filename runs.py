@@ -183,7 +183,7 @@ class Stop:
     def ask(self, number: int, _frame) -> None:
         if not self.received:
             self.received, self.when = number, time.monotonic()
-            print(f"{signal.Signals(number).name}: the step is finished and saved; once more: at once", file=sys.stderr)
+            print(f"{signal.Signals(number).name}: finishing the step, saving; once more ends at once", file=sys.stderr)
         elif time.monotonic() - self.when > 1:
             os._exit(128 + number)
 

@@ -113,7 +113,7 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
     done = in_two(tmp_path, "terminated", "--save_every", "4")
-    assert done.returncode != 0 and "SIGTERM: the step is finished and saved" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "SIGTERM: finishing the step, saving" in done.stderr, done.stderr[-2000:]
     assert names(tmp_path / "run") == ["step-000002"]
     (tmp_path / "faults.py").write_text(FAULTS.replace("== 3", "== 0"))
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
