@@ -240,6 +240,17 @@ def test_fingerprint_is_exact():
 # ------------------------------------------------------------------------------------------------------- other faults
 
 
+def test_a_tracker_that_goes_down_has_not_lost_the_step(tiny, tmp_path, monkeypatch):
+    def down(*_, step, **__):
+        if step == 1:
+            raise ConnectionError("the tracker is down")
+
+    monkeypatch.setattr(Accelerator, "log", down)
+    with pytest.raises(ConnectionError, match="the tracker is down"):
+        main(short(tiny, tmp_path, save_every=1))
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1] and names(tmp_path) == ["step-000001"]
+
+
 def test_an_output_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write to --output .*file/run: .*choose another folder"):
