@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from test_train import comparable, half_right, metrics_of, parameters, short  # noqa: F401
 
 import rewards
