@@ -54,7 +54,11 @@ class Rows(Sequence):
         return len(self.keep)
 
     def __getitem__(self, i: int) -> dict:
-        return self.make(self.keep[i])
+        try:
+            return self.make(self.keep[i])
+        except ValueError as error:
+            error.add_note(f"row {self.keep[i]}: it could be read when the run began; was a file moved or deleted?")
+            raise
 
 
 class Stream:

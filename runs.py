@@ -1,12 +1,16 @@
 """A run's folder: config.yaml, metrics.jsonl, samples.jsonl, pictures, checkpoints, and how a run goes on from them.
 
-What train_saei.py writes and eval.py and report.py read. A checkpoint is written aside and renamed when it is whole, so
-the newest name is always a good one; AutoModelForImageTextToText and AutoProcessor load it.
+What train_saei.py writes and eval.py and report.py read. A checkpoint is written aside, synced and renamed when it is
+whole, so the newest name is always a good one; AutoModelForImageTextToText and AutoProcessor load it. What every fault
+leaves behind: docs/faults.md.
 """
 
 import json
+import os
 import resource
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,6 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import Tensor
 from torchvision.utils import save_image
 from tqdm import tqdm
@@ -28,31 +33,45 @@ def checkpoints(folder: str | Path) -> list[Path]:
 def prepare_output(cfg, accelerator: Accelerator) -> tuple[int, str]:
     """Make, empty or continue the run's folder.   -> the first step, where the parameters come from"""
     out = Path(cfg.output)
-    held, found = (out / "metrics.jsonl").exists(), checkpoints(out)
+    found = checkpoints(out)
+    held = (out / "metrics.jsonl").exists() or bool(found)
     if held and not (cfg.resume or cfg.overwrite):
         raise ValueError(f"{out} already holds a run: --resume goes on with it, --overwrite replaces it")
     if cfg.resume and found:
         same_config(cfg, found[-1] / "config.yaml")
+        same_processes(cfg, found[-1], accelerator.num_processes)
     accelerator.wait_for_everyone()  # nobody deletes what another process has still to look at
     if accelerator.is_main_process:
-        if held and not cfg.resume:
-            for name in ("checkpoints", "pictures", "report", "eval"):
-                shutil.rmtree(out / name, ignore_errors=True)
-        if not cfg.resume or not found:
-            for name in ("metrics.jsonl", "samples.jsonl"):
-                (out / name).unlink(missing_ok=True)
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        try:
+            clear(out, everything=held and not cfg.resume, logs=not (cfg.resume and found))
+            (out / "pictures").mkdir(parents=True, exist_ok=True)
+            (out / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        except OSError as error:
+            raise ValueError(f"cannot write to --output {out}: {error}; choose another folder") from error
     accelerator.wait_for_everyone()
     if cfg.resume and found:
         return int(found[-1].name.removeprefix("step-")), str(found[-1])
     return 0, cfg.model
 
 
+def clear(out: Path, everything: bool, logs: bool) -> None:
+    """Delete what is left half done, the logs of a run that begins anew, everything of one that is replaced."""
+    for left in out.glob("checkpoints/.step-*"):  # by a process that was killed while it saved
+        shutil.rmtree(left)
+    if everything:
+        for old in reversed(checkpoints(out)):  # killed in between, this leaves complete ones
+            discard(old)
+        for name in ("checkpoints", "pictures", "report", "eval"):
+            shutil.rmtree(out / name, ignore_errors=True)
+    if logs and out.exists():
+        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt"):
+            (out / name).unlink(missing_ok=True)
+
+
 def same_config(cfg, path: Path) -> None:
     """Refuse to go on with another configuration; what cannot change the result may differ."""
     free = {"output", "overwrite", "resume", "steps", "save_every", "report_to", "log_prompts", "micro_prompts"}
-    free |= {"micro_responses", "sample_prompts", "checkpointing", "self_check", "dry_run"}
+    free |= {"keep_last", "micro_responses", "sample_prompts", "checkpointing", "self_check", "dry_run"}
     if cfg.anneal or cfg.intervention == "noise":
         free.discard("steps")
     before = yaml.safe_load(path.read_text())
@@ -67,23 +86,119 @@ def weights_apart(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
+def same_processes(cfg, checkpoint: Path, processes: int) -> None:
+    """Any number of processes may go on with a run, unless the attack depends on who shares a process."""
+    before = len(list(checkpoint.glob("state/random_states_*")))  # each process leaves one
+    if cfg.tsec_scope == "batch" and before != processes:
+        raise ValueError(
+            f"the run in {cfg.output} had {before} processes, now {processes}: tsec_scope=batch takes its quantiles "
+            "over a process's prompts, so that would be another run; resume on as many as before"
+        )
+
+
+def same_reference(cfg, reference: torch.nn.Module, accelerator: Accelerator, first_step: int) -> None:
+    """Refuse to go on if cfg.model, which kl_coef pulls to, holds other weights than when the run began."""
+    path, bits = Path(cfg.output) / "reference.txt", fingerprint(reference)
+    if first_step and path.exists() and path.read_text() != bits:
+        raise ValueError(
+            f"model={cfg.model} holds other weights than when the run in {cfg.output} began, and kl_coef={cfg.kl_coef} "
+            "pulls to them: put the first ones back"
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        path.write_text(bits)
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """The sum of all parameters' bit patterns: exact, and the same in any order, on any device."""
+    total = 0
+    for p in module.parameters():
+        integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]
+        total += p.detach().contiguous().view(integer).sum(dtype=torch.int64).item()
+    return f"{total}\n"
+
+
 def save_checkpoint(cfg, accelerator: Accelerator, wrapped: torch.nn.Module, step: int) -> None:
-    """Write parameters, processor, optimiser and random states aside, then rename: a name means a whole checkpoint."""
+    """Write parameters, processor, optimiser and random states aside, sync, rename: a name means a whole checkpoint.
+
+    Then all but the keep_last newest go. Raises what the writing raised, with a note on what is left.
+    """
     final = Path(cfg.output) / "checkpoints" / f"step-{step:06d}"
     aside = final.with_name(f".{final.name}")
-    if accelerator.is_main_process:
-        for old in (aside, final):
-            shutil.rmtree(old, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    weights = accelerator.get_state_dict(wrapped)
-    accelerator.save_state(str(aside / "state"))
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(wrapped).save_pretrained(aside, weights)
-        (aside / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        aside.rename(final)
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        weights = accelerator.get_state_dict(wrapped)
+        accelerator.save_state(str(aside / "state"))
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(wrapped).save_pretrained(aside, weights)
+            (aside / "config.yaml").write_text(yaml.safe_dump(asdict(cfg), sort_keys=False))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            sync(*Path(cfg.output).glob("*.jsonl"), *aside.rglob("*"), aside)
+            aside.rename(final)  # never over another one: that name is nobody else's
+            sync(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writers turn a full disk into a RuntimeError
+        good = checkpoints(cfg.output)
+        error.add_note(
+            f"the checkpoint of step {step} could not be written to {aside} (is the disk full?). "
+            f"The last complete one: {good[-1] if good else 'none'}; --resume true goes on from it"
+        )
+        raise
+    if accelerator.is_main_process and cfg.keep_last:
+        for old in checkpoints(cfg.output)[: -cfg.keep_last]:
+            discard(old)
+
+
+def sync(*paths: Path) -> None:
+    """Files' contents and folders' entries reach the disk: a rename must not get there before what it names."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; its name goes first, as a name means a whole one."""
+    aside = checkpoint.with_name(f".{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside)
+
+
+class Stop:
+    """SIGTERM and SIGINT ask for the end at the next step boundary; a second one ends the process at once.
+
+    A signal within a second of the first counts as the same: a launcher passes on what its children got as well.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator, self.received, self.agreed, self.when = accelerator, 0, 0, 0.0
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def ask(self, number: int, _frame) -> None:
+        if not self.received:
+            self.received, self.when = number, time.monotonic()
+            print(f"{signal.Signals(number).name}: finishing the step, saving; once more ends at once", file=sys.stderr)
+        elif time.monotonic() - self.when > 1:
+            os._exit(128 + number)
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop. All must call it, and all get the same answer."""
+        mine = torch.tensor([self.received], device=self.accelerator.device)
+        self.agreed = int(self.accelerator.gather(mine).max())
+        return self.agreed > 0
+
+    def leave(self) -> None:
+        """Give the signals back; if one was the end, exit with 128 + its number, as shells and schedulers have it."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.agreed:
+            sys.exit(128 + self.agreed)
 
 
 def save_side_by_side(images: list[Tensor], path: Path) -> None:
@@ -120,10 +235,11 @@ class Log:
         self.main = accelerator.is_main_process
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run forgets what came after its checkpoint
-                path = self.out / name
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < first_step]
-                path.write_text("".join(line + "\n" for line in kept))
+                path, aside = self.out / name, self.out / f".{name}"
+                lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last may be cut anywhere
+                kept = [line for line in lines if json.loads(line)["step"] < first_step]
+                aside.write_text("".join(line + "\n" for line in kept))
+                aside.replace(path)  # killed in between, it leaves the old one
         if cfg.report_to != "none":
             accelerator.init_trackers("saei", config={k: v for k, v in asdict(cfg).items() if v is not None})
 
@@ -139,11 +255,11 @@ class Log:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory
         self.warn(step, metrics)
-        self.accelerator.log(metrics, step=step)
         if self.main:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step} | {k: round(v, 8) for k, v in metrics.items()}) + "\n")
             self.bar.set_postfix(reward=f"{metrics['reward']:.2f}", entropy=f"{metrics['entropy/clean']:.3f}")
+        self.accelerator.log(metrics, step=step)  # last: a tracker that raises has not lost the line
 
     def warn(self, step: int, metrics: dict[str, float]) -> None:
         self.earned += metrics["accuracy"]

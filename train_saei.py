@@ -87,6 +87,7 @@ class Config:
     seed: int = opt(0, "ours", "decides data order, rollouts and random images")
     steps: int = opt(100, "ours", "optimisation steps (batches of rollouts)")
     save_every: int = opt(50, "ours", "steps between checkpoints; the last step always has one")
+    keep_last: int = opt(0, "ours", "complete checkpoints that are kept, the newest; 0: all")
     report_to: str = opt("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
     log_prompts: int = opt(1, "ours", "prompts a step whose responses and pictures go to samples.jsonl")
 
@@ -161,6 +162,7 @@ class Config:
             or 0 < self.length_buffer <= self.max_new_tokens,
             "micro_responses >= 0": self.micro_responses >= 0,
             "sample_prompts >= 0": self.sample_prompts >= 0,
+            "keep_last >= 0": self.keep_last >= 0,
         }
         positive = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts"
         rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in positive.split()}
@@ -190,6 +192,7 @@ def main(cfg: Config) -> None:
     if cfg.kl_coef:
         reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
         reference.requires_grad_(False)
+        runs.same_reference(cfg, reference, accelerator, first_step)
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
     limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
@@ -200,11 +203,12 @@ def main(cfg: Config) -> None:
     runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))
+        accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
     if cfg.self_check:
         with accelerator.autocast():
             errors = policy.self_check()
         accelerator.print("self-check: largest difference to the library's own: " + json.dumps(errors))
-    log = runs.Log(cfg, accelerator, first_step)
+    log, stop = runs.Log(cfg, accelerator, first_step), runs.Stop(accelerator)
 
     for step in log.progress(range(first_step, cfg.steps)):
         indices = my_rows(cfg, step, None if cfg.streaming else len(rows), accelerator)
@@ -247,9 +251,12 @@ def main(cfg: Config) -> None:
 
         log.step(step, metrics | clock.seconds(), losses)
         log.samples(step, policy, indices, rollouts)
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+        if stop.asked() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             runs.save_checkpoint(cfg, accelerator, wrapped, step + 1)
+        if stop.agreed:
+            break
     accelerator.end_training()
+    stop.leave()
 
 
 # ------------------------------------------------------------------------------------------------ the steps, in detail
