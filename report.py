@@ -519,14 +519,88 @@ def page(runs: list[dict]) -> str:
     terms = "".join(f"<dt>{term}</dt><dd>{said}</dd>" for term, said in GLOSSARY.items())
     parts = {"Before and after": numbers(runs), "Curves": curves(runs), "Images": gallery(runs),
              "Responses": responses(runs), "How to read this": f"<dl>{terms}</dl>"}  # fmt: skip
+    return document(title, "".join(about(run) for run in runs) + settings(runs), parts)
+
+
+def document(title: str, intro: str, parts: dict[str, str]) -> str:
+    """A page of sections: heading -> HTML."""
     links = "".join(f'<a href="#part{i}">{heading}</a>' for i, heading in enumerate(parts))
     body = "".join(f'<section id="part{i}"><h2>{k}</h2>{v}</section>' for i, (k, v) in enumerate(parts.items()))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"/><meta http-equiv="Content-Security-Policy" content="{POLICY}"/>
 <meta name="viewport" content="width=device-width, initial-scale=1"/><title>SaEI: {title}</title>
 <style>{CSS}</style></head><body><main><h1>SaEI: {title}</h1>
-{"".join(about(run) for run in runs)}{settings(runs)}<nav>{links}</nav>{body}</main></body></html>
+{intro}<nav>{links}</nav>{body}</main></body></html>
 """
+
+
+# ---------------------------------------------------------------------------------------------- the study's results
+
+BANDS = [  # of the study's page: title, unit, y axis from zero?, key, key that stands in for it
+    ("Training accuracy, clean images", "share of right responses", True, "accuracy/clean", "accuracy"),
+    ("Entropy of the responses, clean images", "nats per token", True, "entropy/clean", None),
+    ("Groups of one accuracy: they teach nothing", "share of groups", True, "zero_variance", None),
+    ("Rescued prompts: right only on the changed image", "share of prompts", True, "rescued", None),
+]
+
+
+def band_chart(arms: dict[str, list[dict]], title: str, unit: str, zero: bool, key: str, stand_in: str | None) -> str:
+    """One metric by arm: the mean over seeds in a band from the lowest seed to the highest; "" without data."""
+    lines = []
+    for i, (arm, results) in enumerate(arms.items()):
+        found = [r["curves"] for r in results if key in r["curves"] or stand_in in r["curves"]]
+        if found:
+            ys = np.array([c.get(key, c.get(stand_in)) for c in found])  # (seeds, points)
+            lines.append((f"r{i % 6}", arm, np.array(found[0]["step"]), ys))
+    if not lines:
+        return ""
+    every = [np.concatenate([line[k].flatten() for line in lines]) for k in (2, 3)]
+    svg, path = frame(*every, unit, zero)
+    for css, _, xs, ys in lines:
+        outline = path(np.concatenate([xs, xs[::-1]]), np.concatenate([ys.max(0), ys.min(0)[::-1]]))
+        svg += f'<path class="area a3 {css}" d="{outline}Z"/>'
+    for css, _, xs, ys in lines:
+        svg += f'<path class="line {css}" d="{path(xs, ys.mean(0))}"/>'
+    return figure(title, svg, "".join(
+        f'<span><svg viewBox="0 0 26 8" class="key {css}"><path d="M2 4H24"/></svg>{text(arm, 60)}</span>'
+        for css, arm, *_ in lines))  # fmt: skip
+
+
+def markdown(source: str) -> str:
+    """What benchmarks/study_tables.py writes, paragraphs and tables, as HTML."""
+    parts = []
+    for block in source.split("\n\n"):
+        rows = [re.split(r" *\| *", line.strip("| ")) for line in block.splitlines()]
+        mark = lambda cell: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text(cell))  # noqa: E731
+        if block.startswith("|") and len(rows) > 2:
+            head = "".join(f"<th>{mark(cell)}</th>" for cell in rows[0])
+            body = "".join("<tr>" + "".join(f"<td>{mark(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
+            body = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            parts.append(f'<div class="wide">{body}</div>')
+        else:
+            parts.append(f"<p>{mark(block)}</p>")
+    return "".join(parts)
+
+
+def build_study(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of benchmarks/study.py's results, by default to index.html beside them, and return its path."""
+    from benchmarks import study_tables  # the page of a run needs none of it
+
+    charts = ""
+    for setting, runs in study_tables.load(folder).items():
+        arms = {study_tables.ARMS[arm]: list(seeds.values()) for arm, seeds in study_tables.good(runs).items()
+                if arm in study_tables.MAIN}  # fmt: skip
+        drawn = "".join(band_chart(arms, *chart) for chart in BANDS)
+        charts += f'<h3>{text(setting, 60)}</h3><div class="cards charts">{drawn}</div>' if drawn else ""
+    parts = {heading: markdown(make(folder)) for heading, make in study_tables.PARTS.values()}
+    first, *others = parts
+    parts = {first: parts[first], "Curves": charts or '<p class="empty">No run has finished yet.</p>'} | {
+        heading: parts[heading] for heading in others
+    }
+    said = "Lines are means over seeds, bands reach from the lowest seed to the highest."
+    output = Path(output) if output else folder / "index.html"
+    output.write_text(document("the study", f'<p class="lead">{said}</p>', parts), encoding="utf-8")
+    return output
 
 
 def build_report(folders: list[str | Path], output: Path | None = None) -> Path:
@@ -554,7 +628,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: report/index.html in the first folder")
     args = parser.parse_args()
     try:
-        print(build_report(args.folders, args.output))
+        if (
+            len(args.folders) == 1
+            and not (args.folders[0] / "metrics.jsonl").exists()
+            and list(args.folders[0].glob("*/*-*.json"))
+        ):
+            print(build_study(args.folders[0], args.output))
+        else:
+            print(build_report(args.folders, args.output))
     except FileNotFoundError as error:
         raise SystemExit(f"report.py: {error}") from None
 

@@ -335,7 +335,7 @@ def kinds_of(tokens: list[str]) -> list[str]:
     frames = [match.span() for match in re.finditer(r"</?think>|\\boxed\{|\}", text)]
     for token in tokens:
         middle, at = at + len(token) / 2, at + len(token)
-        inside = lambda spans: any(low < middle < high for low, high in spans)  # noqa: E731, B023
+        inside = lambda spans: any(low <= middle < high for low, high in spans)  # noqa: E731, B023
         word = token.strip()
         kinds.append(
             "answer" if inside(boxes) else "frame" if inside(frames) or not word or word.startswith("<|")
@@ -432,6 +432,8 @@ def parse_arguments() -> argparse.Namespace:
     if args.attempt:
         words = shlex.split(args.attempt[1])
         args.tried = {args.attempt[0]: {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}}
+    if args.samples < 8 or args.deep_samples < 32:
+        parser.error("pass@8 needs --samples 8 and pass@32 needs --deep_samples 32, or more; a digit holds at most 35")
     sizes = SMOKE if args.smoke else {name: getattr(args, name) for name in SIZES}
     args.sizes = json.loads(args.sizes) if args.sizes else sizes
     if args.smoke and not args.one:

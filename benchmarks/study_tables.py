@@ -176,7 +176,7 @@ def main_table(setting: str, runs: Runs) -> str:
     note = (
         f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and {sizes['samples']} samples each; "
         f"pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}. Mean (lowest to highest) over "
-        "seeds; answers: distinct ones among a problem's samples; minutes of training on one CPU core, two runs at a time."
+        "seeds; answers: distinct ones among a problem's samples; minutes of training on one CPU core."
     )
     return table(["arm", "seeds", *names, "minutes"], rows) + f"\n\n{note}"
 

@@ -257,3 +257,13 @@ def test_pictures_of_any_number_and_size_are_logged(processor, tmp_path, monkeyp
     train(processor, tmp_path, monkeypatch, [*ROWS[:2], TEXT_ONLY], log_prompts=3)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 5
+
+
+def test_rescued_and_lost_prompts_are_counted(processor, tmp_path, monkeypatch):
+    """Rescued: something right on the attacked image and nothing on the clean one; lost: the other way round."""
+    seen = train(processor, tmp_path, monkeypatch, rollouts=2, adversarial_rollouts=1, seed=5)
+    decode = lambda group: any(mark(processor.tokenizer.decode(x, skip_special_tokens=True)) for x in group)  # noqa: E731
+    found = [(decode(clean), decode(fresh)) for clean, fresh in zip(*seen.sampled, strict=True)]
+    assert {(True, False), (False, True)} < set(found)  # the seed is one that shows both
+    assert seen.metrics["rescued"] == found.count((False, True)) / len(found)
+    assert seen.metrics["lost"] == found.count((True, False)) / len(found)

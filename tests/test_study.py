@@ -184,7 +184,7 @@ def test_a_failed_run_is_recorded_and_shown(tmp_path, monkeypatch):
 
 
 def test_a_run_from_training_to_table(tmp_path):
-    args = arguments(tmp_path, sizes={"problems": 4, "samples": 4, "deep": 2, "deep_samples": 32})
+    args = arguments(tmp_path, sizes={"problems": 4, "samples": 8, "deep": 2, "deep_samples": 32})
     for arm in ("plain", "extremes"):
         study.one_run(args, "shifted", arm, 0)
     assert not (tmp_path / "runs/shifted/plain-0/checkpoints").exists()

@@ -158,6 +158,8 @@ def test_choice_equals_a_loop_over_numpy_quantiles(data, cuts, scope):
     expected = select_by_loop(entropy, mask, *cuts, scope)
     keep = select_tokens(torch.tensor(entropy), torch.tensor(mask), *cuts, scope)
     assert keep.dtype == torch.bool and keep.tolist() == expected
+    extreme = select_tokens(torch.tensor(entropy), torch.tensor(mask), *cuts, scope, "extreme")
+    assert extreme.tolist() == (mask & ~np.array(expected)).tolist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -259,6 +261,7 @@ def test_choice_leaves_its_arguments_alone():
         ({"high": 20}, "high=20"),
         ({"low": math.nan}, "low=nan"),
         ({"scope": "group"}, "'response' or 'batch', got 'group'"),
+        ({"which": "low"}, "'moderate' or 'extreme', got 'low'"),
         ({"entropy": torch.tensor([[1.0, torch.nan, 1.0]] * 2)}, "NaN"),
     ],
 )
