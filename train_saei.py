@@ -88,6 +88,9 @@ class Config:
     steps: int = opt(100, "ours", "optimisation steps (batches of rollouts)")
     save_every: int = opt(50, "ours", "steps between checkpoints; the last step always has one")
     report_to: str = opt("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
+    profile: bool = opt(
+        False, "ours", "trace the second step: trace.json (for chrome://tracing), top operators printed"
+    )
     log_prompts: int = opt(1, "ours", "prompts a step whose responses and pictures go to samples.jsonl")
 
     prompts_per_step: int = opt(16, "ours", "P, over all processes")

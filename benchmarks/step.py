@@ -96,6 +96,12 @@ class Ours:
         self.batch = [{"problem": QUESTION, "images": [x], "answer": "0"} for x in pictures(P, image_tokens)]
         self.n = 0
 
+    def spots(self) -> list[tuple[object, str]]:
+        """Where the model's own time is spent: forward, head, backward, AdamW."""
+        model = self.policy.model
+        forward = [(model.model, "forward"), (model.lm_head, "forward")]
+        return [*forward, (torch.autograd, "grad"), (self.accelerator, "backward"), (self.optimizer.optimizer, "step")]
+
     def step(self) -> dict[str, float]:
         """The body of train_saei.main's loop without its files."""
         cfg, policy, rows, step = self.cfg, self.policy, list(range(len(self.batch))), self.n
@@ -169,6 +175,9 @@ class Trl:
         self.tokens = sum(map(len, completion_ids))
         return parity(completions, completion_ids)
 
+    def spots(self) -> list:
+        return []
+
     def step(self) -> dict[str, float]:
         start, trainer = time.perf_counter(), self.trainer
         generate, spent = trainer._generate, []
@@ -199,30 +208,30 @@ def make(arm: str, cell: dict):
 
 
 def measure(cell: dict, arms: list[str], turns: int) -> dict:
-    """arm -> seconds of every turn's step, of its phases, tokens a second."""
-    made = {arm: make(arm, cell) for arm in arms}
-    seconds, phases = {arm: [] for arm in arms}, {arm: [] for arm in arms}
-    for turn in range(turns + 1):
+    """arm -> seconds, phases, share outside the model of every turn's step; of SaEI, attack over its arithmetic."""
+    made, found = {arm: make(arm, cell) for arm in arms}, {arm: [] for arm in arms}
+    for _ in range(turns + 1):
         for arm, runner in made.items():
-            start = time.perf_counter()
-            found = runner.step()
-            took = time.perf_counter() - start
+            with counted(runner.spots()) as inside:
+                start = time.perf_counter()
+                x = {"phases": runner.step()}
+                x["seconds"] = time.perf_counter() - start
             if runner.tokens != cell["P"] * cell["G"] * cell["T"]:
                 raise RuntimeError(f"{arm} made {runner.tokens} tokens in {cell}: a response ended early")
-            if turn:
-                seconds[arm].append(took)
-                phases[arm].append(found)
+            if arm != ARMS[0]:
+                x["outside"] = 1 - inside[0] / x["seconds"]
+            if arm.startswith("SaEI"):
+                alone = median(arithmetic(runner) for _ in range(2))
+                x["attack/arithmetic"] = x["phases"]["attack"] / (runner.cfg.pgd_steps * alone)
+            found[arm].append(x)
     result = {}
-    for arm in arms:
-        names = phases[arm][0]
-        result[arm] = {"seconds": seconds[arm], "tokens/s": made[arm].tokens / median(seconds[arm])}
-        result[arm]["phases"] = {name: median(x[name] for x in phases[arm]) for name in names}
-        if ARMS[0] in arms:
-            result[arm]["ratio"] = [a / b for a, b in zip(seconds[ARMS[0]], seconds[arm], strict=True)]
-        if arm != ARMS[0]:
-            result[arm]["outside"] = outside(made[arm], turns)
-        if arm.startswith("SaEI"):
-            result[arm]["attack/arithmetic"] = attack_ratios(made[arm], turns)
+    for arm, steps in found.items():
+        steps = steps[1:]  # the first is warm-up
+        result[arm] = {name: [x[name] for x in steps] for name in steps[0] if name != "phases"}
+        result[arm]["phases"] = {name: median(x["phases"][name] for x in steps) for name in steps[0]["phases"]}
+        if ARMS[0] in arms:  # TRL's step of the same turn
+            result[arm]["ratio"] = [a["seconds"] / b["seconds"] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)]
+        result[arm]["tokens/s"] = made[arm].tokens / median(result[arm]["seconds"])
     return result
 
 
@@ -252,19 +261,6 @@ def counted(spots: list[tuple[object, str]]):
             setattr(owner, name, function)
 
 
-def outside(arm: Ours, turns: int) -> float:
-    """The share of a step that is not the model's forward and backward, the head's or AdamW's; median."""
-    model, shares = arm.policy.model, []
-    spots = [(model.model, "forward"), (model.lm_head, "forward"), (torch.autograd, "grad")]
-    spots += [(arm.accelerator, "backward"), (arm.optimizer.optimizer, "step")]
-    for _ in range(turns):
-        with counted(spots) as inside:
-            start = time.perf_counter()
-            arm.step()
-            shares.append(1 - inside[0] / (time.perf_counter() - start))
-    return median(shares)
-
-
 def arithmetic(arm: Ours) -> float:
     """Seconds of the plain model's forward and backward to the pixels: prompt and clean responses, each once."""
     (prompts, clean), policy = arm.last, arm.policy
@@ -280,15 +276,6 @@ def arithmetic(arm: Ours) -> float:
         logits = policy.model.lm_head(hidden[:, -responses.shape[1] :])
         torch.autograd.grad(logits.logsumexp(-1).sum(), images)
         return time.perf_counter() - start
-
-
-def attack_ratios(arm: Ours, turns: int) -> list[float]:
-    """Attack seconds over pgd_steps times the arithmetic, alternating."""
-    ratios = []
-    for turn in range(turns + 1):
-        phases = arm.step()
-        ratios.append(phases["attack"] / (arm.cfg.pgd_steps * median(arithmetic(arm) for _ in range(2))))
-    return ratios[1:]
 
 
 def resident(name: str) -> float:
@@ -336,7 +323,7 @@ def show(entry: dict) -> None:
         line = f"  {arm:18} {spread(x['seconds'])} s  {x['tokens/s']:6.0f} tokens/s"
         line += f"  TRL/ours {spread(x['ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
         line += f"  peak {x['peak']:.0f} MiB" if "peak" in x else ""
-        line += f"  outside {x['outside']:.1%}" if "outside" in x else ""
+        line += f"  outside {median(x['outside']):.1%}" if "outside" in x else ""
         line += f"  attack/arithmetic {spread(x['attack/arithmetic'])}" if "attack/arithmetic" in x else ""
         print(line + "\n" + " " * 21 + ", ".join(f"{k} {v:.2f}" for k, v in x["phases"].items()), flush=True)
 
@@ -349,7 +336,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5, help="turns, after the warm-up")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="in this order")
     parser.add_argument("--no_memory", action="store_true", help="no peak memory")
     parser.add_argument("--no_linear", action="store_true", help="no runs of twice P and twice G")
     parser.add_argument("--output", default=str(ROOT / "benchmarks/step.json"))
