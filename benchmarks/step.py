@@ -6,7 +6,8 @@
 The same tiny Qwen2.5-VL (real patch, merge and window sizes; tower, language model and head share the arithmetic about
 as in the 3B one), the same weights, pictures, questions, group size, response length, AdamW, clipping and float32. In
 one process, arms alternating, one step each in turn, so that other load on the machine meets all of them; the first
-turn is warm-up. Ratios are medians over turns of (TRL's seconds / ours) of the same turn.
+turn is warm-up. Ratios are medians over turns of (TRL's seconds / ours) of the same turn; CPU
+seconds of all threads are beside them, for a machine that does much else.
 
 A step is all that a step of training does: picture and question to tensors, sampling, rewards, (attack, second
 sampling,) our metrics, forward, backward, clipping, AdamW. Neither side writes files. No response ends early: the end
@@ -213,9 +214,10 @@ def measure(cell: dict, arms: list[str], turns: int) -> dict:
     for _ in range(turns + 1):
         for arm, runner in made.items():
             with counted(runner.spots()) as inside:
-                start = time.perf_counter()
+                start, cpu = time.perf_counter(), time.process_time()
                 x = {"phases": runner.step()}
-                x["seconds"] = time.perf_counter() - start
+                x |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
+            print(f"{arm}: {x['seconds']:.2f} s, {x['cpu']:.2f} of the CPU", file=sys.stderr, flush=True)
             if runner.tokens != cell["P"] * cell["G"] * cell["T"]:
                 raise RuntimeError(f"{arm} made {runner.tokens} tokens in {cell}: a response ended early")
             if arm != ARMS[0]:
@@ -230,7 +232,8 @@ def measure(cell: dict, arms: list[str], turns: int) -> dict:
         result[arm] = {name: [x[name] for x in steps] for name in steps[0] if name != "phases"}
         result[arm]["phases"] = {name: median(x["phases"][name] for x in steps) for name in steps[0]["phases"]}
         if ARMS[0] in arms:  # TRL's step of the same turn
-            result[arm]["ratio"] = [a["seconds"] / b["seconds"] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)]
+            for name, of in (("ratio", "seconds"), ("cpu ratio", "cpu")):
+                result[arm][name] = [a[of] / b[of] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)]
         result[arm]["tokens/s"] = made[arm].tokens / median(result[arm]["seconds"])
     return result
 
@@ -322,6 +325,7 @@ def show(entry: dict) -> None:
     for arm, x in entry["arms"].items():
         line = f"  {arm:18} {spread(x['seconds'])} s  {x['tokens/s']:6.0f} tokens/s"
         line += f"  TRL/ours {spread(x['ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
+        line += f", of CPU time {spread(x['cpu ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
         line += f"  peak {x['peak']:.0f} MiB" if "peak" in x else ""
         line += f"  outside {median(x['outside']):.1%}" if "outside" in x else ""
         line += f"  attack/arithmetic {spread(x['attack/arithmetic'])}" if "attack/arithmetic" in x else ""
