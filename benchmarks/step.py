@@ -352,7 +352,13 @@ def main() -> None:
         return
     sizes = [(t, g, n) for t in args.tokens for n in args.lengths for g in args.rollouts]
     sizes = [(256, 8, 48)] if args.quick else sizes
-    result = {"threads": int(THREADS), "torch": torch.__version__, "steps": args.steps, "cells": []}
+    result = {
+        "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
+        "threads": int(THREADS),
+        "torch": torch.__version__,
+        "steps": args.steps,
+        "cells": [],
+    }
     for tokens, G, T in sizes:
         cell = dict(P=args.prompts, image_tokens=tokens, G=G, T=T)
         entry = {"cell": cell, "arms": measure(cell, args.arms, args.steps)}

@@ -165,19 +165,26 @@ def step() -> str:
     """Seconds of a step beside TRL's on the same work: one row a cell and arm."""
     result = json.loads((ROOT / "benchmarks/step.json").read_text())
     spread = lambda x: f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
-    head = ["image tokens", "G", "T", "arm", "seconds", "TRL's seconds / its", "tokens/s", "peak, MiB"]
+    head = ["image tokens", "G", "T", "arm", "seconds", "TRL's seconds / its", "of CPU time", "tokens/s", "peak, MiB"]
     head += ["outside the model", "attack / arithmetic"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in result["cells"]:
         size = [str(entry["cell"][name]) for name in ("image_tokens", "G", "T")]
         for arm, x in entry["arms"].items():
-            cells = [*size, arm, spread(x["seconds"]), spread(x["ratio"]), f"{x['tokens/s']:.0f}"]
+            cells = [
+                *size,
+                arm,
+                spread(x["seconds"]),
+                spread(x["ratio"]),
+                spread(x["cpu ratio"]),
+                f"{x['tokens/s']:.0f}",
+            ]
             cells += [f"{x['peak']:.0f}" if "peak" in x else ""]
             cells += [f"{np.median(x['outside']):.1%}" if "outside" in x else ""]
             cells += [spread(x["attack/arithmetic"]) if "attack/arithmetic" in x else ""]
             out.append("| " + " | ".join(cells) + " |")
     note = f"Median (lowest to highest) of {result['steps']} alternating steps, P = {result['cells'][0]['cell']['P']}, "
-    note += f"float32, {result['threads']} CPU thread, beside other work. `python benchmarks/step.py`"
+    note += f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`"
     for arm, x in result.get("linear", {}).items():
         note += f" {arm}: twice P costs {spread(x['P'])} times as much, twice G {spread(x['G'])}."
     return "\n".join([*out, "", note])
