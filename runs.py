@@ -5,6 +5,7 @@ whole, so the newest name is always a good one; AutoModelForImageTextToText and 
 leaves behind: docs/faults.md.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -64,14 +65,14 @@ def clear(out: Path, everything: bool, logs: bool) -> None:
         for name in ("checkpoints", "pictures", "report", "eval"):
             shutil.rmtree(out / name, ignore_errors=True)
     if logs and out.exists():
-        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt"):
+        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt", "trace.json"):
             (out / name).unlink(missing_ok=True)
 
 
 def same_config(cfg, path: Path) -> None:
     """Refuse to go on with another configuration; what cannot change the result may differ."""
     free = {"output", "overwrite", "resume", "steps", "save_every", "report_to", "log_prompts", "micro_prompts"}
-    free |= {"keep_last", "micro_responses", "sample_prompts", "checkpointing", "self_check", "dry_run"}
+    free |= {"keep_last", "micro_responses", "sample_prompts", "checkpointing", "self_check", "dry_run", "profile"}
     if cfg.anneal or cfg.intervention == "noise":
         free.discard("steps")
     before = yaml.safe_load(path.read_text())
@@ -226,6 +227,16 @@ class Clock:
         return {f"seconds/{k}": v for k, v in self.phases.items()} | {"seconds/step": self.last - self.start}
 
 
+@contextlib.contextmanager
+def profile(folder: Path) -> Iterator[None]:
+    """Write what runs inside to folder/trace.json (chrome://tracing, Perfetto) and print the operators by self time."""
+    with torch.profiler.profile() as trace:  # CPU, and CUDA where there is one
+        yield
+    trace.export_chrome_trace(str(folder / "trace.json"))
+    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    tqdm.write(trace.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=40))
+
+
 class Log:
     """metrics.jsonl, samples.jsonl, pictures, the progress bar, the trackers, and warnings that name a cure."""
 
@@ -245,7 +256,10 @@ class Log:
 
     def progress(self, steps: range) -> Iterator[int]:
         self.bar = tqdm(steps, initial=steps.start, total=steps.stop, disable=not self.main, unit="step")
-        yield from self.bar
+        profiled = min(steps.start + 1, steps.stop - 1) if self.cfg.profile and self.main else None
+        for step in self.bar:
+            with profile(self.out) if step == profiled else contextlib.nullcontext():
+                yield step
 
     def step(self, step: int, metrics: dict[str, float], losses: dict[str, float]) -> None:
         """metrics are means of this process's equal share: their mean is the global one; losses are global already."""

@@ -89,6 +89,9 @@ class Config:
     save_every: int = opt(50, "ours", "steps between checkpoints; the last step always has one")
     keep_last: int = opt(0, "ours", "complete checkpoints that are kept, the newest; 0: all")
     report_to: str = opt("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
+    profile: bool = opt(
+        False, "ours", "trace the second step: trace.json (for chrome://tracing), top operators printed"
+    )
     log_prompts: int = opt(1, "ours", "prompts a step whose responses and pictures go to samples.jsonl")
 
     prompts_per_step: int = opt(16, "ours", "P, over all processes")

@@ -164,10 +164,54 @@ def reasons() -> str:
     return "\n".join(out)
 
 
+def step() -> str:
+    """Seconds of a step beside TRL's on the same work: one row a cell and arm."""
+    result = json.loads((ROOT / "benchmarks/step.json").read_text())
+    spread = lambda x: f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
+    head = ["image tokens", "G", "T", "arm", "seconds", "TRL's seconds / its", "of CPU time", "tokens/s", "peak, MiB"]
+    head += ["outside the model", "attack / arithmetic"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for entry in result["cells"]:
+        size = [str(entry["cell"][name]) for name in ("image_tokens", "G", "T")]
+        for arm, x in entry["arms"].items():
+            cells = [
+                *size,
+                arm,
+                spread(x["seconds"]),
+                spread(x["ratio"]),
+                spread(x["cpu ratio"]),
+                f"{x['tokens/s']:.0f}",
+            ]
+            cells += [f"{x['peak']:.0f}" if "peak" in x else ""]
+            cells += [f"{np.median(x['outside']):.1%}" if "outside" in x else ""]
+            cells += [spread(x["attack/arithmetic"]) if "attack/arithmetic" in x else ""]
+            out.append("| " + " | ".join(cells) + " |")
+    note = f"Median (lowest to highest) of {result['steps']} alternating steps, P = {result['cells'][0]['cell']['P']}, "
+    note += f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`"
+    for arm, x in result.get("linear", {}).items():
+        note += f" {arm}: twice P costs {spread(x['P'])} times as much, twice G {spread(x['G'])}."
+    return "\n".join([*out, "", note])
+
+
+def phases() -> str:
+    """Where a step's time goes: the share of each phase, one row a cell and arm."""
+    result = json.loads((ROOT / "benchmarks/step.json").read_text())
+    names = ("encode", "sample", "attack", "measure", "update")
+    out = ["| image tokens | G | T | arm | " + " | ".join(names) + " |", "|" + "---|" * (4 + len(names))]
+    for entry in result["cells"]:
+        size = [str(entry["cell"][name]) for name in ("image_tokens", "G", "T")]
+        for arm, x in entry["arms"].items():
+            total = sum(x["phases"].values())
+            shares = [f"{x['phases'][name] / total:.0%}" if x["phases"].get(name) else "" for name in names]
+            out.append("| " + " | ".join([*size, arm, *shares]) + " |")
+    return "\n".join(out)
+
+
 README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
+SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
-PAGES = {"README.md": README, "docs/grading.md": GRADING, "docs/study.md": STUDY}
+PAGES = {"README.md": README, "docs/grading.md": GRADING, "docs/speed.md": SPEED, "docs/study.md": STUDY}
 
 
 def fill(page: str, tables: dict = README) -> str:
