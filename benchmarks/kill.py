@@ -170,8 +170,9 @@ def main(argv: list[str]) -> dict:
     result = {"kills": len(kills), "fell": Counter(k["fell"] for k in kills), "steps": steps}
     result |= {"processes": args.processes, "save_every": args.save_every, "seed": args.seed}
     result |= {"different": differences(args.folder / "whole", args.folder / "killed"), "log": kills}
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "log"}))
+    log = ",\n".join(json.dumps(fell) for fell in result.pop("log"))  # a line a kill
+    args.output.write_text(f'{json.dumps(result)[:-1]}, "log": [\n{log}\n]}}\n')
+    print(json.dumps(result))
     return result
 
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import runs  # noqa: E402
 import train_saei  # noqa: E402
 
-SETTINGS = dict(model=str(ROOT / "demo/mixed"), split="plain/train", prompts_per_step=2, rollouts=4, lr=1e-5)
-SETTINGS |= dict(adversarial_rollouts=2, max_new_tokens=16, pgd_steps=2, keep_last=2, self_check=False)
+SETTINGS = dict(model=str(ROOT / "demo/mixed"), split="plain/train", prompts_per_step=1, rollouts=2, lr=1e-5)
+SETTINGS |= dict(adversarial_rollouts=1, max_new_tokens=8, pgd_steps=1, keep_last=2, self_check=False)
 T_95 = 2.101  # Student's t, 18 degrees of freedom: 20 blocks, a line of two parameters
 
 
