@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.image_utils import SizeDict
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
 import memory
@@ -252,6 +253,10 @@ class Policy(nn.Module):
         if self.family.one_tile:  # both count tokens by it
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = [[side, side]]
+        layers = [n for n, m in model.model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers = [n for n in layers if not memory.inside(n, (self.family.tower,))]
+        # what FSDP shards apart: the language model's layers; the tower, not run for text alone, goes with the root
+        self._no_split_modules = [type(model.model.get_submodule(layers[0])).__name__]
         self.micro_responses = 0  # how many the backward holds at a time; 0: all
         self.lora_scale = 0.0  # memory.add_lora's
         tokenizer = processor.tokenizer
@@ -312,6 +317,8 @@ class Policy(nn.Module):
         """
         if state_dict is not None:
             state_dict = {k.removeprefix("model."): v for k, v in state_dict.items() if k.startswith("model.")}
+            for name in self.model.all_tied_weights_keys:  # gathered, it is a copy that would be written twice
+                state_dict.pop(name, None)
         if self.lora_scale:
             state_dict = memory.save_adapters(state_dict or self.model.state_dict(), self.lora_scale, folder)
         self.model.save_pretrained(folder, state_dict=state_dict)

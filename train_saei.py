@@ -21,6 +21,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -31,8 +32,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import HfArgumentParser
 
 import data
@@ -183,10 +186,7 @@ def main(cfg: Config) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(plan.describe(cfg, split_work(cfg, processes)[0], processes))
         return
-    tracker = None if cfg.report_to == "none" else cfg.report_to
-    # a micro-batch of text alone reaches no vision parameter, and in LLaVA's towers some are never reached
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(log_with=tracker, project_dir=cfg.output, kwargs_handlers=[unused])
+    accelerator = make_accelerator(cfg)
     if cfg.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
         raise ValueError(f"the tracker {cfg.report_to} is not installed: pip install {cfg.report_to}")
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
@@ -203,12 +203,14 @@ def main(cfg: Config) -> None:
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
+    if isinstance(wrapped, FSDPModule):  # a process whose prompts are text alone has no gradient of the vision tower
+        wrapped.set_reduce_scatter_unused_params(True)
     runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))
         accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
     if cfg.self_check:
-        with accelerator.autocast():
+        with accelerator.autocast(), gathered(policy):
             errors = policy.self_check()
         accelerator.print("self-check: largest difference to the library's own: " + json.dumps(errors))
     log, stop = runs.Log(cfg, accelerator, first_step), runs.Stop(accelerator)
@@ -219,7 +221,7 @@ def main(cfg: Config) -> None:
         prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
         clock = runs.Clock(accelerator.device)
 
-        with accelerator.autocast():
+        with accelerator.autocast(), gathered(policy):
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
             clean = sample(cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, 0))
             clock.lap("sample")
@@ -244,7 +246,7 @@ def main(cfg: Config) -> None:
         texts, scores = reward(reward_functions, policy, batch, indices, clean, fresh)  # (P, G) each
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
-        with accelerator.autocast():
+        with accelerator.autocast(), gathered(policy):
             metrics = sampling_metrics(cfg, policy, rollouts, micro)  # before the update: all of it is about pi_old
         clock.lap("measure")
 
@@ -286,7 +288,8 @@ def sample(cfg: Config, policy: Policy, prompts: Prompts, n: int, seeds: list[in
     for i in range(0, len(prompts), width):
         part = slice(i, i + width)
         parts.append(policy.sample(prompts[part], n, seeds[part], cfg.max_new_tokens, cfg.temperature))
-    longest, fields = max(r.tokens.shape[1] for r in parts), []
+    # two at least: each layer then runs as often in every process's update, and FSDP gathers it as often
+    longest, fields = max(2, *(r.tokens.shape[1] for r in parts)), []
     for name, value in (("tokens", policy.pad_id), ("mask", False), ("logprobs", 0.0), ("entropy", 0.0)):
         columns = [getattr(r, name) for r in parts]
         fields.append(torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=value) for x in columns]))
@@ -362,6 +365,30 @@ def by_prompt(x: Tensor, P: int) -> Tensor:
 def annealing(step: int, steps: int) -> float:
     """NoisyRollout's schedule, 1 -> 0, scaled to the run: 1 - 1 / (1 + exp(-30 (step / steps - 2/3)))."""
     return 1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps))
+
+
+def make_accelerator(cfg: Config) -> Accelerator:
+    """DDP, or what the launcher's recipe says (recipes/accelerate)."""
+    tracker = None if cfg.report_to == "none" else cfg.report_to
+    # a micro-batch of text alone reaches no vision parameter, and in LLaVA's towers some are never reached
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    # sharded, gradients are reduced after every micro-batch: summed up before, they would be whole on every device
+    accumulation = GradientAccumulationPlugin(num_steps=1, sync_each_batch=sharded)
+    accelerator = Accelerator(
+        log_with=tracker,
+        project_dir=cfg.output,
+        kwargs_handlers=[unused],
+        gradient_accumulation_plugin=accumulation,
+    )
+    # FSDP warns of a view that is written to in place: log-probs and entropy are views, and not written to
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:  # it takes DDP there, without a word
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
+        raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
+    return accelerator
 
 
 def load_policy(cfg: Config, source: str, first_step: int) -> Policy:
@@ -605,6 +632,35 @@ def frozen(policy: Policy) -> Iterator[None]:
     finally:
         for p in parameters:
             p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def gathered(policy: Policy) -> Iterator[None]:
+    """Under FSDP2, all parameters are whole inside, and nothing that runs inside communicates.
+
+    So processes whose responses or images differ in number and length need not wait for one another: rollouts and
+    attack are those of one device. The price is one copy of the parameters, in the dtype of the computation.
+    """
+    units = [m for m in policy.modules() if isinstance(m, FSDPModule)]  # the root comes first
+
+    def keep(whole: bool) -> None:
+        for unit in units:
+            unit.set_requires_gradient_sync(not whole, recurse=False)
+            unit.set_reshard_after_backward(not whole, recurse=False)
+            if unit is not policy:  # the root stays whole until its backward is done
+                unit.set_reshard_after_forward(not whole, recurse=False)
+
+    keep(True)
+    if units:
+        policy._get_fsdp_state()._lazy_init()  # else the first layer that is called would take itself for the root
+    for unit in units:
+        unit.unshard()
+    try:
+        yield
+    finally:
+        keep(False)
+        for unit in units:
+            unit.reshard()
 
 
 def load_config(argv: list[str]) -> Config:

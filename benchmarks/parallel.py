@@ -1,0 +1,57 @@
+"""Is training on several processes training on one? `python benchmarks/parallel.py` (about 6 minutes on 2 cores)
+
+5 steps of each case of tests/parallel_cases.py on 1, 2 and 4 CPU processes joined by gloo; writes parallel.json: for
+each way, how far its parameters end from those of one process, as a share of how far training moved them (L2 norms).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {
+    1: ["ddp/mixed", "ddp/drop", "ddp/adapters"],
+    2: ["ddp/mixed", "ddp/drop", "ddp/lots", "ddp/adapters"]
+    + ["fsdp2/mixed/3", "fsdp2/mixed/resume", "fsdp2/drop", "fsdp2/lots", "fsdp2/adapters"],
+    4: ["ddp/mixed", "ddp/drop", "fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"],
+}
+
+
+def run(processes: int, folder: Path, runs: list[str]) -> None:
+    """Start tests/parallel_cases.py; raises CalledProcessError when a process fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += ["tests/parallel_cases.py", str(folder / str(processes)), *runs]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def apart(one: Path, other: Path) -> float:
+    """|other - one| / |one - start|"""
+    a, b, start = (load_file(path / "model.safetensors") for path in (one, other, ROOT / "demo/mixed"))
+    norm = lambda x, y: torch.cat([(x[name] - y[name]).flatten() for name in x]).norm()  # noqa: E731
+    return float(norm(b, a) / norm(a, start))
+
+
+def main() -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        at = lambda n, way, case: Path(folder) / str(n) / way / case / "checkpoints/step-000005"  # noqa: E731
+        for processes, runs in RUNS.items():
+            run(processes, Path(folder), runs)
+            for way, case in dict.fromkeys(tuple(x.split("/")[:2]) for x in runs):
+                reference = at(1, "ddp", "mixed" if case == "lots" else case)
+                row = {"processes": processes, "way": way, "case": case}
+                rows.append(row | {"apart": apart(reference, at(processes, way, case))})
+                print(rows[-1])
+    result = {"steps": 5, "torch": torch.__version__, "rows": rows}
+    (ROOT / "benchmarks/parallel.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

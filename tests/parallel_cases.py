@@ -1,0 +1,69 @@
+"""Training runs of four rows, made hard for several processes; started by tests/test_parallel.py on 1, 2 and 4 of them.
+
+    torchrun --nproc_per_node 2 tests/parallel_cases.py FOLDER ddp/mixed fsdp2/mixed ...
+
+Row i goes to process i % n. Rows 1 and 3 have no image, and their responses are of one token: a process of 2 (two of 4)
+reaches no vision parameter, samples less than the others and could skip the pass over its responses.
+"""
+
+import faulthandler
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import train_saei  # noqa: E402
+from demo.task import make_row  # noqa: E402
+from policy import Policy, Prompts, Responses  # noqa: E402
+
+ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in range(4)]
+CASES = {
+    "mixed": {},
+    "drop": {"condition": "sampled", "zero_variance": "drop"},  # rows 1 and 3 are dropped: nothing of some processes is
+    "lots": {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
+    "adapters": {"lora_rank": 4, "lr": 1e-3},
+}
+sample = Policy.sample
+
+
+def one_token_without_image(self: Policy, prompts: Prompts, n: int, *rest) -> Responses:
+    found = sample(self, prompts, n, *rest)
+    short = torch.tensor(prompts.counts).repeat_interleave(n) == 0
+    mask = found.mask & ~(short[:, None] & (torch.arange(found.mask.shape[1]) > 0))
+    width = int(mask.sum(dim=1).max())
+    return Responses(*(x[:, :width] for x in (found.tokens, mask, found.logprobs, found.entropy)))
+
+
+def half_right(completions: list[str], row: list[int], dropped: bool, **_) -> list[float]:
+    """A gradient of every row; dropped: of rows 0 and 2 alone."""
+    return [0.0 if dropped and row[i] % 2 else i % 2.0 for i in range(len(completions))]
+
+
+def run(folder: Path, way: str, case: str, **changes) -> None:
+    """Train 5 steps; way: ddp | fsdp2."""
+    os.environ |= {"ACCELERATE_USE_FSDP": str(way == "fsdp2").lower(), "FSDP_VERSION": "2"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(*args, dropped=case == "drop", **columns)
+    settings = dict(model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4)
+    settings |= dict(adversarial_rollouts=2, max_new_tokens=12, pgd_steps=2, lr=1e-4, micro_prompts=1, self_check=False)
+    train_saei.main(train_saei.Config(**settings | CASES[case] | changes))
+
+
+if __name__ == "__main__":
+    train_saei.Accelerator.end_training = lambda self: None  # it ends the process group, and another run follows
+    Policy.sample = one_token_without_image
+    train_saei.data.load_rows = lambda *_, **__: ROWS
+    train_saei.epoch_order = lambda seed, epoch, n: np.arange(n)
+    for argument in sys.argv[2:]:
+        way, case, *steps = argument.split("/")  # fsdp2/mixed/3: to step 3; fsdp2/mixed/resume: on from there
+        changes = {"resume": True} if steps == ["resume"] else {"steps": int(steps[0])} if steps else {}
+        faulthandler.dump_traceback_later(120, exit=True)  # where a process waits for the others, if one does
+        run(Path(sys.argv[1]), way, case, **changes)
+        PartialState().wait_for_everyone()  # the last checkpoint has its name
