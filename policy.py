@@ -534,7 +534,8 @@ class Policy(nn.Module):
         lengths, parts = mask.sum(dim=1), []
         order = lengths.argsort(stable=True)
         for lot in order.split(self.micro_responses or ROWS):
-            end = max(1, int(lengths[lot[-1]]))
+            # two at least: with one token the layers would not run, and FSDP gathers them as often on every process
+            end = min(max(2, int(lengths[lot[-1]])), tokens.shape[1])
             inputs = tokens[lot, :end], mask[lot, :end], owner[lot], last, *kv
             part = checkpoint(rows, *inputs, use_reentrant=False) if self.micro_responses else rows(*inputs)
             parts.append([nn.functional.pad(x, (0, tokens.shape[1] - end)) for x in part])  # back to (lot, T)
