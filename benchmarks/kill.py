@@ -147,8 +147,9 @@ def differences(a: Path, b: Path) -> dict[str, int]:
 
 def table_row(result: dict) -> str:
     """The row of docs/faults.md."""
-    fell = " | ".join(str(result["fell"].get(phase, 0)) for phase in PHASES)
-    return f"| {result['processes']} | {result['kills']} | {fell} | {result['steps']} | {sum(result['different'].values())} |"
+    fell, different = [result["fell"].get(phase, 0) for phase in PHASES], sum(result["different"].values())
+    cells = [result["processes"], result["kills"], *fell, result["steps"], different]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main(argv: list[str]) -> dict:
