@@ -1,6 +1,7 @@
 """A tiny random Qwen2.5-VL of the demo's architecture, in double precision where a test compares to rounding."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,15 @@ def launch(processes: int, *arguments: str) -> None:
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run that ends by an error leaves its handlers: later tests, and Ctrl-C, need the old ones."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

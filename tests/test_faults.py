@@ -272,8 +272,14 @@ def test_a_row_that_vanishes_is_named(tmp_path, rows):
 
 @pytest.mark.parametrize("processes, kills", [(1, 2), (2, 1)])
 def test_killed_runs_end_as_one_that_was_not(tmp_path, processes, kills):
-    arguments = ["--kills", str(kills), "--steps", "5", "--processes", str(processes), "--seed", "3"]
+    arguments = ["--kills", str(kills), "--steps", "12", "--processes", str(processes), "--seed", "5"]
     result = kill.main([*arguments, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "kill.json")])
     assert result["kills"] == kills and set(result["different"].values()) == {0}
-    states = (tmp_path / "runs/killed/checkpoints/step-000005/state").glob("random_states_*")
+    states = (tmp_path / "runs/killed/checkpoints/step-000012/state").glob("random_states_*")
     assert len(list(states)) == processes
+
+
+def test_the_page_says_what_the_kills_gave():
+    page = (ROOT / "docs/faults.md").read_text()
+    for name in ("kill", "kill-2"):
+        assert kill.table_row(json.loads((ROOT / f"benchmarks/{name}.json").read_text())) in page
