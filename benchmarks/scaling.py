@@ -3,7 +3,7 @@
 It writes the tables of docs/scaling.md. Nothing here was timed on a GPU: FLOPs are checked on a tiny model
 (tests/test_scaling.py), seconds follow from the peaks and efficiencies below, which are arguments (--help).
 
-Symbols: P prompts a step, N GPUs, L prompt tokens (image tokens included), T response tokens, rows = prompts * responses.
+Symbols: P prompts a step, N GPUs, L prompt tokens (of the image too), T response tokens, rows = prompts * responses.
 A product of (m, k) and (k, n) is 2 m k n FLOPs.
 """
 
