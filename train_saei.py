@@ -388,6 +388,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError("ZeRO-3 would gather at every token, and wait for ever: take recipes/accelerate/fsdp2.yaml")
     return accelerator
 
 

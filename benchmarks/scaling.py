@@ -1,8 +1,9 @@
-"""What a SaEI step costs on N GPUs, worked out from the model's shape: python benchmarks/scaling.py (writes the tables of
-docs/scaling.md). Nothing here was timed on a GPU; FLOPs are checked on a tiny model (tests/test_scaling.py), the times
-follow from the peaks and efficiencies below, which are arguments: python benchmarks/scaling.py --help
+"""What a SaEI step costs on N GPUs, worked out from the model's shape: `python benchmarks/scaling.py`
 
-Symbols: P prompts a step, N GPUs, L prompt tokens (image tokens included), T response tokens, rows = prompts * responses.
+It writes the tables of docs/scaling.md. Nothing here was timed on a GPU: FLOPs are checked on a tiny model
+(tests/test_scaling.py), seconds follow from the peaks and efficiencies below, which are arguments (--help).
+
+Symbols: P prompts a step, N GPUs, L prompt tokens (of the image too), T response tokens, rows = prompts * responses.
 A product of (m, k) and (k, n) is 2 m k n FLOPs.
 """
 
@@ -76,7 +77,7 @@ def response_flops(s: Shape, rows: int, L: int, T: int) -> int:
 
 
 def score_flops(s: Shape, prompts: int, rows: int, L: int, T: int, patches: int, backward: str) -> int:
-    """Policy.score. backward: none | pixels (inputs' gradients alone) | all. The head is computed again in a backward."""
+    """Policy.score. backward: none | pixels (the inputs' gradients) | all. The head is computed again in a backward."""
     body = sum(prompt_flops(s, prompts, L, patches)) + response_flops(s, rows, L, T)
     head = 2 * rows * T * s.head
     return {"none": body + head, "pixels": 2 * body + 3 * head, "all": 3 * body + 4 * head}[backward]
