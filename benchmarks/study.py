@@ -221,7 +221,7 @@ def commit() -> str:
     """The newest commit that changed more than results and pages, and whether something has changed since."""
     code = [".", ":!results", ":!*.md"]
     git = lambda *words: subprocess.run(["git", *words, "--", *code], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
-    return git("log", "-1", "--format=%h").stdout.strip() + "+" * bool(git("status", "--porcelain").stdout)
+    return git("log", "-1", "--format=%h").stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout)
 
 
 def training(folder: Path) -> dict:
