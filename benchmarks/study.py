@@ -389,7 +389,8 @@ def mean_entropy(cfg: train_saei.Config, policy: Policy, rows: list[dict]) -> fl
 def match_temperature(args: argparse.Namespace, setting: str, problems: int = 256) -> dict:
     """T at which the warm start's rollouts have, in plain GRPO, the entropy that SaEI's have; on tuning rows.
 
-    Entropy rises with T: false position in [1, 2], always with the same random numbers, to 2% of what is to be gained.
+    Entropy rises with T: false position in [0.5, 2], always with the same random numbers, to 2% of the difference at
+    T = 1. An attack that does not raise the entropy of the rollouts gets a T below 1, and the file shows it.
     """
     arguments = [train_arguments(args, setting, arm, TUNING) for arm in ("saei", "plain")]
     saei, plain = map(train_saei.load_config, arguments)
@@ -401,11 +402,10 @@ def match_temperature(args: argparse.Namespace, setting: str, problems: int = 25
         return mean_entropy(plain, policy, rows) - target
 
     target = mean_entropy(saei, policy, rows)
-    (low, below), (high, above) = ((t, excess(t)) for t in (1.0, 2.0))
-    found = {"plain entropy at 1": target + below, "saei entropy": target, "problems": problems}
-    if below >= 0:
-        raise ValueError(f"{setting}: SaEI's entropy {target:.4f} is not above plain GRPO's: no temperature to match")
-    tolerance = 0.02 * -below
+    at_one = excess(1.0)
+    found = {"plain entropy at 1": target + at_one, "saei entropy": target, "problems": problems}
+    (low, below), (high, above) = ((t, excess(t)) for t in (0.5, 2.0))
+    tolerance = max(0.02 * abs(at_one), 1e-4)
     for _ in range(12):
         middle = low + (high - low) * -below / (above - below)
         gap = excess(middle)
