@@ -389,7 +389,7 @@ def mean_entropy(cfg: train_saei.Config, policy: Policy, rows: list[dict]) -> fl
 def match_temperature(args: argparse.Namespace, setting: str, problems: int = 256) -> dict:
     """T at which the warm start's rollouts have, in plain GRPO, the entropy that SaEI's have; on tuning rows.
 
-    Entropy rises with T: false position in [0.5, 2], always with the same random numbers, to 2% of the difference at
+    Entropy rises with T: bisection of [0.5, 2], always with the same random numbers, to 2% of the difference at
     T = 1. An attack that does not raise the entropy of the rollouts gets a T below 1, and the file shows it.
     """
     arguments = [train_arguments(args, setting, arm, TUNING) for arm in ("saei", "plain")]
@@ -404,14 +404,14 @@ def match_temperature(args: argparse.Namespace, setting: str, problems: int = 25
     target = mean_entropy(saei, policy, rows)
     at_one = excess(1.0)
     found = {"plain entropy at 1": target + at_one, "saei entropy": target, "problems": problems}
-    (low, below), (high, above) = ((t, excess(t)) for t in (0.5, 2.0))
+    low, high = 0.5, 2.0
     tolerance = max(0.02 * abs(at_one), 1e-4)
     for _ in range(12):
-        middle = low + (high - low) * -below / (above - below)
+        middle = (low + high) / 2
         gap = excess(middle)
         if abs(gap) < tolerance:
             break
-        low, below, high, above = (middle, gap, high, above) if gap < 0 else (low, below, middle, gap)
+        low, high = (middle, high) if gap < 0 else (low, middle)
     found["plain entropy at temperature"] = target + gap
     return {"temperature": round(middle, 4)} | {name: round(value, 5) for name, value in found.items()}
 
