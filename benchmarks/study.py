@@ -221,7 +221,7 @@ def commit() -> str:
     """The newest commit that changed more than results and pages, and whether something has changed since."""
     code = [".", ":!results", ":!*.md"]
     git = lambda *words: subprocess.run(["git", *words, "--", *code], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
-    return git("log", "-1", "--format=%h").stdout.strip() + "+" * bool(git("status", "--porcelain").stdout)
+    return git("log", "-1", "--format=%h").stdout.strip() + "+" * bool(git("status", "--porcelain", "-uno").stdout)
 
 
 def training(folder: Path) -> dict:
@@ -389,20 +389,31 @@ def mean_entropy(cfg: train_saei.Config, policy: Policy, rows: list[dict]) -> fl
 def match_temperature(args: argparse.Namespace, setting: str, problems: int = 256) -> dict:
     """T at which the warm start's rollouts have, in plain GRPO, the entropy that SaEI's have; on tuning rows.
 
-    Bisection in [1, 2], always with the same random numbers, to a thousandth.
+    Entropy rises with T: bisection of [0.5, 2], always with the same random numbers, to 2% of the difference at
+    T = 1. An attack that does not raise the entropy of the rollouts gets a T below 1, and the file shows it.
     """
     arguments = [train_arguments(args, setting, arm, TUNING) for arm in ("saei", "plain")]
     saei, plain = map(train_saei.load_config, arguments)
     policy = Policy.from_pretrained(str(ROOT / saei.model))
     rows = [make_row(saei.split, i, seed=TUNING) for i in range(problems)]
-    target, low, high = mean_entropy(saei, policy, rows), 1.0, 2.0
-    found = {"plain entropy at 1": mean_entropy(plain, policy, rows), "saei entropy": target, "problems": problems}
-    while high - low > 1e-3:
-        plain.temperature = (low + high) / 2
-        low, high = (
-            (plain.temperature, high) if mean_entropy(plain, policy, rows) < target else (low, plain.temperature)
-        )
-    return {"temperature": round(high, 3)} | {name: round(value, 5) for name, value in found.items()}
+
+    def excess(temperature: float) -> float:
+        plain.temperature = temperature
+        return mean_entropy(plain, policy, rows) - target
+
+    target = mean_entropy(saei, policy, rows)
+    at_one = excess(1.0)
+    found = {"plain entropy at 1": target + at_one, "saei entropy": target, "problems": problems}
+    low, high = 0.5, 2.0
+    tolerance = max(0.02 * abs(at_one), 1e-4)
+    for _ in range(12):
+        middle = (low + high) / 2
+        gap = excess(middle)
+        if abs(gap) < tolerance:
+            break
+        low, high = (middle, high) if gap < 0 else (low, middle)
+    found["plain entropy at temperature"] = target + gap
+    return {"temperature": round(middle, 4)} | {name: round(value, 5) for name, value in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -452,9 +463,10 @@ def main() -> None:
     elif args.temperature:
         torch.set_num_threads(1)
         path = args.results / "temperature.json"
-        found = {setting: match_temperature(args, setting) for setting in args.settings}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        for setting in args.settings:
+            found = json.loads(path.read_text()) if path.exists() else {}
+            path.write_text(json.dumps(found | {setting: match_temperature(args, setting)}, indent=1) + "\n")
         print(path.read_text())
     else:
         try:

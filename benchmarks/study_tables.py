@@ -325,9 +325,9 @@ def study_differences(folder: Path) -> str:
     found = {setting: runs for setting, runs in load(folder).items() if good(runs)}
     pairs = [make(setting, runs) for make in (differences, ablation_table) for setting, runs in found.items()]
     count = sum(n for _, n in pairs)
+    text = "\n\n".join(part for part, _ in pairs if part) or NONE_YET
     if not count:
-        return NONE_YET
-    text = "\n\n".join(part for part, n in pairs if n)
+        return text
     return text + (
         f"\n\nMean [95% interval over seeds and problems, paired] and the number of seeds above 0; bold: 0 is outside. "
         f"{count} comparisons were made on this page and none is corrected for that: about {count / 20:.0f} intervals "

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import study  # noqa: E402
 import study_tables as tables  # noqa: E402
 
+import report  # noqa: E402
 import train_saei  # noqa: E402
 
 
@@ -197,3 +199,9 @@ def test_a_run_from_training_to_table(tmp_path):
     assert sum(counts) > 100
     text = tables.everything(tmp_path / "results")
     assert "| plain GRPO | 1 | " in text and "| TsEC reversed: the extremes | 1 | " in text and "nan" not in text
+    source = report.build_study(tmp_path / "results").read_text()
+    page = ElementTree.fromstring(source.removeprefix("<!DOCTYPE html>"))
+    titles = [f.findtext("figcaption") for f in page.iter("figure")]
+    assert titles == [title for title, *_ in report.BANDS[:3]]  # no arm here has rescued prompts but an ablation
+    assert len(list(page.iter("table"))) == text.count("\n|---|")
+    assert "**" not in "".join(page.itertext())
