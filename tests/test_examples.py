@@ -21,7 +21,7 @@ def test_attack_one_image(tmp_path, capsys):
         assert np.abs(third - image.numpy()).max() <= 0.5 / 255 + 1e-5
     printed = capsys.readouterr().out
     clean_part, attacked_part = printed.split("attacked image, fresh responses")
-    assert "*" in clean_part and "*" not in attacked_part.split("difference amplified")[0].replace("\\boxed", "")
+    assert "*" in clean_part and "*" not in attacked_part
 
 
 def test_a_users_picture_comes_with_its_question(tmp_path, capsys):
