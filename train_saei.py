@@ -555,7 +555,7 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> di
         "zero_variance": grpo.equal_groups(x.scores["accuracy"]),
         "entropy/clean": tsec.selective_entropy(x.clean.entropy, x.clean.mask),
         "entropy/selected": tsec.selective_entropy(x.clean.entropy, x.keep),
-        "tsec/kept": x.keep.sum() / x.clean.mask.sum(),
+        "tsec/kept": x.keep.sum(dim=1) / x.clean.mask.sum(dim=1),
         "tsec/low": quantile(cfg.tsec_low),
         "tsec/high": quantile(cfg.tsec_high),
         "distinct": torch.tensor([len(set(group)) / len(group) for group in x.texts]),
@@ -563,7 +563,8 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> di
         "truncated": torch.cat([r.truncated(policy.eos_ids) for r in halves]),
     }
     if x.fresh is not None:
-        pairs = list(zip(x.attacked.images, x.prompts.images, strict=True))
+        P = range(len(x.prompts))
+        pairs = [list(zip(x.attacked[i : i + 1].images, x.prompts[i : i + 1].images, strict=True)) for i in P]
         parts = [slice(i, i + micro) for i in range(0, len(x.prompts), micro)]
         objectives = [entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature, part) for part in parts]
         with torch.no_grad():
@@ -571,8 +572,9 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> di
             tensors["entropy/attacked"] = torch.cat(values)
         tensors |= {
             "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
-            "attack/linf": torch.tensor(max([(a - b).abs().max().item() for a, b in pairs], default=0.0)),
-            "attack/psnr": torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs] or [99.0]),  # 99: unchanged
+            # a value a prompt, 0 and 99 of text alone or unchanged: then the mean over processes is that over prompts
+            "attack/linf": torch.tensor([max([(a - b).abs().max() for a, b in pair], default=0.0) for pair in pairs]),
+            "attack/psnr": torch.tensor([min([99.0, *(egas.psnr(a, b) for a, b in pair)]) for pair in pairs]),
         }
         for name in ("reward", "accuracy"):
             tensors[f"{name}/clean"], tensors[f"{name}/adversarial"] = x.scores[name].split(
