@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor, float, flo
     picture, question = (Image.open(args.image), args.question) if args.image else (row["images"][0], row["problem"])
 
     policy = Policy.from_pretrained(args.model).requires_grad_(False)
+    policy = policy.to("cuda" if torch.cuda.is_available() else "cpu")
     prompts = policy.encode([question], [[picture]])
     clean = policy.sample(prompts, args.rollouts, [0], max_new_tokens=64)
     keep = tsec.select_tokens(clean.entropy, clean.mask, args.tsec_low, args.tsec_high)
@@ -74,7 +75,9 @@ def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor, float, flo
         return tsec.selective_entropy(entropy, keep).mean()
 
     attacked = egas.pgd_ascent(objective, prompts.images, args.eps, steps=args.pgd_steps)
-    print(f"\nentropy of the kept tokens: {objective(prompts.images):.4f} -> {objective(attacked):.4f} nats, attacked")
+    signs = egas.random_signs(prompts.images, args.eps, torch.Generator().manual_seed(0))
+    pictures = {"clean": prompts.images, "attacked": attacked, "random signs of that size": signs}
+    print("\nentropy of the kept tokens, nats:", ", ".join(f"{k} {objective(x):.4f}" for k, x in pictures.items()))
     after = show(
         policy, "attacked image, fresh responses", policy.sample(prompts.with_images(attacked), args.rollouts, [1], 64)
     )

@@ -45,7 +45,7 @@ def test_geometry3k_arms_see_and_train_what_noisyrollout_does():
 def test_accelerate_reads_its_configurations(path):
     """accelerate refuses unknown keys; what a DeepSpeed file says must not be said beside it."""
     config = config_args.load_config_from_file(str(path))
-    kind = {"ddp": "MULTI_GPU", "zero2": "DEEPSPEED"}[path.stem]
+    kind = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}[path.stem]
     assert (config.distributed_type, config.num_processes, config.num_machines) == (kind, 8, 1)
     if kind == "DEEPSPEED":
         assert set(config.deepspeed_config) == {"deepspeed_config_file", "zero3_init_flag"}
@@ -55,6 +55,8 @@ def test_accelerate_reads_its_configurations(path):
         assert engine["train_micro_batch_size_per_gpu"] == 1 and engine["gradient_accumulation_steps"] == "auto"
     else:
         assert config.mixed_precision == "bf16"
+    if kind == "FSDP":
+        assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_named_accelerate_configurations_exist():
