@@ -406,7 +406,7 @@ def test_hostile_kinds_are_wrong_and_fast(kind, tmp_path, monkeypatch):
         try:
             start = time.monotonic()
             assert accuracy_reward([completion], [gold]) == [0.0], name
-            assert time.monotonic() - start < rewards.WALL_SECONDS + 0.5, name
+            assert time.monotonic() - start < rewards.WALL_SECONDS + 2.0, name  # of a busy machine
         except ValueError as error:  # some golds are as long as their predictions
             assert len(gold) > rewards.MAX_CHARS and "cannot be parsed" in str(error)
         assert seconds(format_reward, [completion]) < SECONDS
