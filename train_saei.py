@@ -187,28 +187,15 @@ def main(cfg: Config) -> None:
             print(plan.describe(cfg, split_work(cfg, processes)[0], processes))
         return
     accelerator = make_accelerator(cfg)
-    if cfg.report_to != "none" and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
-        raise ValueError(f"the tracker {cfg.report_to} is not installed: pip install {cfg.report_to}")
     micro, accelerator.gradient_accumulation_steps = split_work(cfg, accelerator.num_processes)
     first_step, source = runs.prepare_output(cfg, accelerator)
-    policy, reference = load_policy(cfg, source, first_step), None
-    if cfg.kl_coef:
-        reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
-        reference.requires_grad_(False)
-        runs.same_reference(cfg, reference, accelerator, first_step)
+    policy = load_policy(cfg, source, first_step)
+    reference = load_reference(cfg, accelerator, first_step) if cfg.kl_coef else None
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
     limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
     reward_functions = load_rewards(cfg, rows[0])
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    wrapped, optimizer = accelerator.prepare(policy, optimizer)  # `wrapped` is differentiated, `policy` samples
-    if isinstance(wrapped, FSDPModule):  # a process whose prompts are text alone has no gradient of the vision tower
-        wrapped.set_reduce_scatter_unused_params(True)
-    runs.weights_apart(accelerator)
-    if first_step:
-        accelerator.load_state(str(Path(source) / "state"))
-        accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
+    wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:
         with accelerator.autocast(), gathered(policy):
             errors = policy.self_check()
@@ -386,6 +373,8 @@ def make_accelerator(cfg: Config) -> Accelerator:
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:  # it takes DDP there, without a word
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    if tracker and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
+        raise ValueError(f"the tracker {tracker} is not installed: pip install {tracker}")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -404,6 +393,30 @@ def load_policy(cfg: Config, source: str, first_step: int) -> Policy:
         memory.checkpoint_layers(policy)
     policy.micro_responses = cfg.micro_responses
     return policy
+
+
+def load_reference(cfg: Config, accelerator: Accelerator, first_step: int) -> Policy:
+    """The policy that kl_coef pulls to: cfg.model as it was when the run began."""
+    reference = Policy.from_pretrained(cfg.model, cfg.dtype, cfg.attention).to(accelerator.device)
+    reference.requires_grad_(False)
+    runs.same_reference(cfg, reference, accelerator, first_step)
+    return reference
+
+
+def prepare(
+    cfg: Config, accelerator: Accelerator, policy: Policy, source: str, first_step: int
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The policy as the launcher wraps it (DDP, FSDP2), and AdamW; the state of the checkpoint `source` if first_step."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    wrapped, optimizer = accelerator.prepare(policy, optimizer)
+    if isinstance(wrapped, FSDPModule):  # a process whose prompts are text alone has no gradient of the vision tower
+        wrapped.set_reduce_scatter_unused_params(True)
+    runs.weights_apart(accelerator)
+    if first_step:
+        accelerator.load_state(str(Path(source) / "state"))
+        accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
+    return wrapped, optimizer
 
 
 def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:
