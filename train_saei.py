@@ -406,7 +406,7 @@ def load_reference(cfg: Config, accelerator: Accelerator, first_step: int) -> Po
 def prepare(
     cfg: Config, accelerator: Accelerator, policy: Policy, source: str, first_step: int
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """The policy as the launcher wraps it (DDP, FSDP2), and AdamW; the state of the checkpoint `source` if first_step."""
+    """The policy as the launcher wraps it, and AdamW; with the state of the checkpoint `source` if first_step > 0."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
