@@ -1,7 +1,7 @@
 """Kill a run with kill -9 at random moments, resume it each time, and compare it with one that was not killed.
 
     python benchmarks/kill.py                    # 50 kills of one process, writes benchmarks/kill.json
-    python benchmarks/kill.py --processes 2 --kills 20 --output benchmarks/kill-2.json
+    python benchmarks/kill.py --processes 2 --kills 6 --steps 16 --output benchmarks/kill-2.json
 
 The moments: a phase is drawn (start, sample, attack, measure, update, save), how often it must have come round, and a
 delay within it; where the kill fell is read afterwards. After the kills the run is resumed to its end. Compared, bit
