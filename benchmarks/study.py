@@ -13,8 +13,8 @@ to try again). Order: all main arms with seed 0, then seed 1, ..., then the abla
 those from 100 tune, on other problems (study_rows), and land in results/tuning, which no table reads.
 
 Evaluation, greedy and n samples at temperature 1: every test split; the split's first problems once more with 32
-samples; pictures with noise, blur, other brightness. Ablations: the first of the splits alone. What is stored of each
-problem is its number of right samples, so that arms are compared problem by problem (study_tables.py).
+samples; pictures with noise, blur, other brightness. Ablations and tuning: the first of the splits alone. What is
+stored of each problem is its number of right samples, so that arms are compared problem by problem (study_tables.py).
 """
 
 import argparse
@@ -195,7 +195,7 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
         began = time.time()
         policy = Policy.from_pretrained(str(model))
         with torch.no_grad():
-            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, arm in ABLATIONS)
+            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, arm in ABLATIONS or seed >= TUNING)
             result["seconds/evaluation"] = round(time.time() - began, 1)
             if arm != "before":
                 result["diagnostics"] = diagnose(folder, ROOT / SETTINGS[setting][2])
@@ -429,7 +429,7 @@ def parse_arguments() -> argparse.Namespace:
     for name, value in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=value, help="of the evaluation: see above")
     parser.add_argument(
-        "--try", dest="attempt", nargs=2, metavar=("NAME", "OPTIONS"), help="an arm of your own, to tune"
+        "--try", dest="attempts", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"), help="tune an arm"
     )
     parser.add_argument("--temperature", action="store_true", help="measure results/temperature.json and stop")
     parser.add_argument("--table", action="store_true", help="print the tables and stop")
@@ -440,9 +440,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(name, nargs=3 if name == "--one" else None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.tried = json.loads(args.tried) if args.tried else {}
-    if args.attempt:
-        words = shlex.split(args.attempt[1])
-        args.tried = {args.attempt[0]: {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}}
+    for name, options in args.attempts:
+        words = shlex.split(options)
+        args.tried[name] = {k.removeprefix("--"): v for k, v in zip(words[::2], words[1::2], strict=True)}
     if args.samples < 8 or args.deep_samples < 32:
         parser.error("pass@8 needs --samples 8 and pass@32 needs --deep_samples 32, or more; a digit holds at most 35")
     sizes = SMOKE if args.smoke else {name: getattr(args, name) for name in SIZES}

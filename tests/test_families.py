@@ -364,7 +364,7 @@ def test_a_whole_training_step(family, tmp_path, some_reward, capsys):
     assert "self-check" in capsys.readouterr().out
     (metrics,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
-    assert metrics["attack/linf"] == pytest.approx(1 / 255, abs=1e-6)
+    assert metrics["attack/linf"] == pytest.approx(2 / 3 / 255, abs=1e-6)  # eps, eps, and 0 of the text alone
     assert metrics["entropy/attacked"] > metrics["entropy/selected"]
     trained = Policy.from_pretrained(tmp_path / "out/checkpoints/step-000001").model.state_dict()
     moved = {name for name, w in family.model.state_dict().items() if not torch.equal(w, trained[name])}
