@@ -15,9 +15,9 @@ Where the rules come from: no code was copied
                  samples' advantages reshaped by self-information. VOGUE (2510.01444): symmetric KL of a raw and a noisy
                  branch shapes the noisy one's advantages; an entropy bonus besides
     inferred     the formulas of AER, ECVGPO and VOGUE; each docstring names the alternatives
-    ours         chosen over all responses given, by the policy that sampled (the public code of the Covs and SENT: in each
-                 micro-batch, by the current one), so that the memory knob does not change the gradient; sums are
-                 divided by the number of tokens of the optimiser step
+    ours         chosen over all responses given, by the policy that sampled (the public code of the Covs and SENT: in
+                 each micro-batch, by the current one): the memory knob does not change the gradient; sums are divided
+                 by the number of tokens of the optimiser step
 
 Symbols: P prompts, G responses per prompt, N = P * G, T tokens (padded); mask is True on a response's tokens.
 (P, G, T) does where (N, T) stands, with (P, G) for (N,). At pi = pi_old |log pi - log pi_old| has no gradient: KL-Cov
@@ -25,7 +25,7 @@ and SENT act from the second optimiser step on the same rollouts. Clip-higher is
 
     entropy, mask = torch.rand(4, 9, requires_grad=True), torch.ones(4, 9, dtype=torch.bool)
     keep = top_entropy_tokens(entropy, mask, share=0.2)                  # (N, T) -> (N, T) bool: 80/20
-    coefficient, following = skywork_coefficient(0.01, float(entropy.mean()), target=2.0)
+    coefficient, following = skywork_coefficient(0.01, entropy.mean().item(), target=2.0)
     loss = entropy_bonus(entropy, mask, coefficient); loss.backward()    # add it to the policy's
 """
 
@@ -115,8 +115,8 @@ def sent_weights(
 ) -> Tensor:
     """w = 2 coef on the largest, coef / 2 on the smallest covariances of low-entropy tokens, else 0.   -> (N, T) float
 
-    logprobs, entropy, mask (N, T), advantages (N,). SENT: among the 80% of tokens of lowest entropy, with their own means;
-    not clipped, as KL-Cov. A token that is both (one alone to choose from) counts as smallest, as in the public code.
+    logprobs, entropy, mask (N, T), advantages (N,). SENT: among the 80% of tokens of lowest entropy, by means over
+    these; not clipped, as KL-Cov. A token that is both (one to choose from) counts as smallest, as in the public code.
     """
     low = extreme_tokens(entropy, mask, low_entropy, largest=False)
     cov = covariance(logprobs, advantages, low)

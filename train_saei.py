@@ -457,7 +457,8 @@ class Part(NamedTuple):
 
 def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
     """All G responses, the clean ones first; and the log-probs and entropies of their sampling: (P, G, T)."""
-    halves = [[by_prompt(y, len(x.prompts)) for y in vars(r).values()] for r in (x.clean, x.fresh) if r]
+    halves = [(r.tokens, r.mask, r.logprobs, r.entropy) for r in (x.clean, x.fresh) if r]
+    halves = [[by_prompt(y, len(x.prompts)) for y in half] for half in halves]
     longest = max(half[0].shape[2] for half in halves)
     padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
     tokens, mask, logprobs, entropy = (torch.cat(y, dim=1) for y in zip(*padded, strict=True))
@@ -476,7 +477,7 @@ def control(
     micro: int,
     step: int,
 ) -> Part:
-    """update_control's choice of keep, weights, advantages and bonus, once a batch of rollouts, over a process's tokens.
+    """update_control's choice of keep, weights, advantages and bonus, once a batch of rollouts, over this process's.
 
     An adaptive coefficient lives in the optimiser's parameter group: it is saved, and resumed, with it.
     """
@@ -586,7 +587,7 @@ def update(
                     part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
                     if cfg.update_control != "none":
                         metrics |= control_terms(part, logprobs, before, entropy, tokens)
-                        part_loss = part_loss + metrics["control/loss"]
+                        part_loss += metrics["control/loss"]
                     if reference is not None:
                         with torch.no_grad():
                             anchor = part.score(reference, cfg.temperature)[0]
