@@ -15,7 +15,7 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 import entropy_controls as controls
 import grpo
 import rewards
-from train_saei import CONTROLS, main
+from train_saei import CONTROLS, Config, main
 
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}
 UNCLIPPED = {"clip_low": 1.0, "clip_high": math.inf}
@@ -206,7 +206,7 @@ def test_kl_cov_and_sent_equal_a_loop_in_value_and_gradient(name, share):
     assert_same_loss(ours, kl_cov_by_loop(x, tokens, coef), x)
 
 
-# ----------------------------------------------------------------------------------------------------- terms of the loss
+# ---------------------------------------------------------------------------------------------------- terms of the loss
 
 
 def test_gradients_of_the_terms_equal_finite_differences():
