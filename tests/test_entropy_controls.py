@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
+import test_step as step
 import torch
 from test_train import comparable, metrics_of, short
 from torch.distributions import Categorical, kl_divergence
@@ -95,8 +97,8 @@ def test_skywork_coefficients_equal_trl_over_a_run():
     limits = dict(entropy_target=0.9, entropy_coef_delta=0.02, entropy_coef_min=0.01, entropy_coef_max=0.05)
     trainer = trl_trainer(_entropy_bonus_enabled=True, use_adaptive_entropy=True, entropy_coef=0.02, args=limits)
     coef, seen = 0.02, []
-    for step, scale in enumerate([1.0, 0.5, 0.5, 0.5, 1.2, 1.2, 1.2, 0.3]):
-        x = batch(step)
+    for i, scale in enumerate([1.0, 0.5, 0.5, 0.5, 1.2, 1.2, 1.2, 0.3]):
+        x = batch(i)
         x.entropy = (x.entropy * scale).detach()
         H = x.entropy[x.mask].mean().item()
         now, after = controls.skywork_coefficient(coef, H, 0.9, 0.02, 0.01, 0.05)
@@ -426,3 +428,38 @@ def test_on_policy_the_log_ratio_penalty_has_no_gradient():
     x = batch()
     loss = controls.log_ratio_penalty(x.logprobs, x.logprobs.detach(), torch.ones_like(x.old), x.mask)
     assert loss == 0 and (torch.autograd.grad(loss, x.logprobs)[0] == 0).all()
+
+
+@pytest.mark.parametrize("control", ["bonus", "aer", "ecvgpo", "vogue", "top_entropy"])
+def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_path, monkeypatch, control):
+    """The loss by its formula, a response at a time, from the reference's log-probs and entropies in float64."""
+    changes = dict(update_control=control, entropy_coef=0.3, vogue_scale=0.05, ecvgpo_power=0.5, condition="clean")
+    seen = step.train(processor, tmp_path, monkeypatch, micro_prompts=2, **changes)
+    model, advantages = step.new_policy(processor).model, step.expected_advantages(processor, seen)
+    rows, sampling = [], []  # (prompt, A, log-probs, entropies) on the clean image; the same where it was sampled
+    for p, row in enumerate(seen.rows):
+        for g, tokens in enumerate(seen.sampled[0][p] + seen.sampled[1][p]):
+            prompt = (model, processor, row["problem"], row["images"], tokens, 0.8)
+            rows.append((p, advantages[p][g], *reference.score(*prompt)))
+            with torch.no_grad():
+                sampling.append(reference.score(*prompt, seen.attacked[p]) if g >= 3 else rows[-1][2:])
+    everything = torch.cat([h.detach() for _, h in sampling])
+    cut = np.quantile(everything.numpy(), 0.8)
+    surprise = [-logp.mean().item() for logp, _ in sampling]
+    loss = 0.0
+    for i, (p, A, logp, H) in enumerate(rows):
+        keep, c = torch.ones_like(logp), 0.3 if control in ("bonus", "vogue") else 0.0
+        if control == "top_entropy":
+            keep = (sampling[i][1] >= cut).double()
+        if control == "aer":
+            texts = [processor.tokenizer.decode(t, skip_special_tokens=True) for g in seen.sampled for t in g[p]]
+            c = 0.3 * (1 - np.mean([step.mark(text) for text in texts]))
+        if control == "ecvgpo" and A > 0:
+            good = [surprise[j] for j, row in enumerate(rows) if row[0] == p and row[1] > 0]
+            A = A * (surprise[i] / np.mean(good)) ** 0.5
+        if control == "vogue" and i % 5 >= 3:  # G = 5, of which 2 adversarial
+            d = sampling[i][0] - logp.detach()
+            A = A + min(0.05 * (d * (1 - (-d).exp())).mean().item(), abs(A) / 2)
+        loss = loss - (keep * A * (logp - logp.detach()).exp()).sum() - c * H.sum()
+    grads = torch.autograd.grad(loss / len(everything), list(model.parameters()))
+    step.assert_gradients_equal(seen.grads[0], grads, 1e-4)
