@@ -603,9 +603,8 @@ def update(
                     stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
                 optimizer.step()
                 optimizer.zero_grad()
-    losses = accelerator.reduce(
-        torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step, "sum"
-    ).tolist()
+    losses = torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step
+    losses = accelerator.reduce(losses, "sum").tolist()
     return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
 
 
