@@ -40,6 +40,7 @@ from transformers import HfArgumentParser
 
 import data
 import egas
+import entropy_controls as controls
 import grpo
 import memory
 import plan
@@ -47,6 +48,9 @@ import rewards
 import runs
 import tsec
 from policy import Policy, Prompts, Responses
+
+CONTROLS = "none bonus skywork aer ecvgpo vogue top_entropy clip_cov kl_cov sent".split()
+UNCLIPPED = ("kl_cov", "sent")  # their log-ratio penalty stands in the clip's place
 
 
 def opt(default, mark: str, text: str):
@@ -126,6 +130,23 @@ class Config:
     length_weight: float = opt(0.0, "ours", "weight of DAPO's overlong penalty, from 0 to -1; 0 leaves it out")
     length_buffer: int = opt(16, "ours", "tokens before max_new_tokens over which that penalty grows")
     reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
+    update_control: str = opt("none", "ours", "entropy control in the update, in any arm: " + " | ".join(CONTROLS))
+    entropy_coef: float = opt(
+        1e-3, "ours", "weight of the entropy bonus (EasyR1's value); skywork, aer: where it begins"
+    )
+    skywork_target: float = opt(0.2, "ours", "skywork: the bonus acts while the entropy, in nats, is not above (TRL's)")
+    skywork_step: float = opt(0.005, "ours", "skywork: what a step adds to the coefficient or takes away (TRL's)")
+    aer_target: float = opt(0.4, "ours", "aer: the target, a share of the first step's entropy (its best, second-hand)")
+    aer_rate: float = opt(0.01, "ours", "aer: what a nat below the target adds to the coefficient in a step")
+    aer_threshold: float = opt(1.0, "ours", "aer: prompts of this accuracy or more get no bonus")
+    ecvgpo_power: float = opt(1.0, "ours", "ecvgpo: power of the self-information; > 0 favours unlikely good responses")
+    vogue_scale: float = opt(0.1, "ours", "vogue: advantage that a nat of divergence between the images adds")
+    vogue_cap: float = opt(2.0, "ours", "vogue: at most |advantage| / vogue_cap is added")
+    top_entropy: float = opt(0.2, "ours", "top_entropy: share of the tokens that the policy gradient keeps (80/20's)")
+    cov_share: float = opt(
+        2e-4, "ours", "clip_cov, kl_cov, sent: share of the tokens that is chosen (theirs); at least 1"
+    )
+    penalty_coef: float | None = opt(None, "ours", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent (theirs)")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
     micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
     sample_prompts: int = opt(
@@ -148,6 +169,7 @@ class Config:
             "tsec_keep": ("moderate", "extreme"),
             "advantage_scale": ("std", "none"),
             "zero_variance": ("keep", "drop"),
+            "update_control": CONTROLS,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -166,6 +188,14 @@ class Config:
             "lora_rank >= 0": self.lora_rank >= 0,
             "0 < length_buffer <= max_new_tokens": not self.length_weight
             or 0 < self.length_buffer <= self.max_new_tokens,
+            # at pi = pi_old the gradient of |log pi - log pi_old| is 0: the control would do nothing, without a word
+            "updates_per_step >= 2 with kl_cov or sent": self.updates_per_step >= 2
+            or self.update_control not in UNCLIPPED,
+            "vogue needs an intervention": self.update_control != "vogue" or self.intervention != "none",
+            "0 <= top_entropy <= 1": 0 <= self.top_entropy <= 1,
+            "0 < cov_share <= 1": 0 < self.cov_share <= 1,
+            "aer_threshold > 0": self.aer_threshold > 0,
+            "vogue_cap > 0": self.vogue_cap > 0,
             "micro_responses >= 0": self.micro_responses >= 0,
             "sample_prompts >= 0": self.sample_prompts >= 0,
             "keep_last >= 0": self.keep_last >= 0,
@@ -467,30 +497,85 @@ class Part(NamedTuple):
     prompts: Prompts
     tokens: Tensor  # (P, n, T)
     mask: Tensor  # (P, n, T)
+    keep: Tensor  # (P, n, T) the tokens whose policy gradient counts
+    weights: Tensor  # (P, n, T) of |log pi - log pi_old|
     advantages: Tensor  # (P, n)
+    bonus: Tensor  # (P, n) the entropy's coefficient
 
     def rows(self, start: int, stop: int) -> "Part":
         return Part(*(x[start:stop] for x in self))
 
-    def logprobs(self, policy: torch.nn.Module, temperature: float) -> Tensor:
-        """-> (P * n, T)"""
-        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)[0]
+    def score(self, policy: torch.nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+        """-> log-probs, entropies: (P * n, T)"""
+        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)
 
 
-def update_parts(cfg: Config, x: Rollouts) -> list[Part]:
-    """condition clean: all G responses on the clean image; sampled: each on the image it was sampled from."""
-    P, n = len(x.prompts), cfg.clean_rollouts
-    halves = [[by_prompt(r.tokens, P), by_prompt(r.mask, P)] for r in (x.clean, x.fresh) if r]  # (P, n, T) each
-    if cfg.condition == "clean" or x.fresh is None:
-        longest = max(tokens.shape[2] for tokens, _ in halves)
-        padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
-        parts = [Part(x.prompts, *(torch.cat(y, dim=1) for y in zip(*padded, strict=True)), x.advantages)]
-    else:
-        parts = [Part(x.prompts, *halves[0], x.advantages[:, :n]), Part(x.attacked, *halves[1], x.advantages[:, n:])]
+def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
+    """All G responses, the clean ones first; and the log-probs and entropies of their sampling: (P, G, T)."""
+    halves = [(r.tokens, r.mask, r.logprobs, r.entropy) for r in (x.clean, x.fresh) if r]
+    halves = [[by_prompt(y, len(x.prompts)) for y in half] for half in halves]
+    longest = max(half[0].shape[2] for half in halves)
+    padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
+    tokens, mask, logprobs, entropy = (torch.cat(y, dim=1) for y in zip(*padded, strict=True))
     if cfg.zero_variance == "drop":
-        informative = ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
-        parts = [part._replace(mask=part.mask & informative) for part in parts]
+        mask = mask & ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
+    no_weights, no_bonus = torch.zeros_like(logprobs), torch.zeros_like(x.advantages)
+    return Part(x.prompts, tokens, mask, mask, no_weights, x.advantages, no_bonus), logprobs, entropy
+
+
+def controlled(
+    cfg: Config,
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Rollouts,
+    micro: int,
+    step: int,
+) -> Part:
+    """All G responses as update_control treats them: once a batch of rollouts, over this process's.
+
+    An adaptive coefficient lives in the optimiser's parameter group: it is saved, and resumed, with it.
+    """
+    part, logprobs, entropy = joined(cfg, x)
+    if cfg.update_control == "none":
+        return part
+    P, clean = len(x.prompts), part.mask[:, : cfg.clean_rollouts]  # the entropy that no intervention has raised
+    sums = torch.stack([entropy[:, : cfg.clean_rollouts].masked_fill(~clean, 0.0).sum(), clean.sum()])
+    total, tokens = accelerator.reduce(sums, "sum").tolist()
+    divergence = None
+    if cfg.update_control == "vogue":  # what was sampled on the intervened image, scored on the clean one
+        tokens_, mask_ = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
+        noisy = part._replace(tokens=tokens_, mask=mask_)
+        with torch.no_grad():
+            raw = [noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for i in range(0, P, micro)]
+        divergence = by_prompt(controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P)
+    generator = torch.Generator().manual_seed(seeds_of(cfg, step, [accelerator.process_index], 3)[0])
+    batch = (part.mask, logprobs, entropy, x.advantages, x.scores["accuracy"], divergence)
+    state = optimizer.param_groups[0]
+    treated = controls.treat(cfg, *batch, total / max(tokens, 1.0), state, generator)
+    return part._replace(**treated._asdict())
+
+
+def update_parts(cfg: Config, x: Rollouts, whole: Part) -> list[Part]:
+    """condition clean: all G responses on the clean image; sampled: each on the image it was sampled from."""
+    if cfg.condition == "clean" or x.fresh is None:
+        return [whole]
+    n, parts = cfg.clean_rollouts, []
+    for prompts, own, half in ((x.prompts, slice(n), x.clean), (x.attacked, slice(n, None), x.fresh)):
+        T = half.tokens.shape[1]
+        parts.append(Part(prompts, *(y[:, own, :T] if y.ndim == 3 else y[:, own] for y in whole[1:])))
     return parts
+
+
+def control_terms(part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """The control's own term of the loss, the share of tokens that it treats, the entropy's mean coefficient."""
+    mask, keep, weights = (x.flatten(0, 1) for x in (part.mask, part.keep, part.weights))  # (P * n, T)
+    penalty = controls.log_ratio_penalty(logprobs, before, weights, mask, tokens)
+    return {
+        "control/loss": penalty + controls.entropy_bonus(entropy, mask, part.bonus.flatten(), tokens),
+        "control/tokens": (mask & (~keep | (weights > 0))).sum() / tokens,
+        "control/bonus": (part.bonus.flatten()[:, None] * mask).sum() / tokens,
+    }
 
 
 def update(
@@ -508,14 +593,14 @@ def update(
     Old log-probs are those of the image that conditions the update. With one update they are the scored ones, detached
     (ratio 1); with several they are computed first. Returns the global loss and its metrics.
     """
-    parts = update_parts(cfg, rollouts)
+    parts = update_parts(cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step))
     P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
     old = None
     if cfg.updates_per_step > 1:
         with torch.no_grad():
-            old = [[p.rows(i, i + micro).logprobs(wrapped, cfg.temperature) for p in parts] for i in range(0, P, micro)]
+            old = [[p.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for p in parts] for i in range(0, P, micro)]
     sums, norms, size = Counter(), [], P // cfg.updates_per_step
     for start in range(0, P, size):
         tokens = sum(part.mask[start : start + size].sum() for part in parts)
@@ -524,13 +609,18 @@ def update(
             with accelerator.accumulate(wrapped):
                 loss = 0.0
                 for k, part in enumerate(part.rows(i, i + micro) for part in parts):
-                    logprobs, mask = part.logprobs(wrapped, cfg.temperature), part.mask.flatten(0, 1)  # (P * n, T)
+                    logprobs, entropy = part.score(wrapped, cfg.temperature)  # (P * n, T)
+                    mask = part.mask.flatten(0, 1)
                     before = old[i // micro][k] if old else logprobs.detach()
-                    advantages, clip = part.advantages.flatten(), (cfg.clip_low, cfg.clip_high)
-                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, mask, *clip, tokens)
+                    advantages, keep = part.advantages.flatten(), part.keep.flatten(0, 1)
+                    clip = (1.0, math.inf) if cfg.update_control in UNCLIPPED else (cfg.clip_low, cfg.clip_high)
+                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
+                    if cfg.update_control != "none":
+                        metrics |= control_terms(part, logprobs, before, entropy, tokens)
+                        part_loss += metrics["control/loss"]
                     if reference is not None:
                         with torch.no_grad():
-                            anchor = part.logprobs(reference, cfg.temperature)
+                            anchor = part.score(reference, cfg.temperature)[0]
                         pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
                         metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
                         part_loss = part_loss + cfg.kl_coef * metrics["kl"]
@@ -543,9 +633,8 @@ def update(
                     stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
                 optimizer.step()
                 optimizer.zero_grad()
-    losses = accelerator.reduce(
-        torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step, "sum"
-    ).tolist()
+    losses = torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step
+    losses = accelerator.reduce(losses, "sum").tolist()
     return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
 
 

@@ -15,6 +15,7 @@ ALLOWED = {
     "egas": {"torch"},
     "tsec": {"torch"},
     "grpo": {"torch"},
+    "entropy_controls": {"torch"},
     "rewards": {"math_verify", "sympy", "latex2sympy2_extended"},
 }
 
@@ -29,6 +30,10 @@ CHECKS = {
     "grpo": """
         assert abs(advantages[0, 0] - 1.5) < 1e-4 and abs(loss) < 1e-6 and logprobs.grad[0, 0] < 0 < logprobs.grad[1, 0]
         assert set(metrics) == {"clip/low", "clip/high"}
+    """,
+    "entropy_controls": """
+        assert keep.sum() == 8 and coefficient == 0.01 and following == 0.015
+        assert (entropy.grad + 0.01 / 36).abs().max() < 1e-8
     """,
 }
 
