@@ -278,7 +278,7 @@ def evaluate(policy: Policy, domains: tuple[str, ...], seed: int, sizes: dict, f
 def graded(policy: Policy, rows: list[dict], samples: int, seed: int) -> dict:
     """eval.py's records of the rows, packed: a character a problem; entropy and distinct answers are means."""
     cfg, records = evaluation.EvalConfig("", "", samples=samples, k=[1]), []
-    width = max(1, 100 // samples)
+    width = max(1, 768 // samples)  # many rows a batch: a decode step costs little more for them
     for start in range(0, len(rows), width):
         seeds = [int(np.random.SeedSequence((seed, i)).generate_state(1)[0]) for i in range(start, start + width)]
         part = rows[start : start + width]
@@ -300,7 +300,7 @@ def pack(counts: list[float]) -> str:
 
 
 @torch.no_grad()
-def greedy(policy: Policy, rows: list[dict], width: int = 50) -> list[float]:
+def greedy(policy: Policy, rows: list[dict], width: int = 200) -> list[float]:
     """1 where the most likely answer is right, else 0."""
     right = []
     for start in range(0, len(rows), width):
