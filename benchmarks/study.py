@@ -9,8 +9,9 @@
 
 A run is an ordinary train_saei.py in out/study/<setting>/<arm>-<seed>, then its evaluation; what is kept is one small
 file, results/<setting>/<arm>-<seed>.json, whose existence means done (a failed run's holds the error: delete the file
-to try again). Order: all main arms with seed 0, then seed 1, ..., then the ablations. Seeds below 100 are the study's;
-those from 100 tune, on other problems (study_rows), and land in results/tuning, which no table reads.
+to try again). Order: all main arms with seed 0, then seed 1, ..., then the ablations and the controls of the update.
+Seeds below 99 are the study's; those from 100 tune, on other problems (study_rows), and land in results/tuning, which
+no table reads.
 
 Evaluation, greedy and n samples at temperature 1: every test split; the split's first problems once more with 32
 samples; pictures with noise, blur, other brightness. Ablations and tuning: the first of the splits alone. What is
@@ -47,8 +48,8 @@ from demo.task import make_row  # noqa: E402
 from policy import Policy  # noqa: E402
 
 DOMAINS = ("plain", "shifted", "styles", "offset", "sums")
-SETTINGS = {  # name -> recipe; the test splits, the trained domain's first; who judges attacked pictures
-    "shifted": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), "demo/mixed"),
+SETTINGS = {  # name -> recipe; the test splits, the trained domain's first; who judges attacked pictures (None: below)
+    "shifted": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), None),
     "elicit": ("recipes/elicit.yaml", DOMAINS, "demo/confident"),
 }
 SAEI = {  # over the recipe, in every arm: what differs between arms is below
@@ -84,6 +85,21 @@ ABLATIONS = {  # around saei, in the first setting
     "mixed-plain": {"model": "demo/mixed", "intervention": "none"},  # the other warm start
     "mixed-saei": {"model": "demo/mixed"},
 }
+CONTROLS = {  # of the update (entropy_controls.py), in plain GRPO, in the first setting
+    "bonus": {"entropy_coef": 0.01},
+    "skywork": {"skywork_target": 0.28},  # about the entropy at the start, as there the other controls hold it
+    "aer": {"entropy_coef": 0.01, "aer_target": 0.9},
+    "ecvgpo": {},
+    "vogue": {"intervention": "noise", "entropy_coef": 0.01},
+    "top_entropy": {},
+    "clip_cov": {"cov_share": 0.01},  # a step has 5,000 tokens: 2e-4 of them would be one
+    "kl_cov": {"cov_share": 0.01, "updates_per_step": 2},
+    "sent": {"cov_share": 0.01, "updates_per_step": 2},
+}
+CONTROLS = {arm: {"intervention": "none", "update_control": arm} | changes for arm, changes in CONTROLS.items()}
+CONTROLS["two-updates"] = {"intervention": "none", "updates_per_step": 2}  # kl_cov's, sent's plain
+FURTHER = ABLATIONS | CONTROLS
+JUDGE = 99  # seed of the plain GRPO run whose policy judges the pictures of a setting
 SIZES = {"problems": 2000, "samples": 8, "deep": 500, "deep_samples": 32}
 SMOKE = {"problems": 8, "samples": 8, "deep": 4, "deep_samples": 32}
 TUNING = 100  # the first of the tuning seeds
@@ -95,7 +111,7 @@ POINTS = 25  # of a curve
 
 def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> dict:
     """The settings of a run over its recipe. Raises ValueError where the matched temperature is not measured yet."""
-    options = SAEI | (MAIN | ABLATIONS | tried)[arm] | {"seed": seed, "log_prompts": 2}
+    options = SAEI | (MAIN | FURTHER | tried)[arm] | {"seed": seed, "log_prompts": 2}
     if isinstance(options.get("temperature"), str):
         path = ROOT / options["temperature"]
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -119,13 +135,13 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
         raise ValueError(f"seeds below {TUNING} are the study's, the others tune: not both at once, got {args.seeds}")
     if args.tried and min(seeds) < TUNING:
         raise ValueError(f"--try is for tuning: give --seeds from {TUNING} on, got {args.seeds}")
-    known = {"before": {}} | MAIN | ABLATIONS | args.tried
+    known = {"before": {}} | MAIN | FURTHER | args.tried
     if unknown := sorted(set(args.arms or ()) - set(known)):
         raise ValueError(f"unknown arms {', '.join(unknown)}; there are {', '.join(known)}")
     main = ["before", *(args.tried or MAIN)]
     listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in main]
     if not args.tried and "shifted" in args.settings:
-        listed += [("shifted", arm, seed) for seed in list(seeds)[: args.ablation_seeds] for arm in ABLATIONS]
+        listed += [("shifted", arm, seed) for seed in list(seeds)[: args.ablation_seeds] for arm in FURTHER]
     first = TUNING if min(seeds) >= TUNING else 0
     return [x for x in listed if (not args.arms or x[1] in args.arms) and (x[1] != "before" or x[2] == first)]
 
@@ -139,6 +155,8 @@ def run_all(args: argparse.Namespace) -> None:
     for setting, arm, seed in waiting:  # what cannot be configured stops here and not in the night
         if arm != "before":
             train_saei.load_config(train_arguments(args, setting, arm, seed))
+    for setting in {job[0] for job in waiting}:
+        make_judge(args, setting)
     running, done = {}, 0
 
     def stop(*_) -> None:
@@ -195,10 +213,11 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
         began = time.time()
         policy = Policy.from_pretrained(str(model))
         with torch.no_grad():
-            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, arm in ABLATIONS or seed >= TUNING)
+            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, arm in FURTHER or seed >= TUNING)
             result["seconds/evaluation"] = round(time.time() - began, 1)
             if arm != "before":
-                result["diagnostics"] = diagnose(folder, ROOT / SETTINGS[setting][2])
+                make_judge(args, setting)
+                result["diagnostics"] = diagnose(folder, judge_of(args, setting))
     except (RuntimeError, ArithmeticError, ValueError, OSError) as error:
         result["error"] = f"{type(error).__name__}: {error}"[-3000:]
     result["seconds/total"] = round(time.time() - started, 1)
@@ -209,6 +228,22 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
     aside.rename(path)  # a name means a whole result
     for name in ("checkpoints", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def judge_of(args: argparse.Namespace, setting: str) -> Path:
+    """The checkpoint that judges a setting's pictures: a warm start of another kind, or make_judge's."""
+    given = SETTINGS[setting][2]
+    return ROOT / given if given else args.out / setting / "judge"
+
+
+def make_judge(args: argparse.Namespace, setting: str) -> None:
+    """Where no warm start knows the domain: plain GRPO in it, with a seed that no arm has."""
+    if not judge_of(args, setting).exists():
+        print(f"{setting}: a judge is trained first", flush=True)
+        arguments = train_arguments(args, setting, "plain", JUDGE)
+        train(arguments)
+        (checkpoint,) = (args.out / setting / f"plain-{JUDGE}/checkpoints").iterdir()
+        checkpoint.rename(judge_of(args, setting))
 
 
 def train(arguments: list[str]) -> None:

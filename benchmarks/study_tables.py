@@ -40,7 +40,19 @@ ARMS = {
     "annealed": "eps annealed",
     "mixed-plain": "from demo/mixed: plain GRPO",
     "mixed-saei": "from demo/mixed: SaEI, minus plain GRPO from there",
+    "two-updates": "plain GRPO, 2 updates a batch",
+    "bonus": "entropy bonus",
+    "skywork": "Skywork's adaptive bonus",
+    "aer": "AER",
+    "ecvgpo": "ECVGPO",
+    "vogue": "VOGUE",
+    "top_entropy": "80/20",
+    "clip_cov": "Clip-Cov",
+    "kl_cov": "KL-Cov, minus 2 updates a batch",
+    "sent": "SENT's tokens, minus 2 updates a batch",
 }
+CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
+BASES = {"mixed-saei": "mixed-plain", "mixed-plain": None, "kl_cov": "two-updates", "sent": "two-updates"}
 MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
 RESAMPLES = 2000
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> result
@@ -205,24 +217,30 @@ def corruption_table(setting: str, runs: Runs) -> str:
     return table([f"greedy, {setting}", "as it is", *names], rows)
 
 
-def ablation_table(setting: str, runs: Runs) -> tuple[str, int]:
-    """Every arm that is no main one against SaEI; from the other warm start, SaEI against plain GRPO.
-
-    -> table, number of intervals
-    """
+def compared(setting: str, runs: Runs, arms: list[str], base: str) -> tuple[str, int]:
+    """The arms, and their differences to `base` or, where BASES names another arm, to that.   -> table, intervals"""
     kept, rows, count = good(runs), [], 0
-    for arm in [arm for arm in kept if arm not in ("before", *MAIN)]:
-        base = "mixed-plain" if arm.startswith("mixed") else "saei"
-        values = [
-            paired(kept[arm], kept.get(base, {}), splits_of(kept)[0], x) if arm != base else None
-            for x in ("pass@1", "pass@8")
-        ]
+    for arm in [arm for arm in arms if arm in kept]:
+        other = kept.get(BASES.get(arm, base), {}) if arm != base else {}
+        values = [paired(kept[arm], other, splits_of(kept)[0], name) for name in ("pass@1", "pass@8")]
         count += sum(x is not None for x in values)
         cells = [spread(column(kept[arm], splits_of(kept)[0], name)) for name in ("pass@1", "pass@8", "entropy")]
         step = spread([r["seconds"]["seconds/step"] for r in kept[arm].values()], 2)
         rows.append([ARMS.get(arm, arm), str(len(kept[arm])), *cells, *map(change, values), step])
-    head = ["arm", "seeds", "pass@1", "pass@8", "entropy", "pass@1 minus SaEI", "pass@8 minus SaEI", "seconds a step"]
+    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "entropy"]
+    head += [f"pass@1 minus {ARMS[base]}", f"pass@8 minus {ARMS[base]}", "seconds a step"]
     return (table(head, rows) if rows else ""), count
+
+
+def ablation_table(setting: str, runs: Runs) -> tuple[str, int]:
+    """Every arm that is no main one and no control, against SaEI."""
+    return compared(setting, runs, [arm for arm in runs if arm not in ("before", *MAIN, *CONTROLS)], "saei")
+
+
+def control_table(setting: str, runs: Runs) -> tuple[str, int]:
+    """The controls of the update, against plain GRPO."""
+    found = [arm for arm in CONTROLS if arm in runs]
+    return compared(setting, runs, ["plain", "saei", *found] if found else [], "plain")
 
 
 def diagnostic_table(setting: str, runs: Runs) -> str:
@@ -243,8 +261,8 @@ def diagnostic_table(setting: str, runs: Runs) -> str:
     note = (
         "Entropy at the sampling temperature, nats. Groups that teach: with different accuracies, in the first fifth "
         "of the steps and in all. Rescued: prompts with a right response to the changed image and no right one to the "
-        "clean one; lost: the other way round. Judge: greedy accuracy of the other warm start on pictures of the "
-        "training, before and after they were changed."
+        "clean one; lost: the other way round. Judge: greedy accuracy on pictures of the training, before and "
+        "after they were changed, of a policy trained apart: plain GRPO with another seed, in elicit the later warm start."
     )
     if not rows:
         return ""
@@ -323,7 +341,9 @@ def study_main(folder: Path) -> str:
 def study_differences(folder: Path) -> str:
     """All intervals, and how many there are."""
     found = {setting: runs for setting, runs in load(folder).items() if good(runs)}
-    pairs = [make(setting, runs) for make in (differences, ablation_table) for setting, runs in found.items()]
+    pairs = [
+        make(setting, runs) for make in (differences, ablation_table, control_table) for setting, runs in found.items()
+    ]
     count = sum(n for _, n in pairs)
     text = "\n\n".join(part for part, _ in pairs if part) or NONE_YET
     if not count:

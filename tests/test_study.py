@@ -91,12 +91,10 @@ def test_order_of_the_runs_is_balanced(tmp_path):
     assert listed[0] == ("shifted", "before", 0) and len(listed) == len(set(listed))
     seeds = [seed for _, arm, seed in listed if arm in study.MAIN]
     assert seeds == sorted(seeds) and seeds.count(0) == seeds.count(1) == 2 * len(study.MAIN)
-    ablations = listed[-len(study.ABLATIONS) :]
-    assert ablations == [("shifted", arm, 0) for arm in study.ABLATIONS]
-    assert not set(study.MAIN) & set(study.ABLATIONS)
-    assert set(study.MAIN) | set(study.ABLATIONS) | {"before"} == set(tables.ARMS) and set(study.MAIN) == set(
-        tables.MAIN
-    )
+    assert listed[-len(study.FURTHER) :] == [("shifted", arm, 0) for arm in study.FURTHER]
+    assert not set(study.MAIN) & set(study.FURTHER) and not set(study.ABLATIONS) & set(study.CONTROLS)
+    assert {"before"} | set(study.MAIN) | set(study.FURTHER) == set(tables.ARMS)
+    assert set(study.MAIN) == set(tables.MAIN) and set(study.CONTROLS) == set(tables.CONTROLS)
 
 
 def test_tuning_has_seeds_and_problems_of_its_own(tmp_path):
@@ -123,7 +121,8 @@ def test_every_arm_is_a_valid_configuration_of_equal_rollouts(tmp_path):
         if arm != "before":
             cfg = train_saei.load_config(study.train_arguments(args, setting, arm, seed))
             assert (cfg.rollouts, cfg.seed) == (8, seed)
-            assert (cfg.intervention == "none") == (arm in ("plain", "temperature", "mixed-plain"))
+            without = {"plain", "temperature", "mixed-plain"} | set(study.CONTROLS) - {"vogue"}
+            assert (cfg.intervention == "none") == (arm in without)
 
 
 def test_the_matched_temperature_must_have_been_measured(tmp_path, monkeypatch):
