@@ -262,7 +262,7 @@ def diagnostic_table(setting: str, runs: Runs) -> str:
         "Entropy at the sampling temperature, nats. Groups that teach: with different accuracies, in the first fifth "
         "of the steps and in all. Rescued: prompts with a right response to the changed image and no right one to the "
         "clean one; lost: the other way round. Judge: greedy accuracy on pictures of the training, before and "
-        "after they were changed, of a policy trained apart: plain GRPO with another seed, in elicit the later warm start."
+        "after they were changed, of a policy trained apart: plain GRPO, another seed; in elicit, the later warm start."
     )
     if not rows:
         return ""
