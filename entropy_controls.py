@@ -270,7 +270,8 @@ def treat(
             now, state["entropy_coef"] = skywork_coefficient(now, mean_entropy, cfg.skywork_target, cfg.skywork_step)
             bonus = torch.full_like(A, now)
         case "aer":
-            target = cfg.aer_target * state.setdefault("entropy_start", mean_entropy)
+            state["entropy_start"] = state.get("entropy_start") or mean_entropy
+            target = cfg.aer_target * state["entropy_start"]
             state["entropy_coef"] = aer_coefficient(now, mean_entropy, target, cfg.aer_rate)
             bonus = (now * aer_weights(accuracy, cfg.aer_threshold))[:, None].expand_as(A)
         case "ecvgpo":

@@ -439,6 +439,8 @@ def prepare(
     """The policy as the launcher wraps it, and AdamW; with the state of the checkpoint `source` if first_step > 0."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    if cfg.update_control in ("skywork", "aer"):  # before anything is loaded: FSDP loads the keys that are there
+        optimizer.param_groups[0] |= {"entropy_coef": cfg.entropy_coef, "entropy_start": 0.0}
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     if isinstance(wrapped, FSDPModule):  # a process whose prompts are text alone has no gradient of the vision tower
         wrapped.set_reduce_scatter_unused_params(True)

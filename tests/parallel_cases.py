@@ -23,7 +23,7 @@ from policy import Policy, Prompts, Responses  # noqa: E402
 
 ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in range(4)]
 CASES = {
-    "mixed": {},
+    "mixed": {"update_control": "aer", "entropy_coef": 0.01},  # a coefficient that adapts: global, saved, resumed
     "drop": {"condition": "sampled", "zero_variance": "drop"},  # rows 1 and 3 are dropped: nothing of some processes is
     "lots": {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
