@@ -145,13 +145,6 @@ def differences(a: Path, b: Path) -> dict[str, int]:
     return count
 
 
-def table_row(result: dict) -> str:
-    """The row of docs/faults.md."""
-    fell, different = [result["fell"].get(phase, 0) for phase in PHASES], sum(result["different"].values())
-    cells = [result["processes"], result["kills"], *fell, result["steps"], different]
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
 def main(argv: list[str]) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
@@ -179,7 +172,7 @@ def main(argv: list[str]) -> dict:
     result |= {"different": differences(args.folder / "whole", args.folder / "killed"), "log": kills}
     log = ",\n".join(json.dumps(fell) for fell in result.pop("log"))  # a line a kill
     args.output.write_text(f'{json.dumps(result)[:-1]}, "log": [\n{log}\n]}}\n')
-    print(json.dumps(result) + "\n" + table_row(result))
+    print(json.dumps(result))
     return result
 
 

@@ -207,11 +207,44 @@ def phases() -> str:
     return "\n".join(out)
 
 
+def kills() -> str:
+    """Where kill -9 fell, and what differed afterwards."""
+    results = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("kill", "kill-2")]
+    phases = {"start": "at the start", "sample": "sampling", "attack": "attack", "measure": "measuring"}
+    phases |= {"update": "update", "save": "saving"}
+    head = ["processes", "kills", *phases.values(), "steps", "tensors and lines that differ"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in results:
+        cells = [r["processes"], r["kills"], *(r["fell"].get(phase, 0) for phase in phases), r["steps"]]
+        out.append("| " + " | ".join(map(str, [*cells, sum(r["different"].values())])) + " |")
+    return "\n".join(out)
+
+
+def soak() -> str:
+    """What a long run holds, in a sentence."""
+    r = json.loads((ROOT / "benchmarks/soak.json").read_text())
+    if not r["all_finite"]:
+        raise ValueError("soak.json: not all metrics were finite")
+    same = lambda name: " to ".join(str(x) for x in dict.fromkeys(r[name]))  # noqa: E731
+    slope = f"{r['memory_mib_per_1000_steps']:+.1f} +- {r['95%_interval']:.1f} MiB per 1,000 steps (95% interval)"
+    return (
+        f"{r['steps']} steps: over the second half the resident memory, {r['memory_mib'][-1]:.0f} MiB, changed by "
+        f"{slope}; file handles {same('handles')}, threads {same('threads')}; all metrics were finite."
+    )
+
+
 README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
-PAGES = {"README.md": README, "docs/grading.md": GRADING, "docs/speed.md": SPEED, "docs/study.md": STUDY}
+FAULTS = {"kills": kills, "soak": soak}
+PAGES = {
+    "README.md": README,
+    "docs/faults.md": FAULTS,
+    "docs/grading.md": GRADING,
+    "docs/speed.md": SPEED,
+    "docs/study.md": STUDY,
+}
 
 
 def fill(page: str, tables: dict = README) -> str:

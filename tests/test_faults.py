@@ -277,9 +277,3 @@ def test_killed_runs_end_as_one_that_was_not(tmp_path, processes, kills):
     assert result["kills"] == kills and set(result["different"].values()) == {0}
     states = (tmp_path / "runs/killed/checkpoints/step-000012/state").glob("random_states_*")
     assert len(list(states)) == processes
-
-
-def test_the_page_says_what_the_kills_gave():
-    page = (ROOT / "docs/faults.md").read_text()
-    for name in ("kill", "kill-2"):
-        assert kill.table_row(json.loads((ROOT / f"benchmarks/{name}.json").read_text())) in page
