@@ -1,7 +1,7 @@
 """What does a step cost? Our plain GRPO, our SaEI, and TRL's GRPOTrainer, on the same work.
 
     python benchmarks/step.py --quick     # 256 image tokens, G = 8, T = 48
-    python benchmarks/step.py             # the grid
+    python benchmarks/step.py             # the grid: Ctrl-C stops it, the same command goes on
 
 The same tiny Qwen2.5-VL (real patch, merge and window sizes; tower, language model and head share the arithmetic about
 as in the 3B one), the same weights, pictures, questions, group size, response length, AdamW, clipping and float32. In
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="in this order")
     parser.add_argument("--no_memory", action="store_true", help="no peak memory")
     parser.add_argument("--no_linear", action="store_true", help="no runs of twice P and twice G")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/step.json"))
+    parser.add_argument("--output", default=str(ROOT / "benchmarks/step.json"), help="cells that it has are not run")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(int(THREADS))
@@ -359,20 +359,25 @@ def main() -> None:
         "steps": args.steps,
         "cells": [],
     }
+    output = Path(args.output)
+    if output.exists():
+        result["cells"] = json.loads(output.read_text())["cells"]
     for tokens, G, T in sizes:
         cell = dict(P=args.prompts, image_tokens=tokens, G=G, T=T)
+        if any(entry["cell"] == cell for entry in result["cells"]):
+            continue
         entry = {"cell": cell, "arms": measure(cell, args.arms, args.steps)}
         for arm, x in entry["arms"].items():
             if not args.no_memory:
                 x["peak"] = peak_apart(arm, cell)
         show(entry)
         result["cells"].append(entry)
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(result, indent=1) + "\n")
     if not args.no_linear:
         result["linear"] = linear(dict(P=args.prompts, image_tokens=256, G=8, T=48), args.steps)
         for arm, x in result["linear"].items():
             print(f"{arm}: twice P costs {spread(x['P'])}, twice G costs {spread(x['G'])} times as much")
-        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
