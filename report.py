@@ -544,26 +544,35 @@ BANDS = [  # of the study's page: title, unit, y axis from zero?, key, key that 
 ]
 
 
-def band_chart(arms: dict[str, list[dict]], title: str, unit: str, zero: bool, key: str, stand_in: str | None) -> str:
-    """One metric by arm: the mean over seeds in a band from the lowest seed to the highest; "" without data."""
-    lines = []
+def bands(arms: dict[str, list[dict]], unit: str, zero: bool, key: str, stand_in: str | None) -> tuple[str, str]:
+    """One metric by arm: the mean over seeds in a band from the lowest seed to the highest.
+
+    -> axes and lines on frame's canvas, the arms' names in their colours (from the seventh on dashed); "" without data
+    """
+    lines, names = [], ""
     for i, (arm, results) in enumerate(arms.items()):
         found = [r["curves"] for r in results if key in r["curves"] or stand_in in r["curves"]]
         if found:
             ys = np.array([c.get(key, c.get(stand_in)) for c in found])  # (seeds, points)
-            lines.append((f"r{i % 6}", arm, np.array(found[0]["step"]), ys))
+            look = f'class="line r{i % 6}" stroke-dasharray="{DASHES[i // 6 % 2]}"'
+            lines.append((f"r{i % 6}", look, np.array(found[0]["step"]), ys))
+            names += f'<span><svg viewBox="0 0 26 8" class="key"><path {look} d="M2 4H24"/></svg>{text(arm, 60)}</span>'
     if not lines:
-        return ""
-    every = [np.concatenate([line[k].flatten() for line in lines]) for k in (2, 3)]
-    svg, path = frame(*every, unit, zero)
+        return "", ""
+    svg, path = frame(*(np.concatenate([line[k].flatten() for line in lines]) for k in (2, 3)), unit, zero)
     for css, _, xs, ys in lines:
         outline = path(np.concatenate([xs, xs[::-1]]), np.concatenate([ys.max(0), ys.min(0)[::-1]]))
         svg += f'<path class="area a3 {css}" d="{outline}Z"/>'
-    for css, _, xs, ys in lines:
-        svg += f'<path class="line {css}" d="{path(xs, ys.mean(0))}"/>'
-    return figure(title, svg, "".join(
-        f'<span><svg viewBox="0 0 26 8" class="key {css}"><path d="M2 4H24"/></svg>{text(arm, 60)}</span>'
-        for css, arm, *_ in lines))  # fmt: skip
+    for _, look, xs, ys in lines:
+        svg += f'<path {look} d="{path(xs, ys.mean(0))}"/>'
+    return svg, names
+
+
+def band_charts(arms: dict[str, list[dict]], charts: list[tuple]) -> str:
+    """A row of cards, those of BANDS that have data."""
+    drawn = [(title, *bands(arms, *rest)) for title, *rest in charts]
+    cards = "".join(figure(title, svg, names) for title, svg, names in drawn if svg)
+    return f'<div class="cards charts">{cards}</div>' if cards else ""
 
 
 def markdown(source: str) -> str:
@@ -582,21 +591,52 @@ def markdown(source: str) -> str:
     return "".join(parts)
 
 
+def study_arms(runs: dict, wanted: tuple[str, ...]) -> dict[str, list[dict]]:
+    """Name -> results of the seeds that did not fail, of the wanted arms that have any."""
+    from benchmarks import study_tables  # the page of a run needs none of it
+
+    done = study_tables.good(runs)
+    return {study_tables.ARMS[arm]: list(done[arm].values()) for arm in wanted if arm in done}
+
+
+def study_picture(runs: dict, wanted: tuple[str, ...]) -> str:
+    """The first three of BANDS beside each other, as an SVG file's text; "" without data."""
+    colours = "#0b66b0 #cb4b16 #11805f #9a4c95 #8a6d00 #4a5560".split()
+    style = ".grid{stroke:#e4e1da} .line{stroke-width:2} path{fill:none;stroke:currentColor} text{fill:#676d75;"
+    style += (
+        "font:12.5px sans-serif} .area{fill:currentColor;stroke:none;opacity:.12} .title{fill:#22262b;font-size:14px}"
+    )
+    style += "".join(f" .r{i}{{color:{colour}}}" for i, colour in enumerate(colours))
+    arms = study_arms(runs, wanted)
+    parts = [bands(arms, *chart[1:])[0] for chart in BANDS[:3]]
+    if not all(parts):
+        return ""
+    body = "".join(
+        f'<g transform="translate({410 * i} 30)"><text class="title" x="4" y="-10">{chart[0]}</text>{part}</g>'
+        for i, (chart, part) in enumerate(zip(BANDS, parts, strict=False))
+    )
+    for i, arm in enumerate(arms):
+        body += f'<g transform="translate({20 + 205 * i} 282)"><path class="line r{i % 6}" d="M0 0H24"/>'
+        body += f'<text x="32" y="4">{text(arm, 60)}</text></g>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1240 300"><style>{style}</style>'
+        f'<rect width="1240" height="300" fill="#fff"/>{body}</svg>\n'
+    )
+
+
 def build_study(folder: Path, output: Path | None = None) -> Path:
     """Write the page of benchmarks/study.py's results, by default to index.html beside them, and return its path."""
     from benchmarks import study_tables  # the page of a run needs none of it
 
+    groups = {"main arms": (study_tables.MAIN, BANDS), "controls of the update": (study_tables.CONTROLS, BANDS[:2])}
     charts = ""
     for setting, runs in study_tables.load(folder).items():
-        arms = {study_tables.ARMS[arm]: list(seeds.values()) for arm, seeds in study_tables.good(runs).items()
-                if arm in study_tables.MAIN}  # fmt: skip
-        drawn = "".join(band_chart(arms, *chart) for chart in BANDS)
-        charts += f'<h3>{text(setting, 60)}</h3><div class="cards charts">{drawn}</div>' if drawn else ""
+        for title, (wanted, some) in groups.items():
+            arms = study_arms(runs, wanted)
+            drawn = band_charts(study_arms(runs, dict.fromkeys(("plain", *wanted))), some) if arms else ""
+            charts += f"<h3>{text(setting, 60)}, {title}</h3>{drawn}" if drawn else ""
     parts = {heading: markdown(make(folder)) for heading, make in study_tables.PARTS.values()}
-    first, *others = parts
-    parts = {first: parts[first], "Curves": charts or '<p class="empty">No run has finished yet.</p>'} | {
-        heading: parts[heading] for heading in others
-    }
+    parts["Curves"] = charts or '<p class="empty">No run has finished yet.</p>'  # instead of the picture's link
     said = "Lines are means over seeds, bands reach from the lowest seed to the highest."
     output = Path(output) if output else folder / "index.html"
     output.write_text(document("the study", f'<p class="lead">{said}</p>', parts), encoding="utf-8")

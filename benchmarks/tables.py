@@ -260,3 +260,5 @@ if __name__ == "__main__":
     for name, tables in PAGES.items():
         path = ROOT / name
         path.write_text(fill(path.read_text(), tables))
+    if picture := study_tables.picture(ROOT / "results"):
+        (ROOT / "docs/study.svg").write_text(picture)

@@ -16,6 +16,8 @@ def test_tables_are_those_of_the_results():
     for name, makers in tables.PAGES.items():
         page = (ROOT / name).read_text()
         assert tables.fill(page, makers) == page, f"{name}: run python benchmarks/tables.py"
+    if picture := tables.study_tables.picture(ROOT / "results"):
+        assert (ROOT / "docs/study.svg").read_text() == picture
 
 
 def test_linked_files_exist():
