@@ -237,10 +237,30 @@ README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": e
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
+
+
+def parallel() -> str:
+    """How far several processes end from one: a row a case."""
+    result = json.loads((ROOT / "benchmarks/parallel.json").read_text())
+    said = {"mixed": "pictures and text alone, responses of 1 to 12 tokens", "drop": "groups of one accuracy dropped"}
+    said |= {"lots": "the first, computed again in the backward", "adapters": "LoRA"}
+    ways = [(2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2")]
+    apart = {(row["processes"], row["way"], row["case"]): row["apart"] for row in result["rows"]}
+    out = ["| case | " + " | ".join(f"{n} x {way.upper()}" for n, way in ways) + " |", "|---" * 5 + "|"]
+    for case, text in said.items():
+        cells = [f"{apart[n, way, case]:.1e}" if (n, way, case) in apart else "" for n, way in ways]
+        out.append("| " + " | ".join([text, *cells]) + " |")
+    note = (
+        f"Distance of the parameters from one process's after {result['steps']} steps, as a share of how far training "
+    )
+    return "\n".join([*out, "", note + "moved them. `python benchmarks/parallel.py`"])
+
+
 FAULTS = {"kills": kills, "soak": soak}
 PAGES = {
     "README.md": README,
     "docs/faults.md": FAULTS,
+    "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": GRADING,
     "docs/speed.md": SPEED,
     "docs/study.md": STUDY,

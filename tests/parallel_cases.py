@@ -22,10 +22,11 @@ from demo.task import make_row  # noqa: E402
 from policy import Policy, Prompts, Responses  # noqa: E402
 
 ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in range(4)]
+ADAPTIVE = {"update_control": "aer", "entropy_coef": 0.01}  # a coefficient that is global, saved and resumed
 CASES = {
-    "mixed": {"update_control": "aer", "entropy_coef": 0.01},  # a coefficient that adapts: global, saved, resumed
+    "mixed": ADAPTIVE,
     "drop": {"condition": "sampled", "zero_variance": "drop"},  # rows 1 and 3 are dropped: nothing of some processes is
-    "lots": {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
+    "lots": ADAPTIVE | {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
 }
 sample = Policy.sample
