@@ -1,5 +1,7 @@
 """benchmarks/loop_picture.py draws what the policy said, and the pictures that it saw, pixel for pixel."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -7,13 +9,15 @@ from PIL import Image, ImageDraw
 import egas
 import rewards
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """-> what the script found, the file that it wrote, all texts in it"""
     path, texts, real = tmp_path_factory.mktemp("picture") / "loop.png", [], ImageDraw.ImageDraw.text
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend("benchmarks")
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
         import loop_picture
 
         def text(self, xy, words, *args, **kwargs):
@@ -47,10 +51,15 @@ def test_the_responses_in_it_are_real(drawn):
 
 def test_the_pictures_in_it_are_the_clean_and_the_attacked_one(drawn):
     found, path, _ = drawn
-    assert 50_000 < path.stat().st_size < 300_000
+    assert 50_000 < path.stat().st_size < 350_000
     sheet = np.asarray(Image.open(path))
     assert sheet.shape[2] == 3 and (sheet[0] == 255).all()  # opaque and white, on a dark page too
     for top, name in ((140, "clean"), (860, "attacked")):
         pixels = sheet[top : top + 384 : 4, 92 : 92 + 384 : 4].transpose(2, 0, 1) / 255
         assert np.abs(pixels - found[name].numpy()).max() < 1 / 255, name
     assert egas.psnr(found["attacked"], found["clean"]) < 50
+
+
+def test_the_readmes_picture_is_what_the_script_draws(drawn):
+    old, new = (np.asarray(Image.open(path).convert("RGB"), np.float64) for path in (ROOT / "docs/loop.png", drawn[1]))
+    assert old.shape == new.shape and np.abs(old - new).mean() < 1, "run python benchmarks/loop_picture.py"

@@ -36,7 +36,7 @@ def logged(tmp_path_factory):
     """
     folder, found = tmp_path_factory.mktemp("metrics"), {}
     (folder / "my.py").write_text(OWN)
-    common = dict(model=str(ROOT / "demo/confident"), split="shifted/train", steps=1, prompts_per_step=8, lr=1e-4)
+    common = dict(model=str(ROOT / "demo/confident"), split="offset/train", steps=1, prompts_per_step=8, lr=1e-4)
     common |= dict(rollouts=6, adversarial_rollouts=3, max_new_tokens=32, log_prompts=8, pgd_steps=1, self_check=False)
     extras = dict(kl_coef=0.1, length_weight=0.25, updates_per_step=2, reward=[f"{folder}/my.py:your_reward:0.5"])
     for arm, changes in {"egas": extras, "none": {"intervention": "none"}}.items():
@@ -97,7 +97,7 @@ def test_rewards_and_responses_are_what_the_page_says(logged, arm):
         halves = [(any(group[:3]), any(group[3:])) for group in right]
         assert m["rescued"] == pytest.approx(np.mean([new and not old for old, new in halves]))
         assert m["lost"] == pytest.approx(np.mean([old and not new for old, new in halves]))
-        assert m["rescued"] + m["lost"] > 0
+            assert len(set(halves)) == 4  # or a wrong rule would pass
         parts = 0.9 * m["accuracy"] + 0.1 * m["format"] + 0.25 * m["length_penalty"] + 0.5 * m["your_reward"]
         assert m["reward"] == pytest.approx(parts, abs=1e-6)
 
