@@ -97,7 +97,7 @@ def test_rewards_and_responses_are_what_the_page_says(logged, arm):
         halves = [(any(group[:3]), any(group[3:])) for group in right]
         assert m["rescued"] == pytest.approx(np.mean([new and not old for old, new in halves]))
         assert m["lost"] == pytest.approx(np.mean([old and not new for old, new in halves]))
-            assert len(set(halves)) == 4  # or a wrong rule would pass
+        assert len(set(halves)) == 4  # or a wrong rule would pass
         parts = 0.9 * m["accuracy"] + 0.1 * m["format"] + 0.25 * m["length_penalty"] + 0.5 * m["your_reward"]
         assert m["reward"] == pytest.approx(parts, abs=1e-6)
 
