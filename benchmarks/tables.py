@@ -262,7 +262,7 @@ def evaluation_range(runs: list[dict], name: str, before: dict | None) -> str | 
 
 def short(x: float) -> str:
     """Three figures, and no more than five decimals: the study keeps no more."""
-    return f"{round(float(f'{x:.3g}'), 5) + 0:g}"  # + 0: no -0
+    return f"{round(float(f'{x:.3g}'), 5) + 0:.5f}".rstrip("0").rstrip(".")  # + 0: no -0
 
 
 def with_ranges(page: str, results: Path) -> str:
