@@ -29,7 +29,7 @@ DEEPEST, SHADES = 1.2, 8  # nats: the darkest shade of a token; how many there a
 END = "(end)"  # how the end token is written
 SIDE, LEFT, MIDDLE, RIGHT = 384, 92, 540, 1392  # of a large picture; where images, responses and rewards begin
 TOPS, LINE, ZERO = (140, 860), 94, 1684  # of the two halves; from response to response; the bars' zero
-INK, GREY, FRAME, PALE = (31, 36, 42), (104, 111, 120), (196, 202, 209), (243, 245, 247)
+INK, GREY, FRAME = (31, 36, 42), (104, 111, 120), (196, 202, 209)
 BLUE, RUST, SHADE = (33, 94, 152), (178, 74, 46), (242, 158, 76)
 
 # ----------------------------------------------------------------------------------------- what one prompt went through
@@ -107,15 +107,14 @@ class Sheet:
         end = self.text(x + 56, y, title, 29, INK, True)
         return self.text(end + 14, y, rest, 27, GREY)
 
-    def arrow(self, *points: tuple[float, float], fill=BLUE) -> None:
+    def arrow(self, *points: tuple[float, float]) -> None:
         """A line through the points, along the axes, with a head at its end."""
         (x0, y0), (x1, y1) = points[-2:]
         dx, dy = (x1 > x0) - (x1 < x0), (y1 > y0) - (y1 < y0)
         back = (x1 - 16 * dx, y1 - 16 * dy)
-        self.draw.line([*points[:-1], back], fill, 5, joint="curve")
-        self.draw.polygon(
-            [(x1, y1), (back[0] - 11 * dy, back[1] - 11 * dx), (back[0] + 11 * dy, back[1] + 11 * dx)], fill
-        )
+        sides = [(back[0] + k * dy, back[1] + k * dx) for k in (-11, 11)]
+        self.draw.line([*points[:-1], back], BLUE, 5, joint="curve")
+        self.draw.polygon([points[-1], *sides], BLUE)
 
     def picture(self, x: int, y: int, side: int, pixels: Tensor, label: str) -> None:
         """Enlarged by whole pixels, framed, its label above."""
@@ -170,23 +169,16 @@ def paint(x: dict) -> Image.Image:
     s.draw.line([(ZERO, bottom - 76), (ZERO, bottom), (end + 16, bottom)], BLUE, 5, joint="curve")
     clean = (LEFT - 12, TOPS[0] + SIDE / 2)
     s.arrow((MIDDLE - 12, bottom), (rail, bottom), (rail, clean[1]), clean)
-    caption = (
-        f"Drawn from a real step of recipes/demo.yaml ({x['cfg'].model}): the first prompt of its first batch whose "
-    )
-    s.text(LEFT, bottom + 64, caption + "responses are not all right and not all wrong.", 24, GREY)
+    caption = f"Drawn from a real step of recipes/demo.yaml ({x['cfg'].model}): the first prompt of its first batch"
+    s.text(LEFT, bottom + 64, caption + " whose responses are not all right and not all wrong.", 24, GREY)
     return s.finished()
 
 
 def attack(s: Sheet, x: dict) -> None:
     """Steps 2 and 3, between the halves: the chosen tokens, the change of the pixels, what it does to the entropy."""
     cfg, top, side = x["cfg"], TOPS[0] + SIDE, 192
-    s.step(
-        2,
-        MIDDLE,
-        top + 52,
-        "TsEC",
-        f"frames the tokens of moderate entropy, quantiles {cfg.tsec_low:g} to {cfg.tsec_high:g}",
-    )
+    cuts = f"quantiles {cfg.tsec_low:g} to {cfg.tsec_high:g}"
+    s.step(2, MIDDLE, top + 52, "TsEC", f"frames the tokens of moderate entropy, {cuts}")
     x0, y0 = MIDDLE + 56, top + 88
     for i in range(SHADES + 1):
         s.draw.rectangle((x0 + 32 * i, y0, x0 + 32 * i + 32, y0 + 26), shade(DEEPEST * i / SHADES))
@@ -206,9 +198,8 @@ def attack(s: Sheet, x: dict) -> None:
     psnr = egas.psnr(x["attacked"], x["clean"])
     difference = (0.5 + GAIN * (x["attacked"] - x["clean"])).clamp(0, 1)
     s.picture(x0, y0, side, difference, "")
-    for i, text in enumerate(
-        ("difference", f"times {GAIN}", f"at most {255 * cfg.eps:.2g}/255,", f"PSNR {psnr:.0f} dB")
-    ):
+    lines = ("difference", f"times {GAIN}", f"at most {255 * cfg.eps:.2g}/255,", f"PSNR {psnr:.0f} dB")
+    for i, text in enumerate(lines):
         s.text(LEFT, y0 + 42 + 38 * i, text, 25, GREY if i else INK, not i)
     s.arrow((centre, top + 8), (centre, y0 - 8))
     s.arrow((centre, y0 + side + 6), (centre, TOPS[1] - 8))
@@ -220,12 +211,10 @@ def outcome(s: Sheet, x: dict) -> None:
     n, unit = x["cfg"].clean_rollouts, 90 / max(map(abs, x["advantages"]))
     s.step(5, RIGHT, TOPS[0] - 24, "Reward, advantage")
     for i, (r, a) in enumerate(zip(x["rewards"], x["advantages"], strict=True)):
-        y = TOPS[i >= n] + 50 + LINE * (i % n)
+        y, colour, ends = TOPS[i >= n] + 50 + LINE * (i - n * (i >= n)), BLUE if a > 0 else RUST, sorted((0, a * unit))
         s.text(RIGHT + 56, y, f"{r:.1f}", 29, INK, r == max(x["rewards"]))
-        s.text(RIGHT + 196, y, f"{a:+.2f}", 27, BLUE if a > 0 else RUST, anchor="rm")
-        s.draw.rectangle(
-            (min(ZERO, ZERO + a * unit), y - 14, max(ZERO, ZERO + a * unit), y + 14), BLUE if a > 0 else RUST
-        )
+        s.text(RIGHT + 196, y, f"{a:+.2f}", 27, colour, anchor="rm")
+        s.draw.rectangle((ZERO + ends[0], y - 14, ZERO + ends[1], y + 14), colour)
         s.draw.line((ZERO, y - 30, ZERO, y + 30), GREY, 3)
     for top in TOPS:
         s.arrow((RIGHT - 14, top + SIDE / 2), (RIGHT + 36, top + SIDE / 2))
