@@ -652,7 +652,7 @@ def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator
 
 
 def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> dict[str, float]:
-    """What this process's rollouts look like; every value a mean over its prompts. The README defines each name."""
+    """What this process's rollouts look like; every value a mean over its prompts. METRICS.md defines each name."""
     n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
     quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
     tensors = x.scores | {

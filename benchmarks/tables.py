@@ -1,10 +1,12 @@
 """Write the tables of the README and of docs/ from the results that benchmarks left: python benchmarks/tables.py
 
-Each stands between <!-- name --> and <!-- /name -->; tests/test_readme.py checks that the pages are what this writes.
+Each stands between <!-- name --> and <!-- /name -->; of METRICS.md the column "on the demo". tests/test_readme.py and
+tests/test_metrics_page.py check that the pages are what this writes.
 """
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import study_tables  # noqa: E402
+from study_tables import per_problem  # noqa: E402
 
 STEPS = [
     (r"# 1  ", "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies"),
@@ -231,6 +234,78 @@ def soak() -> str:
         f"{r['steps']} steps: over the second half the resident memory, {r['memory_mib'][-1]:.0f} MiB, changed by "
         f"{slope}; file handles {same('handles')}, threads {same('threads')}; all metrics were finite."
     )
+# ------------------------------------------------------------------------------------------------ METRICS.md's ranges
+
+RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of results/shifted
+
+
+def metric_runs(results: Path) -> dict[str, list[dict]]:
+    """arm -> what the study kept of its finished runs, by seed."""
+    found = {}
+    for arm in RANGES:
+        runs = [json.loads(path.read_text()) for path in (results / "shifted").glob(f"{arm}-*.json")]
+        good = [run for run in runs if run["arm"] == arm and "error" not in run]
+        found[arm] = sorted(good, key=lambda run: run["seed"])
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def metric_note(results: Path) -> str:
+    """Which runs the ranges are of."""
+    parts = []
+    for arm, runs in metric_runs(results).items():
+        points, seeds = len(runs[0]["curves"]["reward"]), ", ".join(str(run["seed"]) for run in runs)
+        parts.append(f"{RANGES[arm]}, seeds {seeds}: {runs[0]['steps']} steps, kept as {points} means")
+    return f"{'; '.join(parts) or 'No runs yet'}. `python benchmarks/study.py --settings shifted`"
+
+
+def training_range(runs: list[dict], name: str) -> str | None:
+    """start → end, or the mean, (5th to 95th percentile) over points and seeds; of seconds: over the runs' medians."""
+    if all(name in run["seconds"] for run in runs):
+        values = np.array([[run["seconds"][name]] for run in runs])
+    elif name != "step" and all(name in run["curves"] for run in runs):
+        values = np.array([run["curves"][name] for run in runs])  # (seeds, points)
+    else:
+        return None
+    fifth = max(1, values.shape[1] // 5)
+    start, end = values[:, :fifth].mean(), values[:, -fifth:].mean()
+    low, high = np.percentile(values, (5, 95))
+    trend = abs(end - start) > (high - low) / 2
+    middle = f"{short(start)} → {short(end)}" if trend else short(values.mean())
+    return middle if short(low) == short(high) == middle else f"{middle} ({short(low)} to {short(high)})"
+
+
+def evaluation_range(runs: list[dict], name: str, before: dict | None) -> str | None:
+    """On the trained split: before → mean over seeds (lowest to highest)."""
+    if name not in ("greedy", "pass@1", "pass@8", "entropy", "truncated"):
+        return None
+    parts = [run["evaluation"]["shifted/test"] for run in ([before] if before else []) + runs]
+    values = [part[name] if name in part and name != "greedy" else per_problem(part, name).mean() for part in parts]
+    start = f"{short(values.pop(0))} → " if before else ""
+    return f"{start}{short(np.mean(values))} ({short(min(values))} to {short(max(values))})"
+
+
+def short(x: float) -> str:
+    """Three figures, and no more than five decimals: the study keeps no more."""
+    return f"{round(float(f'{x:.3g}'), 5) + 0:.5f}".rstrip("0").rstrip(".")  # + 0: no -0
+
+
+def with_ranges(page: str, results: Path) -> str:
+    """METRICS.md with the cell "on the demo" of every row that begins with a name made anew from the study's files."""
+    runs, path = metric_runs(results), results / "shifted/before-0.json"
+    before = json.loads(path.read_text()) if path.exists() else None
+    parts = fill(page, {"runs": partial(metric_note, results)}).split("## Evaluation")
+
+    def anew(line: str, made: Callable) -> str:
+        if not line.startswith("| `"):
+            return line
+        cells, name = line.split("|"), line.split("`")[1]
+        found = {RANGES[arm]: made(of, name) for arm, of in runs.items()}
+        cells[4] = f" {'<br>'.join(f'{arm} {text}' for arm, text in found.items() if text) or '-'} "
+        return "|".join(cells)
+
+    makers = (training_range, partial(evaluation_range, before=before))
+    tables = zip(parts, makers, strict=True)
+    return "## Evaluation".join("\n".join(anew(line, made) for line in part.split("\n")) for part, made in tables)
 
 
 README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
@@ -282,3 +357,5 @@ if __name__ == "__main__":
         path.write_text(fill(path.read_text(), tables))
     if picture := study_tables.picture(ROOT / "results"):
         (ROOT / "docs/study.svg").write_text(picture)
+    metrics = ROOT / "METRICS.md"
+    metrics.write_text(with_ranges(metrics.read_text(), ROOT / "results"))
