@@ -39,6 +39,7 @@ def logged(tmp_path_factory):
     common = dict(model=str(ROOT / "demo/confident"), split="offset/train", steps=1, prompts_per_step=8, lr=1e-4)
     common |= dict(rollouts=6, adversarial_rollouts=3, max_new_tokens=32, log_prompts=8, pgd_steps=1, self_check=False)
     extras = dict(kl_coef=0.1, length_weight=0.25, updates_per_step=2, reward=[f"{folder}/my.py:your_reward:0.5"])
+    extras |= dict(update_control="bonus")
     for arm, changes in {"egas": extras, "none": {"intervention": "none"}}.items():
         cfg, tracked = train_saei.Config(**common | changes, output=str(folder / arm)), {}
         with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +68,7 @@ def test_the_page_and_the_runs_have_the_same_names(logged, evaluated):
     assert set(rows_of(TRAINING)) == set(logged["egas"].metrics)
     assert set(rows_of(EVALUATION)) == set(evaluated[0])
     only_attacked = {name for name, row in rows_of(TRAINING).items() if row.startswith(f"| `{name}` † |")}
-    optional = {"kl", "length_penalty", "your_reward"}
+    optional = {"kl", "length_penalty", "your_reward", "control/loss", "control/tokens", "control/bonus"}
     assert set(logged["egas"].metrics) - set(logged["none"].metrics) == only_attacked | optional
     for run in logged.values():
         assert set(run.tracked) == set(run.metrics) - {"step"}
