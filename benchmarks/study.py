@@ -247,7 +247,8 @@ def make_judge(args: argparse.Namespace, setting: str) -> None:
 
 
 def train(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "train_saei.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    command, environment = [sys.executable, "train_saei.py", *arguments], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"train_saei.py ended with {done.returncode}: {done.stderr[-2000:]}")
 
