@@ -139,7 +139,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     if unknown := sorted(set(args.arms or ()) - set(known)):
         raise ValueError(f"unknown arms {', '.join(unknown)}; there are {', '.join(known)}")
     main = ["before", *(args.tried or MAIN)]
-    listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in main]
+    some = {"elicit": [arm for arm in main if arm not in ("temperature", "noise", "egas")]}  # is it no worse there?
+    listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in some.get(setting, main)]
     if not args.tried and "shifted" in args.settings:
         listed += [("shifted", arm, seed) for seed in list(seeds)[: args.ablation_seeds] for arm in FURTHER]
     first = TUNING if min(seeds) >= TUNING else 0
