@@ -1,0 +1,229 @@
+"""SaEI inside TRL's GRPOTrainer, by a subclass: part of each group answers a picture that EgAS attacked.
+
+    cp egas.py tsec.py examples/trl_saei.py FOLDER; cd FOLDER     # all that it needs beside torch, transformers, trl
+    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --lr 1e-6 --max_new_tokens 1024
+    python examples/trl_saei.py                                   # in the repository: the demo's model and rows
+
+Or SaEITrainer in a script of your own: GRPOTrainer's arguments, and adversarial, eps, pgd_steps, tsec_low, tsec_high.
+What does not touch generation (rewards, losses, LoRA, loggers, evaluation) stays TRL's.
+
+Of a prompt's G rows, the first G - adversarial are sampled on the picture; PGD raises the entropy of the tokens that
+TsEC chooses in them; the others are sampled on the attacked picture. TRL encodes the pictures anew for the update,
+which so sees the clean ones (train_saei.py's `condition: clean`): every step checks that it does.
+
+Written for trl 1.16.0; refuses a trl that generates otherwise. Lost against train_saei.py:
+    the shared prompt    the picture goes through the model again for every response: in sampling, in the update and in
+                         each of the attack's pgd_steps + 3 passes (one forward for TsEC, two for what is logged), one
+                         prompt at a time
+    the rest             condition sampled, random signs and noise, FSDP and ZeRO-3, vLLM, families other than Qwen-VL,
+                         entropy without a (N, T, V) tensor, rollouts that do not depend on the batch
+"""
+
+import argparse
+import contextlib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import torch
+import trl
+from datasets import Dataset, load_dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT))  # where egas.py and tsec.py are, unless they were copied beside this file
+import egas
+import tsec
+
+GENERATION = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
+ATTRIBUTES = ["temperature", "tools", "use_vllm", "use_transformers_continuous_batching", "_metrics", "_tokenizer"]
+
+
+class SaEITrainer(trl.GRPOTrainer):
+    """GRPOTrainer's arguments; adversarial: a group's rows on the attacked picture; eps: in [0, 1] pixel units."""
+
+    def __init__(self, *args, adversarial=4, eps=4 / 255, pgd_steps=3, tsec_low=0.2, tsec_high=0.8, **kwargs):
+        method = getattr(trl.GRPOTrainer, "_generate_single_turn", lambda: None)
+        self._differs(
+            "_generate_single_turn's arguments are others", list(inspect.signature(method).parameters) != GENERATION
+        )
+        super().__init__(*args, **kwargs)
+        missing = ", ".join(name for name in ATTRIBUTES if not hasattr(self, name))
+        self._differs(f"GRPOTrainer has no {missing}", missing)
+        if self.use_vllm or self.use_transformers_continuous_batching or self.tools:
+            raise ValueError("SaEITrainer samples by transformers' generate, without vLLM, batching or tools")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("SaEITrainer needs the whole model on every device: no FSDP, no DeepSpeed")
+        if not hasattr(getattr(self.processing_class, "image_processor", None), "temporal_patch_size"):
+            raise ValueError("SaEITrainer needs a Qwen-VL, whose pixel_values are patches")
+        if not 1 <= adversarial < self.num_generations:
+            raise ValueError(f"needs 1 <= adversarial < num_generations = {self.num_generations}, got {adversarial}")
+        self.adversarial, self.eps, self.pgd_steps, self.cuts = adversarial, eps, pgd_steps, (tsec_low, tsec_high)
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Clean rows, attack, adversarial rows.   N rows, a prompt's G are neighbours -> N lists of tokens, None"""
+        self.clean = None
+        if not self.model.training or not images:  # evaluation, text alone
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        N, G, n = len(prompt_ids), num_generations, num_generations - self.adversarial
+        if N % G or any(prompt_ids[i] != prompt_ids[i - i % G] for i in range(N)):
+            raise ValueError("a group is split: a device's rows a generation must be a multiple of num_generations")
+        fields = dict(multimodal_fields)
+        self.clean, types = fields.pop("pixel_values"), fields["mm_token_type_ids"]
+        grids = fields.pop("image_grid_thw").split([len(x or []) for x in images])
+        pixels = list(self.clean.split([int(grid.prod(1).sum()) for grid in grids]))  # N times (patches, 3 * t * p * p)
+        responses = [None] * N
+
+        def sample(rows: list[int]) -> None:
+            own = {name: [values[i] for i in rows] for name, values in fields.items()}
+            own["pixel_values"], own["image_grid_thw"] = (torch.cat([x[i] for i in rows]) for x in (pixels, grids))
+            row_ids, row_images = [prompt_ids[i] for i in rows], [images[i] for i in rows]
+            tokens, _ = super(SaEITrainer, self)._generate_single_turn(row_ids, row_images, own, G)
+            for i, row in zip(rows, tokens, strict=True):
+                responses[i] = row
+
+        sample([i for i in range(N) if i % G < n])
+        prompts = {i: (prompt_ids[i], types[i], grids[i]) for i in range(0, N, G) if len(grids[i])}  # with a picture
+        for i, prompt in prompts.items():
+            pixels[i + n : i + G] = [self.attack(prompt, pixels[i], responses[i : i + n])] * (G - n)
+        sample([i for i in range(N) if i % G >= n])
+        for i, prompt in prompts.items():
+            with torch.no_grad():
+                fresh = self.entropies(prompt, pixels[i + n], responses[i + n : i + G])
+            self.note("entropy/fresh", tsec.selective_entropy(*fresh).mean())
+        return responses, None
+
+    def attack(self, prompt: tuple, pixels: Tensor, responses: list[list[int]]) -> Tensor:
+        """TsEC and EgAS for one prompt.   the pixel_values of its pictures -> of the attacked ones"""
+        ip = self.processing_class.image_processor
+        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (ip.image_mean, ip.image_std))
+        shape = (len(pixels), 3, ip.temporal_patch_size, ip.patch_size, ip.patch_size)
+        clean = (pixels.view(shape)[:, :, 0] * std + mean).clamp(0, 1)  # (patches, 3, p, p); frames are equal
+
+        def to_pixels(x: Tensor) -> Tensor:  # all frames alike; x = clean gives the processor's values to the bit
+            return pixels + ((x - clean) / std).unsqueeze(2).expand(shape).flatten(1)
+
+        def objective(x: Tensor) -> Tensor:
+            return tsec.selective_entropy(self.entropies(prompt, to_pixels(x), responses)[0], keep).mean()
+
+        with frozen(self.model):
+            entropy, mask = self.entropies(prompt, pixels, responses)
+            keep = tsec.select_tokens(entropy, mask, *self.cuts)
+            attacked = egas.pgd_ascent(objective, clean, self.eps, steps=self.pgd_steps)
+            self.note("entropy/attacked", objective(attacked))
+        self.note("entropy/selected", tsec.selective_entropy(entropy, keep).mean())
+        self.note("entropy/clean", tsec.selective_entropy(entropy, mask).mean())
+        self.note("attack/linf", (attacked - clean).abs().max())
+        return to_pixels(attacked)
+
+    def entropies(self, prompt: tuple, pixels: Tensor, responses: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Teacher-forced entropies of one prompt's responses.   -> (n, T) differentiable in pixels, mask (n, T)"""
+        n, device = len(responses), self.accelerator.device
+        ids, types = (torch.tensor(x, device=device).expand(n, -1) for x in prompt[:2])  # (n, L)
+        rows = [torch.tensor(row, device=device) for row in responses]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id)  # (n, T)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        with self.accelerator.autocast():
+            logits = self.model(  # not TRL's fused head, whose entropy has no gradient
+                input_ids=torch.cat([ids, tokens], dim=1),
+                attention_mask=torch.cat([torch.ones_like(ids), mask], dim=1),
+                mm_token_type_ids=torch.cat([types, torch.zeros_like(tokens)], dim=1),
+                pixel_values=pixels.to(device).repeat(n, 1),
+                image_grid_thw=prompt[2].to(device).repeat(n, 1),
+                logits_to_keep=tokens.shape[1] + 1,
+                use_cache=False,
+            ).logits[:, :-1]  # (n, T, V)
+        return tsec.token_entropy(logits, self.temperature), mask.bool()
+
+    def _generate_and_score_completions(self, inputs):
+        batch = super()._generate_and_score_completions(inputs)
+        clean = self.clean is None or torch.equal(batch["pixel_values"].cpu(), self.clean.cpu())
+        self._differs("the update does not see the clean pictures", not clean)
+        return batch
+
+    def note(self, name: str, value: Tensor) -> None:
+        self._metrics["train"][name].append(value.item())  # TRL logs the mean; the first process's
+
+    @staticmethod
+    def _differs(what: str, differs: bool | str) -> None:
+        if differs:
+            raise RuntimeError(f"{what}: written for trl 1.16.0, this is {trl.__version__}")
+
+
+@contextlib.contextmanager
+def frozen(model: torch.nn.Module):
+    """No parameter asks for a gradient inside."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def boxed(completions: list, answer: list[str], **columns) -> list[float]:
+    """1 where the last \\boxed{} holds the answer, else 0; the repository's rewards.py, with the same signature, grades."""
+    found = [re.findall(r"\\boxed{([^{}]*)}", completion[0]["content"]) for completion in completions]
+    return [float(x[-1:] == [str(y)]) for x, y in zip(found, answer, strict=True)]
+
+
+def load(name: str | None, number: int) -> Dataset:
+    """Rows {image or images, problem, answer} as TRL's, with a prompt."""
+    if name:
+        rows = load_dataset(name, split="train")
+    else:
+        from demo.task import make_row
+
+        rows = [make_row("shifted/train", i) for i in range(number)]
+        rows = Dataset.from_list(
+            [{"image": r["images"][0], "problem": r["problem"], "answer": r["answer"]} for r in rows]
+        )
+    return rows.map(lambda r: {"prompt": [{"role": "user", "content": r["problem"].replace("<image>", "")}]})
+
+
+def main(arguments: list[str] | None = None) -> SaEITrainer:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dataset", help="a hub id or a folder, with image(s), problem, answer; unset: the demo's rows"
+    )
+    defaults = dict(model=str(ROOT / "demo" / "confident"), output="out/trl", steps=20, prompts=16, rollouts=8, seed=0)
+    defaults |= dict(adversarial=4, eps=2 / 255, pgd_steps=3, max_new_tokens=64, lr=2e-4)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    args = parser.parse_args(arguments)
+    config, cuda = AutoConfig.from_pretrained(args.model), torch.cuda.is_available()
+    grpo = trl.GRPOConfig(
+        args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.prompts * args.rollouts,
+        num_generations=args.rollouts,
+        max_completion_length=args.max_new_tokens,
+        learning_rate=args.lr,
+        lr_scheduler_type="constant",
+        weight_decay=0.01,
+        epsilon_high=0.28,
+        # sampled, an image token would stand for a picture that is not there
+        generation_kwargs={"suppress_tokens": [config.image_token_id, config.video_token_id]},
+        bf16=cuda,
+        use_cpu=not cuda,
+        logging_steps=1,
+        save_strategy="no",
+        seed=args.seed,
+    )
+    saei = dict(adversarial=args.adversarial, eps=args.eps, pgd_steps=args.pgd_steps)
+    trainer = SaEITrainer(args.model, boxed, grpo, load(args.dataset, args.steps * args.prompts), **saei)
+    trainer.train()
+    names = ["entropy/selected", "entropy/attacked", "entropy/clean", "entropy/fresh", "attack/linf", "reward"]
+    print("step", *(f"{name:>16}" for name in names))
+    for entry in trainer.state.log_history[:-1]:
+        print(f"{entry['step']:4}", *(f"{entry[name]:16.4f}" for name in names))
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
