@@ -1,7 +1,8 @@
 """SaEI inside TRL's GRPOTrainer, by a subclass: part of each group answers a picture that EgAS attacked.
 
     cp egas.py tsec.py examples/trl_saei.py FOLDER; cd FOLDER     # all that it needs beside torch, transformers, trl
-    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --lr 1e-6 --max_new_tokens 1024
+    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k \
+        --learning_rate 1e-6 --max_completion_length 1024 --per_device_train_batch_size 16  # any of GRPOConfig's
     python examples/trl_saei.py                                   # in the repository: the demo's model and rows
 
 Or SaEITrainer in a script of your own: GRPOTrainer's arguments, and adversarial, eps, pgd_steps, tsec_low, tsec_high.
@@ -19,11 +20,11 @@ Written for trl 1.16.0; refuses a trl that generates otherwise. Lost against tra
                          entropy without a (N, T, V) tensor, rollouts that do not depend on the batch
 """
 
-import argparse
 import contextlib
 import inspect
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,15 +32,14 @@ import trl
 from datasets import Dataset, load_dataset
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))  # where egas.py and tsec.py are, unless they were copied beside this file
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where egas.py, tsec.py are, unless copied beside this
 import egas
 import tsec
 
 GENERATION = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
-ATTRIBUTES = ["temperature", "tools", "use_vllm", "use_transformers_continuous_batching", "_metrics", "_tokenizer"]
+READ = ("temperature", "_metrics", "_tokenizer")
+REFUSED = ("use_vllm", "use_transformers_continuous_batching", "tools", "is_fsdp_enabled", "is_deepspeed_enabled")
 
 
 class SaEITrainer(trl.GRPOTrainer):
@@ -47,16 +47,13 @@ class SaEITrainer(trl.GRPOTrainer):
 
     def __init__(self, *args, adversarial=4, eps=4 / 255, pgd_steps=3, tsec_low=0.2, tsec_high=0.8, **kwargs):
         method = getattr(trl.GRPOTrainer, "_generate_single_turn", lambda: None)
-        self._differs(
-            "_generate_single_turn's arguments are others", list(inspect.signature(method).parameters) != GENERATION
-        )
+        found = list(inspect.signature(method).parameters)
+        expect(found == GENERATION, f"_generate_single_turn's arguments are {found}, not {GENERATION}")
         super().__init__(*args, **kwargs)
-        missing = ", ".join(name for name in ATTRIBUTES if not hasattr(self, name))
-        self._differs(f"GRPOTrainer has no {missing}", missing)
-        if self.use_vllm or self.use_transformers_continuous_batching or self.tools:
-            raise ValueError("SaEITrainer samples by transformers' generate, without vLLM, batching or tools")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("SaEITrainer needs the whole model on every device: no FSDP, no DeepSpeed")
+        for name in READ + REFUSED:
+            expect(hasattr(self, name), f"GRPOTrainer has no {name}")
+        if refused := [name for name in REFUSED if getattr(self, name)]:
+            raise ValueError(f"SaEITrainer samples and attacks with the whole model, by generate: no {refused}")
         if not hasattr(getattr(self.processing_class, "image_processor", None), "temporal_patch_size"):
             raise ValueError("SaEITrainer needs a Qwen-VL, whose pixel_values are patches")
         if not 1 <= adversarial < self.num_generations:
@@ -99,7 +96,7 @@ class SaEITrainer(trl.GRPOTrainer):
     def attack(self, prompt: tuple, pixels: Tensor, responses: list[list[int]]) -> Tensor:
         """TsEC and EgAS for one prompt.   the pixel_values of its pictures -> of the attacked ones"""
         ip = self.processing_class.image_processor
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (ip.image_mean, ip.image_std))
+        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (ip.image_mean, ip.image_std))
         shape = (len(pixels), 3, ip.temporal_patch_size, ip.patch_size, ip.patch_size)
         clean = (pixels.view(shape)[:, :, 0] * std + mean).clamp(0, 1)  # (patches, 3, p, p); frames are equal
 
@@ -141,16 +138,16 @@ class SaEITrainer(trl.GRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         batch = super()._generate_and_score_completions(inputs)
         clean = self.clean is None or torch.equal(batch["pixel_values"].cpu(), self.clean.cpu())
-        self._differs("the update does not see the clean pictures", not clean)
+        expect(clean, "the update does not see the clean pictures")
         return batch
 
     def note(self, name: str, value: Tensor) -> None:
         self._metrics["train"][name].append(value.item())  # TRL logs the mean; the first process's
 
-    @staticmethod
-    def _differs(what: str, differs: bool | str) -> None:
-        if differs:
-            raise RuntimeError(f"{what}: written for trl 1.16.0, this is {trl.__version__}")
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise RuntimeError(f"{otherwise}: trl_saei.py was written for trl 1.16.0, this is {trl.__version__}")
 
 
 @contextlib.contextmanager
@@ -166,57 +163,46 @@ def frozen(model: torch.nn.Module):
             p.requires_grad_(True)
 
 
+@dataclass
+class Options:
+    """Further options: all of GRPOConfig's."""
+
+    model: str = str(Path(__file__).resolve().parent.parent / "demo" / "confident")
+    dataset: str | None = None  # a hub id or a folder, with image or images, problem, answer; None: the demo's rows
+    adversarial: int = 4
+    eps: float = 2 / 255
+    pgd_steps: int = 3
+
+
 def boxed(completions: list, answer: list[str], **columns) -> list[float]:
-    """1 where the last \\boxed{} holds the answer, else 0; the repository's rewards.py, with the same signature, grades."""
+    """1 where the last \\boxed{} holds the answer, else 0. rewards.py has the same signature and grades with care."""
     found = [re.findall(r"\\boxed{([^{}]*)}", completion[0]["content"]) for completion in completions]
     return [float(x[-1:] == [str(y)]) for x, y in zip(found, answer, strict=True)]
 
 
-def load(name: str | None, number: int) -> Dataset:
-    """Rows {image or images, problem, answer} as TRL's, with a prompt."""
+def load(name: str | None) -> Dataset:
+    """The rows, with a prompt as TRL reads it."""
     if name:
         rows = load_dataset(name, split="train")
     else:
         from demo.task import make_row
 
-        rows = [make_row("shifted/train", i) for i in range(number)]
-        rows = Dataset.from_list(
-            [{"image": r["images"][0], "problem": r["problem"], "answer": r["answer"]} for r in rows]
-        )
+        rows = (make_row("shifted/train", i) for i in range(2000))
+        rows = Dataset.from_list([{k: r[k] for k in ("images", "problem", "answer")} for r in rows])
     return rows.map(lambda r: {"prompt": [{"role": "user", "content": r["problem"].replace("<image>", "")}]})
 
 
 def main(arguments: list[str] | None = None) -> SaEITrainer:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset", help="a hub id or a folder, with image(s), problem, answer; unset: the demo's rows"
-    )
-    defaults = dict(model=str(ROOT / "demo" / "confident"), output="out/trl", steps=20, prompts=16, rollouts=8, seed=0)
-    defaults |= dict(adversarial=4, eps=2 / 255, pgd_steps=3, max_new_tokens=64, lr=2e-4)
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    args = parser.parse_args(arguments)
-    config, cuda = AutoConfig.from_pretrained(args.model), torch.cuda.is_available()
-    grpo = trl.GRPOConfig(
-        args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.prompts * args.rollouts,
-        num_generations=args.rollouts,
-        max_completion_length=args.max_new_tokens,
-        learning_rate=args.lr,
-        lr_scheduler_type="constant",
-        weight_decay=0.01,
-        epsilon_high=0.28,
-        # sampled, an image token would stand for a picture that is not there
-        generation_kwargs={"suppress_tokens": [config.image_token_id, config.video_token_id]},
-        bf16=cuda,
-        use_cpu=not cuda,
-        logging_steps=1,
-        save_strategy="no",
-        seed=args.seed,
-    )
-    saei = dict(adversarial=args.adversarial, eps=args.eps, pgd_steps=args.pgd_steps)
-    trainer = SaEITrainer(args.model, boxed, grpo, load(args.dataset, args.steps * args.prompts), **saei)
+    parser, cpu = trl.TrlParser((Options, trl.GRPOConfig)), not torch.cuda.is_available()
+    parser.set_defaults(output_dir="out/trl", save_strategy="no", logging_steps=1, use_cpu=cpu, bf16=not cpu)
+    # recipes/demo.yaml's
+    parser.set_defaults(max_steps=20, per_device_train_batch_size=16 * 8, num_generations=8, max_completion_length=64)
+    parser.set_defaults(learning_rate=2e-4, lr_scheduler_type="constant", weight_decay=0.01, epsilon_high=0.28)
+    options, config = parser.parse_args_and_config(arguments)
+    saei = dict(adversarial=options.adversarial, eps=options.eps, pgd_steps=options.pgd_steps)
+    trainer = SaEITrainer(options.model, boxed, config, load(options.dataset), **saei)
+    images = [trainer.model.config.image_token_id, trainer.model.config.video_token_id]
+    trainer.generation_config.suppress_tokens = images  # in a response they would stand for pictures that are not there
     trainer.train()
     names = ["entropy/selected", "entropy/attacked", "entropy/clean", "entropy/fresh", "attack/linf", "reward"]
     print("step", *(f"{name:>16}" for name in names))
