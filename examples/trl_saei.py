@@ -1,10 +1,10 @@
 """SaEI inside TRL's GRPOTrainer, by a subclass: part of each group answers a picture that EgAS attacked.
 
-    cp egas.py tsec.py examples/trl_saei.py FOLDER; cd FOLDER     # all that it needs beside torch, transformers, trl
-    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k \
-        --learning_rate 1e-6 --max_completion_length 1024 --per_device_train_batch_size 16  # any of GRPOConfig's
-    python examples/trl_saei.py                                   # in the repository: the demo's model and rows
+    cp egas.py tsec.py examples/trl_saei.py FOLDER; cd FOLDER   # all that it needs beside torch, transformers, trl
+    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --learning_rate 1e-6
+    python examples/trl_saei.py                                 # in the repository: the demo's model and rows
 
+Options are the five of Options below and all of GRPOConfig's; the defaults are recipes/demo.yaml's.
 Or SaEITrainer in a script of your own: GRPOTrainer's arguments, and adversarial, eps, pgd_steps, tsec_low, tsec_high.
 What does not touch generation (rewards, losses, LoRA, loggers, evaluation) stays TRL's.
 
