@@ -39,7 +39,7 @@ import tsec
 
 GENERATION = ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"]
 READ = ("temperature", "_metrics", "_tokenizer")
-REFUSED = ("use_vllm", "use_transformers_continuous_batching", "tools", "is_fsdp_enabled", "is_deepspeed_enabled")
+REFUSED = ("use_vllm", "tools", "is_fsdp_enabled", "is_deepspeed_enabled")
 
 
 class SaEITrainer(trl.GRPOTrainer):
@@ -63,14 +63,14 @@ class SaEITrainer(trl.GRPOTrainer):
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         """Clean rows, attack, adversarial rows.   N rows, a prompt's G are neighbours -> N lists of tokens, None"""
         self.clean = None
-        if not self.model.training or not images:  # evaluation, text alone
+        if not self.model.training or not images:  # evaluation, a batch of text alone
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
         N, G, n = len(prompt_ids), num_generations, num_generations - self.adversarial
         if N % G or any(prompt_ids[i] != prompt_ids[i - i % G] for i in range(N)):
             raise ValueError("a group is split: a device's rows a generation must be a multiple of num_generations")
         fields = dict(multimodal_fields)
         self.clean, types = fields.pop("pixel_values"), fields["mm_token_type_ids"]
-        grids = fields.pop("image_grid_thw").split([len(x or []) for x in images])
+        grids = fields.pop("image_grid_thw").split([len(x) for x in images])
         pixels = list(self.clean.split([int(grid.prod(1).sum()) for grid in grids]))  # N times (patches, 3 * t * p * p)
         responses = [None] * N
 
@@ -83,7 +83,7 @@ class SaEITrainer(trl.GRPOTrainer):
                 responses[i] = row
 
         sample([i for i in range(N) if i % G < n])
-        prompts = {i: (prompt_ids[i], types[i], grids[i]) for i in range(0, N, G) if len(grids[i])}  # with a picture
+        prompts = {i: (prompt_ids[i], types[i], grids[i]) for i in range(0, N, G)}
         for i, prompt in prompts.items():
             pixels[i + n : i + G] = [self.attack(prompt, pixels[i], responses[i : i + n])] * (G - n)
         sample([i for i in range(N) if i % G >= n])

@@ -42,9 +42,11 @@ def dataset(rows=ROWS) -> Dataset:
 
 
 class Spied:
-    """A trainer, the pixel_values and tokens of each of its generate calls, the pixel_values of its update's forward."""
+    """A trainer; pixel_values and tokens of each of its generate calls, pixel_values of its update, its attacks."""
 
     def __init__(self, folder, trainer=trl_saei.SaEITrainer, model=MODEL, rows=ROWS, options=None, **rest):
+        if trainer is trl_saei.SaEITrainer:
+            rest = dict(adversarial=ADVERSARIAL, eps=EPS) | rest
         self.calls, self.updates, self.attacks, self.completions = [], [], [], []
         self.trainer = trainer(model, self.reward, config(folder, **options or {}), dataset(rows), **rest)
         model = self.model = self.trainer.model
@@ -78,7 +80,7 @@ class Spied:
 
 @pytest.fixture(scope="module")
 def spied(tmp_path_factory):
-    spied = Spied(tmp_path_factory.mktemp("trl"), adversarial=ADVERSARIAL, eps=EPS)
+    spied = Spied(tmp_path_factory.mktemp("trl"))
     spied.log = spied.train()
     return spied
 
@@ -162,7 +164,7 @@ def test_eps_0_is_plain_grpo(tmp_path):
     rows at once, so the comparison is of the most probable ones."""
     greedy = dict(generation_kwargs={"top_k": 1})
     saei, plain = (
-        Spied(tmp_path, eps=0.0, adversarial=2, options=greedy),
+        Spied(tmp_path, eps=0.0, options=greedy),
         Spied(tmp_path, trl.GRPOTrainer, options=greedy),
     )
     log, plain_log = saei.train(), plain.train()
@@ -175,14 +177,15 @@ def test_eps_0_is_plain_grpo(tmp_path):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
 
 
-def test_several_pictures_and_none(tmp_path):
-    """A group's pictures are attacked as one; text alone is sampled as TRL samples it."""
+def test_several_pictures(tmp_path):
+    """A prompt's pictures are attacked together, each row with its own."""
     two = ROWS[0] | {"images": [x["images"][0] for x in ROWS]}
-    none = ROWS[1] | {"images": [], "problem": "How many pips does the red die show?"}
-    spied = Spied(tmp_path, rows=[two, none, ROWS[1]], adversarial=3, options=dict(per_device_train_batch_size=3 * G))
+    spied = Spied(tmp_path, rows=[two, ROWS[1]], adversarial=3)
     log = spied.train()
     assert [len(before) for (_, before, _), _ in spied.attacks] == [72, 36]  # patches
     assert [len(pixels) for pixels, _, _ in spied.calls] == [72 + 36, 3 * (72 + 36)]
+    (_, before, _), after = spied.attacks[0]
+    assert ((after - before).abs() > 0).view(2, -1).float().mean(dim=1).min() > 0.5
     assert log["entropy/attacked"] > log["entropy/selected"]
 
 
@@ -190,6 +193,7 @@ def test_several_pictures_and_none(tmp_path):
 def test_other_qwens_with_checkpointing_and_lora(kind, tmp_path):
     torch.manual_seed(0)
     model, processor = families.build(kind)
+    processor.tokenizer.padding_side = "left"  # TRL pads so, and a processor that it did not load must do the same
     lora = LoraConfig(target_modules=["q_proj"], r=2)
     options = dict(gradient_checkpointing=True, max_completion_length=6)
     rest = dict(adversarial=1, pgd_steps=1, processing_class=processor, peft_config=lora)
@@ -273,12 +277,10 @@ def test_an_update_on_other_pictures_is_refused(tmp_path, monkeypatch):
         spied.train()
 
 
-def test_what_it_cannot_do_is_refused(tmp_path):
+def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     for adversarial in (0, G):
         with pytest.raises(ValueError, match=f"num_generations = {G}, got {adversarial}"):
             Spied(tmp_path, adversarial=adversarial)
-    with pytest.raises(ValueError, match="no .'use_transformers_continuous_batching'"):
-        Spied(tmp_path, options=dict(use_transformers_continuous_batching=True))
     model, processor = families.build("llava")
     with pytest.raises(ValueError, match="Qwen-VL"):
         Spied(tmp_path, model=model, processing_class=processor)
@@ -287,3 +289,6 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         trainer._generate_single_turn([[1], [1], [2], [2]], [[0]] * 4, {}, 4)
     with pytest.raises(ValueError, match="a group is split"):
         trainer._generate_single_turn([[1]] * 6, [[0]] * 6, {}, 4)
+    monkeypatch.setattr(trl.GRPOTrainer, "is_fsdp_enabled", property(lambda self: True, lambda self, value: None))
+    with pytest.raises(ValueError, match="no .'is_fsdp_enabled'"):
+        Spied(tmp_path)
