@@ -203,6 +203,8 @@ def test_other_qwens_with_checkpointing_and_lora(kind, tmp_path):
     assert log["entropy/attacked"] > log["entropy/selected"]
     assert trained == {name for name, p in spied.model.named_parameters() if p.requires_grad}
     assert spied.model.is_gradient_checkpointing
+    spied.trainer.evaluate(dataset())
+    assert len(spied.attacks) == 2  # those of training: evaluation sees clean pictures
 
 
 def copied(folder: Path, *arguments: str) -> str:
@@ -226,8 +228,8 @@ def copied(folder: Path, *arguments: str) -> str:
 
 
 def test_copied_alone_it_trains_and_the_attack_raises_the_entropy(tmp_path):
-    size = ("--per_device_train_batch_size", "8", "--num_generations", "4", "--adversarial", "2")
-    printed = copied(tmp_path, "--max_steps", "2", *size)
+    size = dict(max_steps=2, per_device_train_batch_size=4, num_generations=2, adversarial=1, max_completion_length=24)
+    printed = copied(tmp_path, *(word for name, value in size.items() for word in (f"--{name}", str(value))))
     _, table = printed.split("step entropy/selected")
     rows = [list(map(float, line.split())) for line in table.splitlines()[1:]]
     assert [row[0] for row in rows] == [1, 2]
@@ -285,6 +287,7 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="Qwen-VL"):
         Spied(tmp_path, model=model, processing_class=processor)
     trainer = Spied(tmp_path).trainer
+    trainer.model.train()
     with pytest.raises(ValueError, match="a group is split"):
         trainer._generate_single_turn([[1], [1], [2], [2]], [[0]] * 4, {}, 4)
     with pytest.raises(ValueError, match="a group is split"):
