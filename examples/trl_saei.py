@@ -16,8 +16,9 @@ Written for trl 1.16.0; refuses a trl that generates otherwise. Lost against tra
     the shared prompt    the picture goes through the model again for every response: in sampling, in the update and in
                          each of the attack's pgd_steps + 3 passes (one forward for TsEC, two for what is logged), one
                          prompt at a time
-    the rest             condition sampled, random signs and noise, FSDP and ZeRO-3, vLLM, families other than Qwen-VL,
-                         entropy without a (N, T, V) tensor, rollouts that do not depend on the batch
+    the rest             condition sampled, random signs and noise, FSDP, families other than Qwen-VL, text-only rows
+                         among pictures (trl itself fails on them), entropy without a (N, T, V) tensor, rollouts that
+                         do not depend on the batch. And vLLM cannot be used, nor tools
 """
 
 import contextlib

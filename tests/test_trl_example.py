@@ -238,6 +238,27 @@ def test_copied_alone_it_trains_and_the_attack_raises_the_entropy(tmp_path):
         assert linf == pytest.approx(2 / 255, abs=1e-4)
 
 
+def test_no_image_token_is_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(trl_saei.SaEITrainer, "train", lambda self: None)
+    size = ("--output_dir", str(tmp_path), "--use_cpu", "true", "--max_completion_length", "3")
+    trainer = trl_saei.main([*size])
+    forward, image = trainer.model.forward, trainer.model.config.image_token_id
+
+    @functools.wraps(forward)
+    def eager(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., image] = 100.0
+        return output
+
+    trainer.model.forward = eager
+    ids = trainer.processing_class.tokenizer("How many pips?")["input_ids"]
+    (response,), _ = trainer._generate_single_turn([ids], None, {}, 1)
+    assert response and image not in response
+    trainer.generation_config.suppress_tokens = None
+    (response,), _ = trainer._generate_single_turn([ids], None, {}, 1)
+    assert response == [image] * 3
+
+
 def test_reward_reads_the_last_box():
     texts = ["\\boxed{3} then \\boxed{11}", "\\boxed{11} then \\boxed{3}", "11", "\\boxed{111}"]
     assert trl_saei.boxed([[{"content": x}] for x in texts], ["11"] * 4) == [1.0, 0.0, 0.0, 0.0]
@@ -255,15 +276,26 @@ def test_a_trl_that_generates_otherwise_is_refused(tmp_path, monkeypatch):
         Spied(tmp_path)
 
 
-def test_a_trl_without_an_attribute_is_refused(tmp_path, monkeypatch):
+def after_init(monkeypatch, change):
     init = trl.GRPOTrainer.__init__
 
-    def without(self, *args, **kwargs):
+    def changed(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        del self.use_vllm
+        change(self)
 
-    monkeypatch.setattr(trl.GRPOTrainer, "__init__", without)
+    monkeypatch.setattr(trl.GRPOTrainer, "__init__", changed)
+
+
+def test_a_trl_without_an_attribute_is_refused(tmp_path, monkeypatch):
+    after_init(monkeypatch, lambda self: delattr(self, "use_vllm"))
     with pytest.raises(RuntimeError, match="GRPOTrainer has no use_vllm: .*trl 1.16.0"):
+        Spied(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["use_vllm", "tools", "is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_another_way_to_generate_or_a_sharded_model_is_refused(name, tmp_path, monkeypatch):
+    after_init(monkeypatch, lambda self: setattr(self, name, True))
+    with pytest.raises(ValueError, match=f"no .'{name}'"):
         Spied(tmp_path)
 
 
@@ -279,7 +311,7 @@ def test_an_update_on_other_pictures_is_refused(tmp_path, monkeypatch):
         spied.train()
 
 
-def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
+def test_what_it_cannot_do_is_refused(tmp_path):
     for adversarial in (0, G):
         with pytest.raises(ValueError, match=f"num_generations = {G}, got {adversarial}"):
             Spied(tmp_path, adversarial=adversarial)
@@ -292,6 +324,3 @@ def test_what_it_cannot_do_is_refused(tmp_path, monkeypatch):
         trainer._generate_single_turn([[1], [1], [2], [2]], [[0]] * 4, {}, 4)
     with pytest.raises(ValueError, match="a group is split"):
         trainer._generate_single_turn([[1]] * 6, [[0]] * 6, {}, 4)
-    monkeypatch.setattr(trl.GRPOTrainer, "is_fsdp_enabled", property(lambda self: True, lambda self, value: None))
-    with pytest.raises(ValueError, match="no .'is_fsdp_enabled'"):
-        Spied(tmp_path)
