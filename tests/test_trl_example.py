@@ -240,6 +240,7 @@ def test_copied_alone_it_trains_and_the_attack_raises_the_entropy(tmp_path):
 
 def test_no_image_token_is_sampled(tmp_path, monkeypatch):
     monkeypatch.setattr(trl_saei.SaEITrainer, "train", lambda self: None)
+    monkeypatch.setattr(trl_saei, "load", lambda name: dataset())
     size = ("--output_dir", str(tmp_path), "--use_cpu", "true", "--max_completion_length", "3")
     trainer = trl_saei.main([*size])
     forward, image = trainer.model.forward, trainer.model.config.image_token_id
