@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,22 @@ from tests import tiny as families
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "demo" / "confident")
-G, ADVERSARIAL, EPS = 4, 2, 2 / 255
+G, ADVERSARIAL, EPS, TEMPERATURE = 4, 2, 2 / 255, 0.8
 IMAGE_PROCESSOR = AutoProcessor.from_pretrained(MODEL).image_processor
 ROWS = [make_row("shifted/train", i) for i in range(2)]
 
 
 def config(folder, **options) -> trl.GRPOConfig:
     plain = dict(max_steps=1, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=48)
-    plain |= dict(use_cpu=True, bf16=False, save_strategy="no", logging_steps=1, learning_rate=1e-4, disable_tqdm=True)
+    plain |= dict(
+        temperature=TEMPERATURE,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+        logging_steps=1,
+        learning_rate=1e-4,
+        disable_tqdm=True,
+    )
     return trl.GRPOConfig(str(folder), **plain | dict(gradient_checkpointing=False, shuffle_dataset=False) | options)
 
 
@@ -47,7 +56,7 @@ class Spied:
     def __init__(self, folder, trainer=trl_saei.SaEITrainer, model=MODEL, rows=ROWS, options=None, **rest):
         if trainer is trl_saei.SaEITrainer:
             rest = dict(adversarial=ADVERSARIAL, eps=EPS) | rest
-        self.calls, self.updates, self.attacks, self.completions = [], [], [], []
+        self.calls, self.updates, self.attacks, self.frozen, self.completions = [], [], [], [], []
         self.trainer = trainer(model, self.reward, config(folder, **options or {}), dataset(rows), **rest)
         model = self.model = self.trainer.model
         generate, forward = model.generate, model.forward
@@ -62,6 +71,8 @@ class Spied:
         def spied_forward(*args, **kwargs):
             if kwargs.get("fused_lm_head"):
                 self.updates.append(kwargs["pixel_values"])
+            elif torch.is_tensor(pixels := kwargs.get("pixel_values")) and pixels.requires_grad:
+                self.frozen.append(not any(p.requires_grad for p in model.parameters()))
             return forward(*args, **kwargs)
 
         model.generate, model.forward = spied_generate, spied_forward
@@ -128,6 +139,7 @@ def test_responses_come_back_in_the_rows_that_asked(spied):
 
 def test_attack_leaves_the_parameters_as_they_were(spied):
     assert all(states == {(True, True)} for _, _, states in spied.calls)  # after the attack, too
+    assert spied.frozen == [True] * 2 * 3  # in it none asks for a gradient: two prompts, three steps
 
 
 def test_attack_raises_the_entropy_and_is_logged(spied):
@@ -137,26 +149,37 @@ def test_attack_raises_the_entropy_and_is_logged(spied):
     assert log["entropy/clean"] > 0 and log["entropy/fresh"] > 0 and log["grad_norm"] > 0
 
 
-def test_attack_is_train_saeis(spied):
+def padded(policy: Policy, prompts, rows: list[list[int]]) -> Responses:
+    """Given responses as train_saei.py has its own, scored by the policy."""
+    T = max(map(len, rows))
+    tokens = torch.tensor([row + [policy.pad_id] * (T - len(row)) for row in rows])
+    mask = torch.arange(T) < torch.tensor([len(row) for row in rows])[:, None]
+    with torch.no_grad():
+        return Responses(tokens, mask, *policy.score(prompts, tokens, mask, TEMPERATURE))
+
+
+def test_attack_and_entropies_are_train_saeis(spied):
     """The same responses, attacked by train_saei.py with the policy as it was before the trainer's update."""
-    policy, selected, raised = Policy.from_pretrained(MODEL), [], []
+    policy, sums = Policy.from_pretrained(MODEL), Counter()
     policy.banned[:] = False  # TRL's distribution has no banned tokens
-    for row, ((_, _, responses), theirs) in zip(ROWS, spied.attacks, strict=True):
+    for i, (row, ((_, _, responses), theirs)) in enumerate(zip(ROWS, spied.attacks, strict=True)):
         prompts = policy.encode([row["problem"]], [row["images"]])
-        T = max(map(len, responses))
-        tokens = torch.tensor([r + [policy.pad_id] * (T - len(r)) for r in responses])
-        mask = torch.arange(T) < torch.tensor([len(r) for r in responses])[:, None]
-        with torch.no_grad():
-            clean = Responses(tokens, mask, *policy.score(prompts, tokens, mask))
-        keep = tsec.select_tokens(clean.entropy, mask)
-        objective = train_saei.entropy_objective(policy, prompts, clean, keep, 1.0)
+        clean = padded(policy, prompts, responses)
+        keep = tsec.select_tokens(clean.entropy, clean.mask)
+        objective = train_saei.entropy_objective(policy, prompts, clean, keep, TEMPERATURE)
         attacked = egas.pgd_ascent(objective, prompts.images, EPS, steps=3)
         ours = policy.to_pixel_values(attacked)["pixel_values"]
         assert ((ours - theirs).abs() < 1e-5).float().mean() > 0.99  # but for signs of gradients that are rounding
-        selected.append(objective(prompts.images).item())
-        raised.append(objective(attacked).item())
-    assert spied.log["entropy/selected"] == pytest.approx(sum(selected) / 2, rel=1e-3)
-    assert spied.log["entropy/attacked"] == pytest.approx(sum(raised) / 2, rel=1e-2)
+        fresh = padded(
+            policy, prompts.with_images(attacked), spied.completions[0][(i + 1) * G - ADVERSARIAL : (i + 1) * G]
+        )
+        sums["entropy/selected"] += objective(prompts.images).item() / 2
+        sums["entropy/attacked"] += objective(attacked).item() / 2
+        sums["entropy/clean"] += tsec.selective_entropy(clean.entropy, clean.mask).mean().item() / 2
+        sums["entropy/fresh"] += tsec.selective_entropy(fresh.entropy, fresh.mask).mean().item() / 2
+    for name, value in sums.items():
+        exact = name in ("entropy/selected", "entropy/clean")
+        assert spied.log[name] == pytest.approx(value, rel=1e-3 if exact else 1e-2), name
 
 
 def test_eps_0_is_plain_grpo(tmp_path):
