@@ -200,13 +200,15 @@ def test_eps_0_is_plain_grpo(tmp_path):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
 
 
-def test_several_pictures(tmp_path):
-    """A prompt's pictures are attacked together, each row with its own."""
+def test_several_pictures_and_gradient_accumulation(tmp_path):
+    """A prompt's pictures are attacked together, each row with its own; one generation for two micro-batches."""
     two = ROWS[0] | {"images": [x["images"][0] for x in ROWS]}
-    spied = Spied(tmp_path, rows=[two, ROWS[1]], adversarial=3)
+    options = dict(per_device_train_batch_size=G, gradient_accumulation_steps=2)
+    spied = Spied(tmp_path, rows=[two, ROWS[1]], adversarial=3, options=options)
     log = spied.train()
     assert [len(before) for (_, before, _), _ in spied.attacks] == [72, 36]  # patches
     assert [len(pixels) for pixels, _, _ in spied.calls] == [72 + 36, 3 * (72 + 36)]
+    assert sum(map(len, spied.updates)) == G * (72 + 36) and len(spied.updates) == 2
     (_, before, _), after = spied.attacks[0]
     assert ((after - before).abs() > 0).view(2, -1).float().mean(dim=1).min() > 0.5
     assert log["entropy/attacked"] > log["entropy/selected"]
