@@ -126,8 +126,7 @@ class SaEITrainer(trl.GRPOTrainer):
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         with self.accelerator.autocast():
             logits = self.model(  # not TRL's fused head, whose entropy has no gradient
-                input_ids=torch.cat([ids, tokens], dim=1),
-                attention_mask=torch.cat([torch.ones_like(ids), mask], dim=1),
+                input_ids=torch.cat([ids, tokens], dim=1),  # no attention mask: nothing looks right, where padding is
                 mm_token_type_ids=torch.cat([types, torch.zeros_like(tokens)], dim=1),
                 pixel_values=pixels.to(device).repeat(n, 1),
                 image_grid_thw=prompt[2].to(device).repeat(n, 1),

@@ -228,7 +228,7 @@ def test_other_qwens_with_checkpointing_and_lora(kind, tmp_path):
     assert log["entropy/attacked"] > log["entropy/selected"]
     assert trained == {name for name, p in spied.model.named_parameters() if p.requires_grad}
     assert spied.model.is_gradient_checkpointing
-    spied.trainer.evaluate(dataset())
+    spied.trainer.evaluate(dataset(ROWS[::-1]))
     assert len(spied.attacks) == 2  # those of training: evaluation sees clean pictures
 
 
