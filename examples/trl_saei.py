@@ -4,7 +4,8 @@
     python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --learning_rate 1e-6
     python examples/trl_saei.py                                 # in the repository: the demo's model and rows
 
-Options are the five of Options below and all of GRPOConfig's; the defaults are recipes/demo.yaml's.
+Options are the five of Options below and all of GRPOConfig's; the defaults are recipes/demo.yaml's. A real model wants
+a longer max_completion_length, and P * G rows as per_device_train_batch_size times gradient_accumulation_steps.
 Or SaEITrainer in a script of your own: GRPOTrainer's arguments, and adversarial, eps, pgd_steps, tsec_low, tsec_high.
 What does not touch generation (rewards, losses, LoRA, loggers, evaluation) stays TRL's.
 
@@ -183,13 +184,14 @@ def boxed(completions: list, answer: list[str], **columns) -> list[float]:
 def load(name: str | None) -> Dataset:
     """The rows, with a prompt as TRL reads it."""
     if name:
-        rows = load_dataset(name, split="train")
+        rows, ask = load_dataset(name, split="train"), "\nReason first, then put the final answer in \\boxed{}."
     else:
         from demo.task import make_row
 
         rows = (make_row("shifted/train", i) for i in range(2000))
         rows = Dataset.from_list([{k: r[k] for k in ("images", "problem", "answer")} for r in rows])
-    return rows.map(lambda r: {"prompt": [{"role": "user", "content": r["problem"].replace("<image>", "")}]})
+        ask = ""  # its problems say so themselves
+    return rows.map(lambda r: {"prompt": [{"role": "user", "content": r["problem"].replace("<image>", "") + ask}]})
 
 
 def main(arguments: list[str] | None = None) -> SaEITrainer:

@@ -285,6 +285,13 @@ def test_no_image_token_is_sampled(tmp_path, monkeypatch):
     assert response == [image] * 3
 
 
+def test_prompt_asks_for_what_the_reward_reads(monkeypatch):
+    rows = Dataset.from_list([{"problem": "<image>Find x.", "answer": "3"}])
+    monkeypatch.setattr(trl_saei, "load_dataset", lambda name, split: rows)
+    (message,) = trl_saei.load("some/set")["prompt"][0]
+    assert message["role"] == "user" and message["content"].startswith("Find x.") and "\\boxed{}" in message["content"]
+
+
 def test_reward_reads_the_last_box():
     texts = ["\\boxed{3} then \\boxed{11}", "\\boxed{11} then \\boxed{3}", "11", "\\boxed{111}"]
     assert trl_saei.boxed([[{"content": x}] for x in texts], ["11"] * 4) == [1.0, 0.0, 0.0, 0.0]
