@@ -5,7 +5,7 @@ What it computes: each method pulls one of four levers on the loss of grpo.py, c
     weights     KL-Cov, SENT               + (1 / #tokens) sum w_it |log pi - log pi_old|
     bonus       fixed, Skywork, AER        - (1 / #tokens) sum c_i H_it
     advantages  ECVGPO, VOGUE              A_i reshaped
-and SENT also orders the data, by the semantic entropy of sampled answers.
+and SENT also orders the data, by the semantic entropy of sampled answers (examples/curriculum.py).
 
 Where the rules come from: no code was copied
     known        80/20 (arXiv 2506.01939), Clip-Cov and KL-Cov (2505.22617), Skywork-OR1 (2505.22312): their papers and

@@ -86,6 +86,7 @@ class Config:
     )
     streaming: bool = opt(False, "ours", "do not store the set: rows are read, and checked, as they come")
     bad_rows: str = opt("refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named")
+    order: str | None = opt(None, "ours", "JSON list of row numbers to train in this order; unset: shuffled each epoch")
     max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
     output: str = opt("out/demo", "ours", "the run's folder")
     overwrite: bool = opt(False, "ours", "replace a run that the folder already holds")
@@ -191,6 +192,7 @@ class Config:
             # at pi = pi_old the gradient of |log pi - log pi_old| is 0: the control would do nothing, without a word
             "updates_per_step >= 2 with kl_cov or sent": self.updates_per_step >= 2
             or self.update_control not in UNCLIPPED,
+            "order needs a stored data set, without streaming": not (self.order and self.streaming),
             "vogue needs an intervention": self.update_control != "vogue" or self.intervention != "none",
             "0 <= top_entropy <= 1": 0 <= self.top_entropy <= 1,
             "0 < cov_share <= 1": 0 < self.cov_share <= 1,
@@ -703,13 +705,28 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+@lru_cache(maxsize=1)
+def given_order(path: str, n: int) -> list[int]:
+    """The row numbers of --order; n rows are there."""
+    rows = json.loads(Path(path).read_text())
+    if not rows or not all(isinstance(row, int) and 0 <= row < n for row in rows):
+        raise ValueError(
+            f"{path} must be a JSON list of row numbers from 0 to {n - 1}, as examples/curriculum.py writes"
+        )
+    return rows
+
+
 def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> list[int]:
     """This process's share of the step's rows; the n rows are shuffled anew each epoch, and no batch is short.
 
-    n None: a stream, which comes shuffled and is read in its order.
+    n None: a stream, which comes shuffled and is read in its order. cfg.order: its rows, again and again.
     """
     stream = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
-    rows = [int(epoch_order(cfg.seed, i // n, n)[i % n]) if n else i for i in stream]
+    if cfg.order:
+        given = given_order(cfg.order, n)
+        rows = [given[i % len(given)] for i in stream]
+    else:
+        rows = [int(epoch_order(cfg.seed, i // n, n)[i % n]) if n else i for i in stream]
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 

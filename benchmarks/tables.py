@@ -234,6 +234,8 @@ def soak() -> str:
         f"{r['steps']} steps: over the second half the resident memory, {r['memory_mib'][-1]:.0f} MiB, changed by "
         f"{slope}; file handles {same('handles')}, threads {same('threads')}; all metrics were finite."
     )
+
+
 # ------------------------------------------------------------------------------------------------ METRICS.md's ranges
 
 RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of results/shifted

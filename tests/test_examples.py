@@ -1,12 +1,15 @@
 """examples/: the attack on one picture stays in its budget, raises the kept entropy, and draws what it says."""
 
+import json
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from examples import attack_one_image
+import eval as evaluation
+import train_saei
+from examples import attack_one_image, curriculum
 
 
 def test_attack_one_image(tmp_path, capsys):
@@ -46,3 +49,30 @@ def test_eps_in_levels_is_refused(capsys):
     with pytest.raises(SystemExit):
         attack_one_image.main(["--eps", "8"])
     assert "0.0314, not 8" in capsys.readouterr().err
+
+
+def test_a_curriculum_from_sampled_answers_to_training(tmp_path, monkeypatch):
+    model, rows = "demo/confident", 6
+    common = dict(
+        model=model, output=str(tmp_path / "train"), splits=["shifted/train"], problems=rows, samples=4, k=[1]
+    )
+    evaluation.main(evaluation.EvalConfig(**common, max_new_tokens=40))
+    entropies = curriculum.main([str(tmp_path / "train.jsonl"), str(tmp_path / "order.json"), "--stages", "3"])
+    order = json.loads((tmp_path / "order.json").read_text())
+    assert sorted(order) == list(range(rows)) and len(set(entropies)) > 1
+    assert [entropies[i] for i in order] == sorted(entropies)
+    cfg = dict(model=model, split="shifted/train", order=str(tmp_path / "order.json"), output=str(tmp_path / "run"))
+    cfg |= dict(steps=2, prompts_per_step=4, rollouts=2, adversarial_rollouts=1, max_new_tokens=4, self_check=False)
+    train_saei.main(train_saei.Config(**cfg, pgd_steps=1, log_prompts=4))
+    lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    seen = {(line["step"], line["prompt"]): line["row"] for line in lines}
+    assert [seen[key] for key in sorted(seen)] == [*order, *order][:8]  # round again after the last
+    (tmp_path / "order.json").write_text("[0, 2000000]")
+    train_saei.given_order.cache_clear()
+    with pytest.raises(ValueError, match="row numbers from 0 to"):
+        train_saei.main(train_saei.Config(**cfg | {"output": str(tmp_path / "other")}))
+
+
+def test_answers_are_the_same_as_the_reward_judges():
+    assert curriculum.same("1/2", "0.5") and not curriculum.same("1/2", "2") and curriculum.same("\\oops{", "\\oops{")
+    assert not curriculum.same("1", "")  # an empty gold answer cannot be graded
