@@ -37,7 +37,7 @@ class Largest(TorchDispatchMode):
 
 def check(token_entropy) -> None:
     generator = torch.Generator().manual_seed(0)
-    N, D, V, size = 12, 4, 50, 3
+    N, D, V, size = 12, 2, 50, 3
     hidden, head = (torch.randn(n, D, generator=generator) for n in (N, V))
     banned = torch.arange(V) >= 45
 
