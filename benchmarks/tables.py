@@ -216,7 +216,13 @@ README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": e
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
-PAGES = {"README.md": README, "WALKTHROUGH.md": {}, "docs/grading.md": GRADING, "docs/speed.md": SPEED, "docs/study.md": STUDY}
+PAGES = {
+    "README.md": README,
+    "WALKTHROUGH.md": {},
+    "docs/grading.md": GRADING,
+    "docs/speed.md": SPEED,
+    "docs/study.md": STUDY,
+}
 
 
 def line_of(file: str, text: str, after: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""The pages say what is so: tables are the results', links lead somewhere, quoted code is the code, metrics are logged."""
+"""The pages say what is so: tables are the results', links lead somewhere, quotations are the code, metrics are logged."""
 
 import json
 import re
@@ -26,7 +26,9 @@ def anchors(page: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
 
 
-@pytest.mark.parametrize("name", ["README.md", "WALKTHROUGH.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+@pytest.mark.parametrize(
+    "name", ["README.md", "WALKTHROUGH.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
 def test_links_lead_somewhere(name):
     """To files that exist, to lines that they have, to headings of theirs."""
     page, broken = ROOT / name, []

@@ -1,7 +1,7 @@
 """Exercise 1 (step 1): every token's entropy without ever holding all logits.
 
-With 16 responses of 1,000 tokens and a vocabulary of 150,000, the logits alone are 9.6 GB in float32, and autograd keeps
-more than one copy. Work through the rows `size` at a time, and let the backward compute each chunk again
+With 16 responses of 1,000 tokens and a vocabulary of 150,000, the logits alone are 9.6 GB in float32, and autograd
+keeps more than one copy. Work through the rows `size` at a time, and let the backward compute each chunk again
 (torch.utils.checkpoint.checkpoint): value and gradient stay exact.
 
 A banned token is left out of the distribution: it has probability 0 and adds 0 to the entropy and to its gradient,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def select_tokens(entropy: Tensor, mask: Tensor, low: float = 0.2, high: float = 0.8) -> Tensor:
-    """keep_t = mask_t and q_low <= H_t <= q_high, each response's own quantiles.   (N, T), (N, T) bool -> (N, T) bool"""
+    """keep_t = mask_t and q_low <= H_t <= q_high, the response's quantiles.   (N, T), (N, T) bool -> (N, T) bool"""
     raise NotImplementedError
 
 

@@ -36,7 +36,9 @@ def check(policy_loss) -> None:
     expected = torch.tensor([[0.0, -0.5, -1.0], [2.0, 0.0, 0.0]]) / 5
     assert torch.allclose(gradient, expected, atol=1e-6), f"-rho A / 5 where the clip does not bind, got {gradient}"
 
-    parts = [policy_loss(logprobs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 5) for i in (0, 1)]
+    parts = [
+        policy_loss(logprobs[i : i + 1], old[i : i + 1], advantages[i : i + 1], mask[i : i + 1], 5) for i in (0, 1)
+    ]
     assert torch.allclose(sum(parts), loss), "two micro-batches do not add up to the whole"
 
     for garbage in (float("nan"), float("inf"), -float("inf"), 1e4):

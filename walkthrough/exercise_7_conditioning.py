@@ -2,8 +2,8 @@
 
 An adversarial response was sampled from pi_old(. | attacked image). The update multiplies its advantage by a ratio
 pi(y | image) / pi_old(y | image): with `condition` "clean" the image is the clean one, for every response; with
-"sampled" it is the one a response was sampled from. The same image stands above and below, so that the ratio of a policy
-that has not moved is 1. `recorded` is what the sampler wrote down. When may it be used?
+"sampled" it is the one a response was sampled from. The same image stands above and below, so that the ratio of a
+policy that has not moved is 1. `recorded` is what the sampler wrote down. When may it be used?
 """
 
 from collections.abc import Callable
@@ -52,8 +52,12 @@ def check(log_ratios) -> None:
             )
             expected = policy(weights)(images, tokens) - policy(old)(images, tokens)
             if moved == 0:
-                assert torch.allclose(found, torch.zeros(N), atol=1e-6), f"{condition}: pi = pi_old, and the ratio not 1"
-            assert torch.allclose(found, expected, atol=1e-6), f"{condition}: not the ratio on the image that conditions"
+                assert torch.allclose(found, torch.zeros(N), atol=1e-6), (
+                    f"{condition}: pi = pi_old, and the ratio not 1"
+                )
+            assert torch.allclose(found, expected, atol=1e-6), (
+                f"{condition}: not the ratio on the image that conditions"
+            )
             assert found.requires_grad, f"{condition}: no gradient reaches the policy"
             mine = torch.autograd.grad(found.sum(), (weights, before), allow_unused=True)
             theirs = torch.autograd.grad(expected.sum(), weights)[0]

@@ -157,9 +157,8 @@ def worked_3(policy: Policy, x: SimpleNamespace) -> list[str]:
     out += [f"eps {255 * CFG.eps:.1f}/255, {CFG.pgd_steps} steps of {255 * step:.2f}/255"]
     for p, (a, b) in enumerate(pairs):
         moved = (a - b).abs().max().item() * 255
-        out.append(
-            f"prompt {p}: H {before[p]:.3f} -> {after[p]:.3f}; largest change {moved:.2f}/255, PSNR {egas.psnr(a, b):.1f} dB"
-        )
+        out.append(f"prompt {p}: H {before[p]:.3f} -> {after[p]:.3f}; ")
+        out[-1] += f"largest change {moved:.2f}/255, PSNR {egas.psnr(a, b):.1f} dB"
     return out
 
 
@@ -191,12 +190,12 @@ def worked_6(policy: Policy, x: SimpleNamespace) -> list[str]:
     out += [f"tokens of each response {tokens.tolist()}, in all {int(tokens.sum())}: the one normaliser"]
     out += [f"scored against sampled log-probs, clean half: {'equal to rounding' if error < 1e-3 else error}"]
     out += [f"loss {loss:.3f} = - sum A_i |y_i| / {int(tokens.sum())}; norm of its gradient {norm:.2f}"]
-    out += ["ratios of the adversarial response with the largest one (response, position):"]
+    out += ["where an adversarial response's log-probs differ most between the two images, ratios around that token:"]
     recorded = (s.fresh_on_clean - x.fresh.logprobs).detach().masked_fill(~x.fresh.mask, 0.0).exp()
     i, t = divmod(int((recorded.log().abs()).argmax()), recorded.shape[1])
-    for name, old in (("there", s.fresh_on_clean), ("of the attacked image", x.fresh.logprobs)):
+    for name, old in (("clean", s.fresh_on_clean), ("attacked", x.fresh.logprobs)):
         ratio = (s.fresh_on_clean - old).exp().detach()[i, max(t - 2, 0) : t + 3]
-        out.append(f"  old log-probs {name}: {numbers(ratio)}")
+        out.append(f"  old log-probs of the {name + ' image:':<15} {numbers(ratio)}")
     return out
 
 
@@ -221,10 +220,11 @@ def otherwise_1(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     kinds = sum(len(set(greedy[i : i + b.n])) for i in range(0, len(greedy), b.n))
     shift = int((counted.next_position - b.prompts.next_position)[0])
     off = (wrong - right)[b.clean.mask].abs().mean().item()
+    off_clip = outside(at_one, cool.logprobs, cool.mask)
     return [
         (
             "sampled at temperature 0.7, scored at 1",
-            f"{outside(at_one, cool.logprobs, cool.mask):.0%} of the ratios are outside the clip range before any update",
+            f"{off_clip:.0%} of the ratios are outside the clip range before any update",
         ),
         (
             "a checkpoint's near-greedy `generation_config` (top_k = 1)",
@@ -249,7 +249,10 @@ def otherwise_2(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
             "padding (entropy 0) counted in the quantiles",
             f"{span(padded)}: the shorter a response, the lower its cuts, and its certain tokens stay",
         ),
-        ("one pair of cuts for the batch (`--tsec_scope batch`)", f"{span(pooled)}: sure responses hardly count"),
+        (
+            "one pair of cuts for the batch (`--tsec_scope batch`)",
+            f"{span(pooled)}: what a response gives depends on the others",
+        ),
     ]
 
 
@@ -284,9 +287,10 @@ def weights_touched(policy: Policy, b: SimpleNamespace, H) -> tuple[str, str]:
     images = [y.clone().requires_grad_() for y in b.prompts.images]
     left = gradient(policy, H(images).sum())
     cosine = torch.cosine_similarity(b.gradient + left, b.gradient, dim=0).item()
+    times = left.norm() / b.gradient.norm()
     return (
         "`backward()` with trainable weights, in place of `autograd.grad` with frozen ones",
-        f"each PGD step leaves {left.norm() / b.gradient.norm():.0f} times the policy gradient in the weights' `.grad`; "
+        f"each PGD step leaves {times:.0f} times the policy gradient in the weights' `.grad`; "
         f"cosine of the sum to the policy gradient {cosine:.2f}",
     )
 
@@ -324,7 +328,7 @@ def otherwise_4(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
         ),
         (
             f"pass@{k} from {n} responses as 1 - (1 - c/n)^{k}",
-            f"{plug_in:.3f}, and {unbiased:.3f} without bias: too low, the more so the nearer k is to n",
+            f"{plug_in:.3f}, too low: without bias {unbiased:.3f}",
         ),
     ]
 
@@ -332,9 +336,9 @@ def otherwise_4(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
 def otherwise_5(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     """Advantages: equal rewards, the divisor of the variance, the group."""
     worst = 0.0
-    for G in range(2, 17):  # summed one by one, which is the same on every machine
+    for G in range(2, 17):
         equal = torch.full((G,), 1.1)
-        centred = float(equal[0] - equal.cumsum(0)[-1] / G)
+        centred = float(equal[0] - sum(equal) / G)  # one by one: the same rounding on every machine
         worst = max(worst, abs(centred) / (abs(centred) * math.sqrt(G / (G - 1)) + 1e-6))
     one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
     biased = ((one - one.mean()) / one.std(correction=0))[0, 0].item()
@@ -347,7 +351,7 @@ def otherwise_5(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     return [
         (
             "no rule for equal rewards, in float32",
-            f"groups of 2 to 16 rewards, all 1.1: \\|A\\| up to {worst:.2f}, all of it the rounding of their mean",
+            f"groups of 2 to 16 rewards, all 1.1: \\|A\\| up to {worst:.2f}, which is the rounding of their mean",
         ),
         (
             "std divided by G in place of G - 1",
