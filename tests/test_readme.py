@@ -1,4 +1,4 @@
-"""The pages say what is so: tables are the results', links lead somewhere, quotations are the code, metrics are logged."""
+"""The pages say what is so: tables are the results', links lead somewhere, quotations are code, metrics are logged."""
 
 import json
 import re
