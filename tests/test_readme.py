@@ -1,11 +1,15 @@
 """The pages say what is so: tables are the results', links lead somewhere, quotations are code, metrics are logged."""
 
+import dataclasses
 import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+
+import eval as evaluation
+import train_saei
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -80,3 +84,24 @@ def test_the_readmes_figures_of_the_graders_are_the_measured_ones():
     for name, x in graders["graders"].items():
         assert f"{x['right'] / graders['n']:.1%}" in text, name
         assert not x["false positives"] or f"({x['false positives']}" in text, name
+
+
+@pytest.mark.parametrize("name", ["README.md", "WALKTHROUGH.md"])
+def test_commands_name_scripts_recipes_and_options_that_exist(name):
+    """Of every shown command; my_... and out/... are the reader's."""
+    shown = "\n".join(re.findall(r"```bash\n([\s\S]*?)```", (ROOT / name).read_text())).replace("\\\n", " ")
+    spans = re.findall(
+        r"`((?:python|accelerate launch|bash) [^`]*)`", re.sub(r"```[\s\S]*?```", "", (ROOT / name).read_text())
+    )
+    commands = [line.split("#")[0].split() for line in [*shown.splitlines(), *spans] if line.strip()]
+    assert len(commands) >= 4
+    known = {
+        script: {field.name for field in dataclasses.fields(config)} | {"config", "help"}
+        for script, config in (("train_saei.py", train_saei.Config), ("eval.py", evaluation.EvalConfig))
+    }
+    for words in commands:
+        files = [word for word in words if re.fullmatch(r"[\w/]+\.(py|yaml|sh)", word) and not word.startswith("my")]
+        assert [word for word in files if not (ROOT / word).exists()] == [], words
+        for script in set(files) & set(known):
+            options = [word[2:] for word in words[words.index(script) :] if word.startswith("--")]
+            assert set(options) <= known[script], words
