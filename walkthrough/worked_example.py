@@ -33,6 +33,7 @@ from train_saei import by_prompt, entropy_objective, frozen, seeds_of  # noqa: E
 PAGE = ROOT / "WALKTHROUGH.md"
 CFG = train_saei.load_config(["--config", str(ROOT / "recipes/demo.yaml")])
 CLIP = (1 - CFG.clip_low, 1 + CFG.clip_high)
+STEP = min(2.5 * CFG.eps / CFG.pgd_steps, CFG.eps)  # pgd_ascent's own choice
 
 
 def attack(policy: Policy, x: SimpleNamespace, keep: Tensor, sign: int = 1) -> list[Tensor]:
@@ -56,12 +57,10 @@ def roll_out(policy: Policy, P: int, n: int) -> SimpleNamespace:
     x.keep = tsec.select_tokens(x.clean.entropy, x.clean.mask, CFG.tsec_low, CFG.tsec_high)
     x.attacked = x.prompts.with_images(attack(policy, x, x.keep))
     x.fresh = draw(policy, x.attacked, n, 2)
-    halves = [policy.decode(r) for r in (x.clean, x.fresh)]
-    x.texts = [half[p * n : (p + 1) * n] for p in range(P) for half in halves]
-    x.texts = [a + b for a, b in zip(x.texts[::2], x.texts[1::2], strict=True)]  # (P, G), the clean ones first
-    flat, answers = sum(x.texts, []), [row["answer"] for row in rows for _ in range(2 * n)]
-    x.accuracy = by_prompt(torch.tensor(rewards.accuracy_reward(flat, answers)), P)
-    x.format = by_prompt(torch.tensor(rewards.format_reward(flat)), P)
+    halves, answers = [policy.decode(r) for r in (x.clean, x.fresh)], [row["answer"] for row in rows for _ in range(n)]
+    by_group = lambda of: torch.cat([by_prompt(torch.tensor(of(half)), P) for half in halves], dim=1)  # noqa: E731
+    x.accuracy = by_group(lambda texts: rewards.accuracy_reward(texts, answers))  # (P, G), the clean ones first
+    x.format = by_group(rewards.format_reward)
     x.reward = CFG.accuracy_weight * x.accuracy + CFG.format_weight * x.format
     x.advantages = grpo.group_advantages(x.reward)
     return x
@@ -104,20 +103,15 @@ def numbers(values: Tensor, digits: int = 2) -> str:
     return " ".join(f"{round(v, digits) + 0.0:.{digits}f}" for v in values.flatten().tolist())
 
 
-def words(policy: Policy, r: Responses, i: int) -> list[str]:
-    return policy.processor.tokenizer.convert_ids_to_tokens(r.tokens[i, r.mask[i]].tolist())
-
-
 def shape(x: Tensor) -> str:
     return "(" + ", ".join(map(str, x.shape)) + ")"
 
 
-def lines_of(policy: Policy, r: Responses, i: int, marks: Tensor | None = None) -> list[str]:
-    """Every token of a response with its entropy, eight a line; * where marks is True."""
-    star = [""] * int(r.mask[i].sum()) if marks is None else ["*" if m else "" for m in marks[i, r.mask[i]]]
-    cells = [
-        f"{w} {h:.2f}{s}" for w, h, s in zip(words(policy, r, i), r.entropy[i, r.mask[i]].tolist(), star, strict=True)
-    ]
+def lines_of(policy: Policy, r: Responses, i: int, keep: Tensor) -> list[str]:
+    """Every token of a response with its entropy, eight a line; * where it is kept."""
+    words = policy.processor.tokenizer.convert_ids_to_tokens(r.tokens[i, r.mask[i]].tolist())
+    columns = words, r.entropy[i, r.mask[i]].tolist(), keep[i, r.mask[i]].tolist()
+    cells = [f"{w} {h:.2f}{'*' * k}" for w, h, k in zip(*columns, strict=True)]
     return ["  " + "   ".join(cells[k : k + 8]) for k in range(0, len(cells), 8)]
 
 
@@ -152,9 +146,8 @@ def worked_3(policy: Policy, x: SimpleNamespace) -> list[str]:
     pairs = list(zip(x.attacked.images, x.prompts.images, strict=True))
     with torch.no_grad():
         before, after = objective(x.prompts.images), objective(x.attacked.images)
-    step = min(2.5 * CFG.eps / CFG.pgd_steps, CFG.eps)
     out = [f"images: {x.P} of {shape(pairs[0][0])}, H(images) {shape(before)} = (P,)"]
-    out += [f"eps {255 * CFG.eps:.1f}/255, {CFG.pgd_steps} steps of {255 * step:.2f}/255"]
+    out += [f"eps {255 * CFG.eps:.1f}/255, {CFG.pgd_steps} steps of {255 * STEP:.2f}/255"]
     for p, (a, b) in enumerate(pairs):
         moved = (a - b).abs().max().item() * 255
         out.append(f"prompt {p}: H {before[p]:.3f} -> {after[p]:.3f}; ")
@@ -274,8 +267,7 @@ def otherwise_3(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     with frozen(policy):
         for _ in range(CFG.pgd_steps):
             grads = egas.image_gradients(H([y.requires_grad_() for y in free]).sum(), free)
-            step = min(2.5 * CFG.eps / CFG.pgd_steps, CFG.eps)
-            moved = [(y.detach() + step * g.sign(), x0) for y, g, x0 in zip(free, grads, x, strict=True)]
+            moved = [(y.detach() + STEP * g.sign(), x0) for y, g, x0 in zip(free, grads, x, strict=True)]
             free = [torch.minimum(torch.maximum(y, x0 - CFG.eps), x0 + CFG.eps) for y, x0 in moved]
     out = torch.cat([((y < 0) | (y > 1)).flatten() for y in free]).float().mean().item()
     rows.append(("no projection onto [0, 1]", f"{out:.0%} of the values are no pixels any more: no file can hold them"))
@@ -410,7 +402,7 @@ def otherwise_7(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
         (
             "two processes, each with the mean over its own tokens",
             f"{int(share[0])} and {int(share[1])} tokens; relative difference of the gradient "
-            f"{(other - right).norm() / right.norm():.1%}, and another one on four processes",
+            f"{(other - right).norm() / right.norm():.1%}: by the number of processes alone",
         )
     ]
 
