@@ -2,10 +2,15 @@
 
 Each stands between <!-- name --> and <!-- /name -->; of METRICS.md the column "on the demo". tests/test_readme.py and
 tests/test_metrics_page.py check that the pages are what this writes.
+Links to lines and quoted code are found by their text, so that no line number is typed:
+    [`text`](file.py#L12)                                   the one line of file.py that defines or contains text
+    <!-- code file.py: first line ... last line -->         quoted, with a link, up to <!-- /code -->
 """
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -313,7 +318,6 @@ def with_ranges(page: str, results: Path) -> str:
 README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
-STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
 
 
 def parallel() -> str:
@@ -333,9 +337,11 @@ def parallel() -> str:
     return "\n".join([*out, "", note + "moved them. `python benchmarks/parallel.py`"])
 
 
+STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
 FAULTS = {"kills": kills, "soak": soak}
 PAGES = {
     "README.md": README,
+    "WALKTHROUGH.md": {},
     "docs/faults.md": FAULTS,
     "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": GRADING,
@@ -344,13 +350,43 @@ PAGES = {
 }
 
 
+def line_of(file: str, text: str, after: int = 0) -> int:
+    """The number of the line of a file that defines `text`, or else of the one that contains it, from `after` on."""
+    lines = list(enumerate((ROOT / file).read_text().splitlines(), 1))[max(after - 1, 0) :]
+    found = [i for i, line in lines if line.strip().startswith((f"def {text}(", f"class {text}:"))]
+    found = found or [i for i, line in lines if text in line]
+    if len(found) != 1 and not (found and after):  # the end of a quotation: the first one after its beginning
+        raise ValueError(f"{file} has {len(found)} lines with {text!r}; a link and a quotation need exactly one")
+    return found[0]
+
+
+def link_lines(page: str) -> str:
+    """Every [`text`](file.py#Lnn) of a page with the line where `text` is now."""
+    link = re.compile(r"\[`([^`\n]+)`\]\(([\w/]+\.py)#L\d+\)")
+    return link.sub(lambda m: f"[`{m[1]}`]({m[2]}#L{line_of(m[2], m[1])})", page)
+
+
+def quote_code(page: str) -> str:
+    """Every <!-- code file.py: first line ... last line --> of a page with the lines as they are now."""
+
+    def quote(m: re.Match) -> str:
+        begin = line_of(m[2], m[3])
+        end = line_of(m[2], m[4], begin)
+        lines = (ROOT / m[2]).read_text().splitlines()[begin - 1 : end]
+        code = textwrap.dedent("\n".join(lines))
+        return f"{m[1]}[{m[2]}, lines {begin} to {end}]({m[2]}#L{begin}-L{end})\n\n```python\n{code}\n```\n{m[5]}"
+
+    block = re.compile(r"(<!-- code ([\w/]+\.py): (.+) \.\.\. (.+) -->\n)[\s\S]*?(<!-- /code -->)")
+    return block.sub(quote, page)
+
+
 def fill(page: str, tables: dict = README) -> str:
-    """The page with every table anew."""
+    """The page with every table, quotation and line number anew."""
     for name, make in tables.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, rest = page.split(begin)
         page = head + begin + make() + "\n" + end + rest.split(end)[1]
-    return page
+    return link_lines(quote_code(page))
 
 
 if __name__ == "__main__":

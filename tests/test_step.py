@@ -268,3 +268,10 @@ def test_rescued_and_lost_prompts_are_counted(processor, tmp_path, monkeypatch):
     assert {(True, False), (False, True)} < set(found)  # the seed is one that shows both
     assert seen.metrics["rescued"] == found.count((False, True)) / len(found)
     assert seen.metrics["lost"] == found.count((True, False)) / len(found)
+
+
+def test_the_two_rounds_draw_numbers_of_their_own(processor, tmp_path, monkeypatch):
+    """With an attack of size 0 both rounds look at the same image, and still no group holds everything twice."""
+    seen = train(processor, tmp_path, monkeypatch, eps=0.0, step_size=0.0, rollouts=4, adversarial_rollouts=2)
+    for clean, fresh in zip(*seen.sampled, strict=True):
+        assert clean != fresh
