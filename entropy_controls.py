@@ -8,14 +8,13 @@ What it computes: each method pulls one of four levers on the loss of grpo.py, c
 and SENT also orders the data, by the semantic entropy of sampled answers (examples/curriculum.py).
 
 Where the rules come from: no code was copied
-    known        80/20 (arXiv 2506.01939), Clip-Cov and KL-Cov (2505.22617), Skywork-OR1 (2505.22312): their papers and
-                 public code; SENT (2512.04359), its tokens and weights: its public code
+    known        80/20 (arXiv 2506.01939), Clip-Cov, KL-Cov (2505.22617), Skywork-OR1 (2505.22312), SENT (2512.04359):
+                 papers, public code; VOGUE's two bonuses on the advantage (2510.01444, since v2 under the name DUPL)
     second-hand  AER (2510.10959): a coefficient by difficulty, larger for harder prompts; a target below the initial
                  entropy, best near 0.4 of it; a global coefficient moved on line. ECVGPO (2512.06726): positive
-                 samples' advantages reshaped by self-information. VOGUE (2510.01444): symmetric KL of a raw and a noisy
-                 branch shapes the noisy one's advantages; an entropy bonus besides
-    inferred     the formulas of AER, ECVGPO and VOGUE; each docstring names the alternatives
-    ours         chosen over all responses given, by the policy that sampled (the public code of the Covs and SENT: in
+                 samples' advantages reshaped by self-information
+    inferred     the formulas of AER and ECVGPO; each docstring names the alternatives
+    ours         chosen over all responses of the step, by the policy that sampled (public code of the Covs and SENT: in
                  each micro-batch, by the current one): the memory knob does not change the gradient; sums are divided
                  by the number of tokens of the optimiser step
 
@@ -86,7 +85,8 @@ def clip_cov_tokens(
     """keep = mask but for max(1, floor(share * #tokens)) random ones with low < cov < high.   (N, T) -> (N, T) bool
 
     Clip-Cov: those tokens lose their policy gradient. Fewer qualify: all of them lose it. Tokens that the ratio's clip
-    has silenced may be drawn (the public code leaves them out, which takes the current policy). generator: on the CPU.
+    has silenced may be drawn (the public code leaves them out, which takes the current policy). The authors' recipes
+    widen that clip to 1 on both sides. generator: on the CPU.
     """
     candidates = ((cov > low) & (cov < high) & mask).flatten().nonzero()[:, 0]
     count = min(max(1, int(share * mask.sum())), len(candidates))
@@ -100,6 +100,7 @@ def kl_cov_weights(cov: Tensor, mask: Tensor, coef: float = 1.0, share: float = 
     """w = coef on the share of tokens of largest covariance, else 0: KL-Cov.   (N, T), (N, T) -> (N, T) float
 
     Weights for log_ratio_penalty. As published the surrogate is not clipped: policy_loss(clip_low=1, clip_high=inf).
+    The share is that of the authors' 32B recipe; their 7B one has 2e-3.
     """
     return coef * extreme_tokens(cov, mask, share).to(cov.dtype)
 
@@ -117,7 +118,8 @@ def sent_weights(
     """w = 2 coef on the largest, coef / 2 on the smallest covariances of low-entropy tokens, else 0.   -> (N, T) float
 
     logprobs, entropy, mask (N, T), advantages (N,). SENT: among the 80% of tokens of lowest entropy, by means over
-    these; not clipped, as KL-Cov. A token that is both (one to choose from) counts as smallest, as in the public code.
+    these; not clipped, as KL-Cov. A token that is both (one to choose from) counts as smallest, as in the public code,
+    whose scripts add k3 to the reference (kl_coef 0.001).
     """
     low = extreme_tokens(entropy, mask, low_entropy, largest=False)
     cov = covariance(logprobs, advantages, low)
@@ -155,12 +157,12 @@ def entropy_bonus(
 
 
 def skywork_coefficient(
-    coef: float, entropy: float, target: float, step: float = 0.005, low: float = 0.0, high: float = 1.0
+    coef: float, entropy: float, target: float, step: float = 1e-4, low: float = 0.0, high: float = 5e-3
 ) -> tuple[float, float]:
     """-> (coef if H <= target else 0, clip(coef + step if H <= target else coef - step, low, high))
 
     Skywork-OR1: the coefficient to apply now and the one to begin the next batch with. H is the token mean over this
-    batch of rollouts (TRL applies the coefficient by H of the batch before). Step and limits: TRL's.
+    batch of rollouts: ours (their code and TRL apply the coefficient by H of the batch before). Step, limits: theirs.
     """
     below = entropy <= target
     return (coef if below else 0.0), min(max(coef + (step if below else -step), low), high)
@@ -196,10 +198,13 @@ def ecvgpo_advantages(
     """A_i <- A_i (s_i / mean s)^power where A_i > 0, s_i = -mean_t log p_it.   (P, G), (P, G, T), (P, G, T) -> (P, G)
 
     The mean is over the group's positive responses. ECVGPO's formula is inferred from "self-information reshapes the
-    advantages of positive samples". power > 0 favours what was unlikely and holds entropy up, < 0 brings it down, 0 is
-    plain GRPO. Alternatives: token by token (one token would decide); the sum over tokens (favours length);
-    A_i + c s_i (rewards surprise where A_i is small); s_i not divided by its mean (scales with the model's entropy).
+    advantages of positive samples". power > 0 favours what was unlikely and holds entropy up, 0 is plain GRPO; < 0 is
+    refused: a response that was certain would get any weight. Alternatives: token by token (one token would decide);
+    the sum over tokens (favours length); A_i + c s_i (rewards surprise where A_i is small); s_i not divided by its mean
+    (scales with the model's entropy).
     """
+    if power < 0:
+        raise ValueError(f"power must not be negative, got {power}")
     surprise = -logprobs.masked_fill(~mask, 0.0).sum(dim=2) / mask.sum(dim=2).clamp(min=1) + eps  # (P, G)
     positive = advantages > 0
     mean = (surprise * positive).sum(dim=1, keepdim=True) / positive.sum(dim=1, keepdim=True).clamp(min=1)  # (P, 1)
@@ -208,27 +213,27 @@ def ecvgpo_advantages(
 
 @torch.no_grad()
 def symmetric_kl(logprobs: Tensor, other: Tensor, limit: float = 20.0) -> Tensor:
-    """d (1 - exp(-d)), d = log q - log p, of tokens sampled from q.   (..., T), (..., T) -> (..., T)
+    """d (1 - exp(-d)) / 2, d = log q - log p, of tokens sampled from q.   (..., T), (..., T) -> (..., T)
 
-    An unbiased estimate of KL(q || p) + KL(p || q) that is never negative; it needs no logits. |d| is cut at limit, or
-    one token that p hardly knows would be infinite.
+    An unbiased estimate of (KL(q || p) + KL(p || q)) / 2 that is never negative; it needs no logits. |d| is cut at
+    limit, or one token that p hardly knows would be infinite.
     """
     d = (logprobs - other).clamp(-limit, limit)
-    return -d * torch.expm1(-d)
+    return -d * torch.expm1(-d) / 2
 
 
 @torch.no_grad()
-def vogue_advantages(
-    advantages: Tensor, divergence: Tensor, mask: Tensor, scale: float = 0.1, cap: float = 2.0
+def shaped_advantages(
+    advantages: Tensor, uncertainty: Tensor, mask: Tensor, scale: float = 1.0, cap: float = 2.0
 ) -> Tensor:
-    """A_i + min(scale * u_i, |A_i| / cap), u_i = mean_t divergence_it.   (..., ), (..., T), (..., T) -> (...)
+    """What is added to A_i: min(scale * u_i, |A_i| / cap), u_i = mean_t uncertainty_it.   (...,), (..., T) -> (...,)
 
-    VOGUE, for the noisy branch's responses, divergence being symmetric_kl of the branches. The formula is inferred, by
-    analogy with advantage shaping by entropy (arXiv 2506.14758: A + min(alpha H, |A| / kappa)); scale and cap: ours.
-    cap > 1 keeps the sign of A. Alternatives: token by token; a bonus on the reward, before the group's mean is taken.
+    VOGUE: u is the branches' symmetric_kl (scale 1), for the noisy branch's responses, and besides the entropy (scale
+    0.4), for all. cap > 1 keeps the sign of A. Ours: the mean over a response, as A is of a response (theirs: token by
+    token); one group of both branches, as everywhere here (theirs: one each, the raw one phased out by chance).
     """
-    uncertainty = divergence.masked_fill(~mask, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
-    return advantages + torch.minimum(scale * uncertainty, advantages.abs() / cap)
+    mean = uncertainty.masked_fill(~mask, 0.0).sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+    return torch.minimum(scale * mean, advantages.abs() / cap)
 
 
 # ------------------------------------------------------------------------------------------------------ all of them
@@ -255,10 +260,11 @@ def treat(
     state: dict,
     generator: torch.Generator | None = None,
 ) -> Treatment:
-    """The levers as cfg.update_control sets them, by cfg's other fields of train_saei.Config.
+    """The levers as cfg.update_control sets them, by cfg's other fields of train_saei.Config; P are the step's prompts.
 
     mask, logprobs, entropy (P, G, T), advantages, accuracy (P, G): as sampled. divergence (P, n, T): vogue's, of the
-    last n responses. mean_entropy: token mean of the batch. state: holds a coefficient that adapts; it is changed.
+    last n responses. mean_entropy: token mean of the policy on clean images. state: holds a coefficient that adapts; it
+    is changed.
     """
     keep, weights, bonus, A = mask, torch.zeros_like(logprobs), torch.zeros_like(advantages), advantages
     cov = {"share": cfg.cov_share} | ({} if cfg.penalty_coef is None else {"coef": cfg.penalty_coef})
@@ -267,7 +273,8 @@ def treat(
         case "bonus":
             bonus = torch.full_like(A, now)
         case "skywork":
-            now, state["entropy_coef"] = skywork_coefficient(now, mean_entropy, cfg.skywork_target, cfg.skywork_step)
+            rule = {"step": cfg.skywork_step, "high": cfg.skywork_max}
+            now, state["entropy_coef"] = skywork_coefficient(now, mean_entropy, cfg.skywork_target, **rule)
             bonus = torch.full_like(A, now)
         case "aer":
             state["entropy_start"] = state.get("entropy_start") or mean_entropy
@@ -277,9 +284,10 @@ def treat(
         case "ecvgpo":
             A = ecvgpo_advantages(A, logprobs, mask, cfg.ecvgpo_power)
         case "vogue":
-            (n, T), bonus = divergence.shape[1:], torch.full_like(A, now)
-            shaped = vogue_advantages(A[:, -n:], divergence, mask[:, -n:, :T], cfg.vogue_scale, cfg.vogue_cap)
-            A = torch.cat([A[:, :-n], shaped], dim=1)
+            n, T = divergence.shape[1:]
+            visual = shaped_advantages(A[:, -n:], divergence, mask[:, -n:, :T], cfg.vogue_visual, cfg.vogue_cap)
+            A = A + shaped_advantages(A, entropy, mask, cfg.vogue_entropy, cfg.vogue_cap)
+            A[:, -n:] += visual
         case "top_entropy":
             keep = top_entropy_tokens(entropy, mask, cfg.top_entropy)
         case "clip_cov":

@@ -11,7 +11,8 @@ One step, for P prompts (image I, question Q, answer):
     5. reward all; advantages within the group of one prompt
     6. GRPO update, conditioned on the clean image or on the one a response was sampled from
 
-Every field of Config carries the mark of its source: paper, second-hand, inferred, or ours (nothing is known).
+Every field of Config carries the mark of its source: paper, second-hand, inferred, or ours (nothing is known); what is
+published of other methods is known.
 Rollouts, data order and random images follow from (seed, step, row) alone, not from the state of a random number
 generator: a run is the same on any number of processes (but for tsec_scope batch) and after any resume, up to rounding.
 """
@@ -132,22 +133,20 @@ class Config:
     length_buffer: int = opt(16, "ours", "tokens before max_new_tokens over which that penalty grows")
     reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
     update_control: str = opt("none", "ours", "entropy control in the update, in any arm: " + " | ".join(CONTROLS))
-    entropy_coef: float = opt(
-        1e-3, "ours", "weight of the entropy bonus (EasyR1's value); skywork, aer: where it begins"
-    )
-    skywork_target: float = opt(0.2, "ours", "skywork: the bonus acts while the entropy, in nats, is not above (TRL's)")
-    skywork_step: float = opt(0.005, "ours", "skywork: what a step adds to the coefficient or takes away (TRL's)")
-    aer_target: float = opt(0.4, "ours", "aer: the target, a share of the first step's entropy (its best, second-hand)")
+    entropy_coef: float = opt(1e-3, "ours", "weight of the entropy bonus (EasyR1's); skywork, aer: where it begins")
+    skywork_target: float = opt(0.2, "known", "skywork: the bonus acts while the entropy, in nats, is not above")
+    skywork_step: float = opt(1e-4, "known", "skywork: what a step adds to the coefficient or takes away")
+    skywork_max: float = opt(5e-3, "known", "skywork: the coefficient's upper limit")
+    aer_target: float = opt(0.4, "second-hand", "aer: the target, a share of the first step's entropy")
     aer_rate: float = opt(0.01, "ours", "aer: what a nat below the target adds to the coefficient in a step")
     aer_threshold: float = opt(1.0, "ours", "aer: prompts of this accuracy or more get no bonus")
-    ecvgpo_power: float = opt(1.0, "ours", "ecvgpo: power of the self-information; > 0 favours unlikely good responses")
-    vogue_scale: float = opt(0.1, "ours", "vogue: advantage that a nat of divergence between the images adds")
-    vogue_cap: float = opt(2.0, "ours", "vogue: at most |advantage| / vogue_cap is added")
-    top_entropy: float = opt(0.2, "ours", "top_entropy: share of the tokens that the policy gradient keeps (80/20's)")
-    cov_share: float = opt(
-        2e-4, "ours", "clip_cov, kl_cov, sent: share of the tokens that is chosen (theirs); at least 1"
-    )
-    penalty_coef: float | None = opt(None, "ours", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent (theirs)")
+    ecvgpo_power: float = opt(1.0, "inferred", "ecvgpo: power of the self-information; larger favours the unlikely")
+    vogue_visual: float = opt(1.0, "known", "vogue: advantage that a nat of divergence between the images adds")
+    vogue_entropy: float = opt(0.4, "known", "vogue: advantage that a nat of entropy adds")
+    vogue_cap: float = opt(2.0, "known", "vogue: each adds at most |advantage| / vogue_cap")
+    top_entropy: float = opt(0.2, "known", "top_entropy: share of the tokens that the policy gradient keeps")
+    cov_share: float = opt(2e-4, "known", "clip_cov, kl_cov, sent: share of the tokens that is chosen; at least 1")
+    penalty_coef: float | None = opt(None, "known", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent")
     updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
     micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
     sample_prompts: int = opt(
@@ -186,6 +185,8 @@ class Config:
             == (self.intervention != "none"),
             "temperature > 0": self.temperature > 0,
             "lr > 0": self.lr > 0,
+            "entropy_coef >= 0": self.entropy_coef >= 0,
+            "aer_rate >= 0": self.aer_rate >= 0,
             "lora_rank >= 0": self.lora_rank >= 0,
             "0 < length_buffer <= max_new_tokens": not self.length_weight
             or 0 < self.length_buffer <= self.max_new_tokens,
@@ -198,6 +199,8 @@ class Config:
             "0 < cov_share <= 1": 0 < self.cov_share <= 1,
             "aer_threshold > 0": self.aer_threshold > 0,
             "vogue_cap > 0": self.vogue_cap > 0,
+            "ecvgpo_power >= 0": self.ecvgpo_power >= 0,
+            "penalty_coef > 0": self.penalty_coef is None or self.penalty_coef > 0,
             "micro_responses >= 0": self.micro_responses >= 0,
             "sample_prompts >= 0": self.sample_prompts >= 0,
             "keep_last >= 0": self.keep_last >= 0,
@@ -536,28 +539,32 @@ def controlled(
     micro: int,
     step: int,
 ) -> Part:
-    """All G responses as update_control treats them: once a batch of rollouts, over this process's.
+    """All G responses as update_control treats them: once a batch of rollouts, over all processes'.
 
     An adaptive coefficient lives in the optimiser's parameter group: it is saved, and resumed, with it.
     """
     part, logprobs, entropy = joined(cfg, x)
     if cfg.update_control == "none":
         return part
-    P, clean = len(x.prompts), part.mask[:, : cfg.clean_rollouts]  # the entropy that no intervention has raised
-    sums = torch.stack([entropy[:, : cfg.clean_rollouts].masked_fill(~clean, 0.0).sum(), clean.sum()])
-    total, tokens = accelerator.reduce(sums, "sum").tolist()
-    divergence = None
+    P, divergence = len(x.prompts), None
     if cfg.update_control == "vogue":  # what was sampled on the intervened image, scored on the clean one
-        tokens_, mask_ = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
-        noisy = part._replace(tokens=tokens_, mask=mask_)
+        tokens, mask = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
+        noisy = part._replace(tokens=tokens, mask=mask)
         with torch.no_grad():
             raw = [noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for i in range(0, P, micro)]
         divergence = by_prompt(controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P)
-    generator = torch.Generator().manual_seed(seeds_of(cfg, step, [accelerator.process_index], 3)[0])
-    batch = (part.mask, logprobs, entropy, x.advantages, x.scores["accuracy"], divergence)
-    state = optimizer.param_groups[0]
-    treated = controls.treat(cfg, *batch, total / max(tokens, 1.0), state, generator)
-    return part._replace(**treated._asdict())
+    clean = [by_prompt(y, P) for y in (x.clean.mask, x.clean.entropy)]  # dropped groups too: the policy's own entropy
+    tensors = [part.mask, logprobs, entropy, x.advantages, x.scores["accuracy"], divergence, *clean]
+    if accelerator.num_processes > 1:  # the controls choose among all of the step's tokens
+        wide = [y if y is None else accelerator.pad_across_processes(y, dim=2).to(y.dtype) for y in tensors]
+        tensors = [y if y is None else accelerator.gather(y.contiguous()) for y in wide]
+    *batch, clean_mask, clean_entropy = tensors
+    mean_entropy = float(clean_entropy[clean_mask].mean())
+    generator = torch.Generator().manual_seed(seeds_of(cfg, step, [0], 3)[0])
+    treated = controls.treat(cfg, *batch, mean_entropy, optimizer.param_groups[0], generator)
+    own, T = slice(accelerator.process_index * P, (accelerator.process_index + 1) * P), part.mask.shape[2]
+    mine = {name: y[own, :, :T] if y.ndim == 3 else y[own] for name, y in treated._asdict().items()}
+    return part._replace(**mine)
 
 
 def update_parts(cfg: Config, x: Rollouts, whole: Part) -> list[Part]:
@@ -623,7 +630,7 @@ def update(
                         metrics |= control_terms(part, logprobs, before, entropy, tokens)
                         part_loss += metrics["control/loss"]
                     if reference is not None:
-                        with torch.no_grad():
+                        with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
                             anchor = part.score(reference, cfg.temperature)[0]
                         pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
                         metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens

@@ -276,7 +276,8 @@ def test_ecvgpo_by_hand():
     mask = torch.ones_like(logprobs, dtype=torch.bool)
     shaped = partial(controls.ecvgpo_advantages, advantages, logprobs, mask)
     torch.testing.assert_close(shaped(), torch.tensor([[0.5, 3.0, -1.0, -2.0]]), **TIGHT)
-    torch.testing.assert_close(shaped(power=-1.0), torch.tensor([[2.0, 4 / 3, -1.0, -2.0]]), **TIGHT)
+    with pytest.raises(ValueError, match="power must not be negative, got -1.0"):
+        shaped(power=-1.0)
     assert torch.equal(shaped(power=0.0), advantages)
 
 
@@ -295,13 +296,13 @@ def test_ecvgpo_does_not_depend_on_length_padding_or_other_groups():
 
 
 def test_symmetric_kl_is_unbiased_and_never_negative():
-    """Its expectation under q, over the whole vocabulary, is KL(q || p) + KL(p || q)."""
+    """Its expectation under q, over the whole vocabulary, is (KL(q || p) + KL(p || q)) / 2."""
     q, p = (torch.log_softmax(torch.randn(5, 30, dtype=torch.float64) * 2, dim=-1) for _ in range(2))
     estimate = controls.symmetric_kl(q, p)
     assert (estimate >= 0).all() and (controls.symmetric_kl(q, q) == 0).all()
     both = [kl_divergence(Categorical(logits=a), Categorical(logits=b)) for a, b in ((q, p), (p, q))]
-    torch.testing.assert_close((q.exp() * estimate).sum(dim=-1), sum(both))
-    torch.testing.assert_close(estimate, (q - p) * (1 - (p - q).exp()))
+    torch.testing.assert_close((q.exp() * estimate).sum(dim=-1), sum(both) / 2)
+    torch.testing.assert_close(estimate, (q - p) * (1 - (p - q).exp()) / 2)
     assert controls.symmetric_kl(torch.tensor(-200.0), torch.tensor(0.0)).isfinite()
 
 
@@ -310,7 +311,7 @@ def test_vogue_by_hand():
     divergence = torch.tensor([[1.0, 3.0], [1.0, 3.0], [100.0, 100.0], [50.0, torch.nan]])
     mask = torch.ones(4, 2, dtype=torch.bool)
     mask[3, 1] = False
-    shaped = controls.vogue_advantages(advantages, divergence, mask, scale=0.1, cap=2.0)
+    shaped = advantages + controls.shaped_advantages(advantages, divergence, mask, scale=0.1, cap=2.0)
     torch.testing.assert_close(shaped, torch.tensor([1.2, -0.8, 0.75, -0.25]))  # the last two: half of |A|
     assert torch.equal(shaped.sign(), advantages.sign())
 
@@ -348,7 +349,7 @@ def test_curriculum_goes_from_low_to_high_in_equal_stages():
 
 
 CHOOSE = ("top_entropy", "clip_cov", "kl_cov", "sent")
-BONUS = ("bonus", "skywork", "aer", "vogue")
+BONUS = ("bonus", "skywork", "aer")
 
 
 @pytest.fixture
@@ -361,6 +362,7 @@ def run(tiny, tmp_path, monkeypatch):
 
     def train(name: str, **changes) -> list[dict]:
         own = dict(updates_per_step=2, cov_share=0.2, entropy_coef=0.1, skywork_target=99.0, self_check=False)
+        own |= dict(skywork_step=0.005, skywork_max=1.0)
         main(short(tiny, tmp_path / name, **own | changes))
         return [comparable(m) for m in metrics_of(tmp_path / name)]
 
@@ -433,7 +435,8 @@ def test_on_policy_the_log_ratio_penalty_has_no_gradient():
 @pytest.mark.parametrize("control", ["bonus", "aer", "ecvgpo", "vogue", "top_entropy"])
 def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_path, monkeypatch, control):
     """The loss by its formula, a response at a time, from the reference's log-probs and entropies in float64."""
-    changes = dict(update_control=control, entropy_coef=0.3, vogue_scale=0.05, ecvgpo_power=0.5, condition="clean")
+    changes = dict(update_control=control, entropy_coef=0.3, vogue_visual=0.05, ecvgpo_power=0.5, condition="clean")
+    changes |= dict(vogue_entropy=0.03)
     seen = step.train(processor, tmp_path, monkeypatch, micro_prompts=2, **changes)
     model, advantages = step.new_policy(processor).model, step.expected_advantages(processor, seen)
     rows, sampling = [], []  # (prompt, A, log-probs, entropies) on the clean image; the same where it was sampled
@@ -448,7 +451,7 @@ def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_pa
     surprise = [-logp.mean().item() for logp, _ in sampling]
     loss = 0.0
     for i, (p, A, logp, H) in enumerate(rows):
-        keep, c = torch.ones_like(logp), 0.3 if control in ("bonus", "vogue") else 0.0
+        keep, c = torch.ones_like(logp), 0.3 if control == "bonus" else 0.0
         if control == "top_entropy":
             keep = (sampling[i][1] >= cut).double()
         if control == "aer":
@@ -457,9 +460,10 @@ def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_pa
         if control == "ecvgpo" and A > 0:
             good = [surprise[j] for j, row in enumerate(rows) if row[0] == p and row[1] > 0]
             A = A * (surprise[i] / np.mean(good)) ** 0.5
-        if control == "vogue" and i % 5 >= 3:  # G = 5, of which 2 adversarial
-            d = sampling[i][0] - logp.detach()
-            A = A + min(0.05 * (d * (1 - (-d).exp())).mean().item(), abs(A) / 2)
+        if control == "vogue":
+            d = (sampling[i][0] - logp.detach()) * (i % 5 >= 3)  # G = 5, of which 2 adversarial
+            visual, own = 0.05 * (d * (1 - (-d).exp())).mean().item() / 2, 0.03 * sampling[i][1].mean().item()
+            A = A + min(visual, abs(A) / 2) + min(own, abs(A) / 2)
         loss = loss - (keep * A * (logp - logp.detach()).exp()).sum() - c * H.sum()
     grads = torch.autograd.grad(loss / len(everything), list(model.parameters()))
     step.assert_gradients_equal(seen.grads[0], grads, 1e-4)
