@@ -25,7 +25,8 @@ ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in 
 ADAPTIVE = {"update_control": "aer", "entropy_coef": 0.01}  # a coefficient that is global, saved and resumed
 CASES = {
     "mixed": ADAPTIVE,
-    "drop": {"condition": "sampled", "zero_variance": "drop"},  # rows 1 and 3 are dropped: nothing of some processes is
+    # rows 1 and 3 are dropped: nothing of some processes is; and tokens are chosen among those of all processes
+    "drop": {"condition": "sampled", "zero_variance": "drop", "update_control": "top_entropy", "top_entropy": 0.5},
     "lots": ADAPTIVE | {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
 }
