@@ -552,6 +552,8 @@ def bands(arms: dict[str, list[dict]], unit: str, zero: bool, key: str, stand_in
     lines, names = [], ""
     for i, (arm, results) in enumerate(arms.items()):
         found = [r["curves"] for r in results if key in r["curves"] or stand_in in r["curves"]]
+        if len({len(c["step"]) for c in found}) > 1:
+            raise ValueError(f"{arm}: its seeds have curves of different length; were they runs of different steps?")
         if found:
             ys = np.array([c.get(key, c.get(stand_in)) for c in found])  # (seeds, points)
             look = f'class="line r{i % 6}" stroke-dasharray="{DASHES[i // 6 % 2]}"'
@@ -579,7 +581,7 @@ def markdown(source: str) -> str:
     """What benchmarks/study_tables.py writes, paragraphs and tables, as HTML."""
     parts = []
     for block in source.split("\n\n"):
-        rows = [re.split(r" *\| *", line.strip("| ")) for line in block.splitlines()]
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
         mark = lambda cell: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text(cell))  # noqa: E731
         if block.startswith("|") and len(rows) > 2:
             head = "".join(f"<th>{mark(cell)}</th>" for cell in rows[0])
@@ -616,11 +618,12 @@ def study_picture(runs: dict, wanted: tuple[str, ...]) -> str:
         for i, (chart, part) in enumerate(zip(BANDS, parts, strict=False))
     )
     for i, arm in enumerate(arms):
-        body += f'<g transform="translate({20 + 205 * i} 282)"><path class="line r{i % 6}" d="M0 0H24"/>'
+        x, y = 20 + 300 * (i % 4), 282 + 22 * (i // 4)
+        body += f'<g transform="translate({x} {y})"><path class="line r{i % 6}" d="M0 0H24"/>'
         body += f'<text x="32" y="4">{text(arm, 60)}</text></g>'
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1240 300"><style>{style}</style>'
-        f'<rect width="1240" height="300" fill="#fff"/>{body}</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1240 320"><style>{style}</style>'
+        f'<rect width="1240" height="320" fill="#fff"/>{body}</svg>\n'
     )
 
 

@@ -229,6 +229,10 @@ def main(cfg: Config) -> None:
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
     limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
+    if cfg.order:  # a file that is no such list, or of other rows, stops here
+        given_order(cfg.order, len(rows))
+        if (dropped := rows.keep[-1] + 1 - len(rows)) > 0:
+            raise ValueError(f"order counts all rows, and {dropped} of the set's are left out (too long, or bad)")
     reward_functions = load_rewards(cfg, rows[0])
     wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -85,14 +86,16 @@ ABLATIONS = {  # around saei, in the first setting
     "mixed-plain": {"model": "demo/mixed", "intervention": "none"},  # the other warm start
     "mixed-saei": {"model": "demo/mixed"},
 }
-CONTROLS = {  # of the update (entropy_controls.py), in plain GRPO, in the first setting
+CONTROLS = {  # of the update (entropy_controls.py), in the first setting; in plain GRPO but for vogue. Not tuned
     "bonus": {"entropy_coef": 0.01},
-    "skywork": {"skywork_target": 0.28},  # about the entropy at the start, as there the other controls hold it
+    # about the token mean at the start; up to five times the fixed bonus, in steps that 80 steps of training can use
+    "skywork": {"skywork_target": 0.3, "skywork_step": 0.001, "skywork_max": 0.05, "entropy_coef": 0.01},
     "aer": {"entropy_coef": 0.01, "aer_target": 0.9},
     "ecvgpo": {},
-    "vogue": {"intervention": "noise", "entropy_coef": 0.01},
+    "vogue": {"intervention": "noise"},
     "top_entropy": {},
-    "clip_cov": {"cov_share": 0.01},  # a step has 5,000 tokens: 2e-4 of them would be one
+    # a step has 4,000 tokens: 2e-4 of them would be one; a clip of 1 is its authors'
+    "clip_cov": {"cov_share": 0.01, "clip_low": 1.0, "clip_high": 1.0},
     "kl_cov": {"cov_share": 0.01, "updates_per_step": 2},
     "sent": {"cov_share": 0.01, "updates_per_step": 2},
 }
@@ -104,6 +107,7 @@ SIZES = {"problems": 2000, "samples": 8, "deep": 500, "deep_samples": 32}
 SMOKE = {"problems": 8, "samples": 8, "deep": 4, "deep_samples": 32}
 TUNING = 100  # the first of the tuning seeds
 POINTS = 25  # of a curve
+TIMES = ("ru_utime", "ru_stime")
 
 
 # -------------------------------------------------------------------------------------------------------- what to run
@@ -208,7 +212,10 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
             cfg = train_saei.load_config(train_arguments(args, setting, arm, seed))
             model = folder / "checkpoints" / f"step-{cfg.steps:06d}"
             if not model.exists():
+                before = resource.getrusage(resource.RUSAGE_CHILDREN)
                 train(train_arguments(args, setting, arm, seed))
+                spent = [getattr(resource.getrusage(resource.RUSAGE_CHILDREN), x) - getattr(before, x) for x in TIMES]
+                result["seconds/cpu"] = round(sum(spent), 1)
             result |= {"config": yaml.safe_load((folder / "config.yaml").read_text())} | training(folder)
             result["config"] |= {"output": None}  # a path of this machine
         began = time.time()

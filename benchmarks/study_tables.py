@@ -1,16 +1,16 @@
 """The study's tables and intervals, from results/ alone: `python benchmarks/study.py --table`, docs/study.md.
 
-A difference is paired: the same seeds and the same problems on both sides. Its 95% interval is a percentile bootstrap
-that draws the seeds anew and the problems anew (crossed, as every seed answers the same problems):
-    d_si = a_si - b_si, (S, N);   one draw is sum_s sum_i u_s w_i d_si with u, w multinomial counts over S and over N
-With five seeds such an interval is somewhat too narrow, so the number of seeds in which the difference is above 0
-stands beside it.
+A difference is paired: the same seeds and the same problems on both sides, d_si = a_si - b_si. Its 95% interval is of
+Student's t over both, crossed, as every seed answers the same problems:
+    mean d +- t(S - 1) sqrt(var_s / S + var_i / N)    var_s of the seeds' means, var_i of the problems'
+The quantile is that of S - 1 degrees of freedom, since the seeds decide: they differ by more than the problems. (A
+bootstrap over 3 to 5 seeds would miss a difference of 0 in 10 to 25% of cases in place of 5%: it was tried.) With fewer
+than 3 seeds there is no interval.
 """
 
 import json
 import sys
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,9 @@ ARMS = {
 }
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 BASES = {"mixed-saei": "mixed-plain", "mixed-plain": None, "kl_cov": "two-updates", "sent": "two-updates"}
+BASES |= {"vogue": "noise"}
 MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
-RESAMPLES = 2000
+T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> result
 
 # --------------------------------------------------------------------------------------------------------- statistics
@@ -73,18 +74,16 @@ def per_problem(part: dict, name: str) -> np.ndarray:
     return np.array([pass_at_k(n, c, k) for c in range(n + 1)])[unpack(part["right"])]
 
 
-@lru_cache(maxsize=32)
-def weights(count: int, seed: int) -> np.ndarray:
-    """How often each of `count` things is drawn, as a share.   -> (RESAMPLES, count)"""
-    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES) / count
-
-
-def bootstrap(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of values (S, N) and its 95% interval over seeds and problems, both drawn anew.   -> mean, low, high"""
+def interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of differences (S, N) and its 95% interval, as the header says.   -> mean, low, high; NaN for S < 3"""
     if values.ndim != 2 or not values.size:
         raise ValueError(f"values must be (seeds, problems), got {values.shape}")
-    means = ((weights(len(values), 1) @ values) * weights(values.shape[1], 2)).sum(axis=1)
-    return float(values.mean()), *(float(x) for x in np.quantile(means, (0.025, 0.975)))
+    S, N = values.shape
+    if S < 3:
+        return float(values.mean()), float("nan"), float("nan")
+    variance = values.mean(axis=1).var(ddof=1) / S + values.mean(axis=0).var(ddof=1) / N
+    half = T_95[min(S - 1, max(T_95))] * float(np.sqrt(variance))
+    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
 
 
 def paired(a: dict[int, dict], b: dict[int, dict], split: str, name: str) -> np.ndarray | None:
@@ -118,6 +117,16 @@ def good(runs: Runs) -> Runs:
     return {arm: by_seed for arm, by_seed in kept.items() if by_seed}
 
 
+def named(arm: str) -> str:
+    return ARMS.get(arm, arm)
+
+
+def seeds_of(runs: Runs, arm: str) -> str:
+    """How many seeds an arm has that did not fail, and how many that did."""
+    failed = sum("error" in r for r in runs[arm].values())
+    return f"{len(runs[arm]) - failed}" + f" ({failed} failed)" * bool(failed)
+
+
 def splits_of(runs: Runs) -> list[str]:
     """The test splits, the trained domain's first."""
     return list(
@@ -145,8 +154,9 @@ def change(values: np.ndarray | None) -> str:
     """mean [interval], and in how many of the seeds it is above 0; bold where the interval leaves 0 out"""
     if values is None:
         return "–"
-    mean, low, high = bootstrap(values)
-    said, above = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", int((values.mean(axis=1) > 0).sum())
+    mean, low, high = interval(values)
+    said = f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if low == low else "")
+    above = int((values.mean(axis=1) > 0).sum())
     return (f"**{said}**" if low > 0 or high < 0 else said) + f" {above}/{len(values)}"
 
 
@@ -179,16 +189,18 @@ def main_table(setting: str, runs: Runs) -> str:
     split, names = splits_of(kept)[0], ("greedy", "pass@1", "pass@8", "pass@32", "entropy", "answers")
     rows = []
     for arm in [arm for arm in runs if arm in ("before", *MAIN)]:
-        done, failed = kept.get(arm, {}), len(runs[arm]) - len(kept.get(arm, {}))
-        seeds = f"{len(done)}" + f" ({failed} failed)" * bool(failed)
+        done = kept.get(arm, {})
         cells = [spread(column(done, split, name)) for name in names]
-        minutes = spread([r["seconds/train"] / 60 for r in done.values() if "seconds/train" in r], 1)
-        rows.append([ARMS[arm], seeds if arm != "before" else "", *cells, minutes])
+        minutes = spread([r["seconds/cpu"] / 60 for r in done.values() if "seconds/cpu" in r], 1)
+        name = ARMS[arm] + "".join({f", {r['config']['temperature']}" for r in done.values() if arm == "temperature"})
+        rows.append([name, seeds_of(runs, arm) if arm != "before" else "", *cells, minutes])
     sizes = next(iter(next(iter(kept.values())).values()))["sizes"]
+    commits = sorted({f"`{r['commit']}`" for done in kept.values() for r in done.values()})
     note = (
         f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and {sizes['samples']} samples each; "
         f"pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}. Mean (lowest to highest) over "
-        "seeds; answers: distinct ones among a problem's samples; minutes of training on one CPU core."
+        "seeds; answers: distinct ones among a problem's samples; minutes of CPU time for the training. "
+        f"Code of {', '.join(commits)}."
     )
     return table(["arm", "seeds", *names, "minutes"], rows) + f"\n\n{note}"
 
@@ -221,14 +233,14 @@ def compared(setting: str, runs: Runs, arms: list[str], base: str) -> tuple[str,
     """The arms, and their differences to `base` or, where BASES names another arm, to that.   -> table, intervals"""
     kept, rows, count = good(runs), [], 0
     for arm in [arm for arm in arms if arm in kept]:
-        other = kept.get(BASES.get(arm, base), {}) if arm != base else {}
-        values = [paired(kept[arm], other, splits_of(kept)[0], name) for name in ("pass@1", "pass@8")]
+        own = BASES.get(arm, base)
+        values = [paired(kept[arm], kept.get(own, {}), splits_of(kept)[0], name) for name in ("pass@1", "pass@8")]
         count += sum(x is not None for x in values)
         cells = [spread(column(kept[arm], splits_of(kept)[0], name)) for name in ("pass@1", "pass@8", "entropy")]
         step = spread([r["seconds"]["seconds/step"] for r in kept[arm].values()], 2)
-        rows.append([ARMS.get(arm, arm), str(len(kept[arm])), *cells, *map(change, values), step])
-    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "entropy"]
-    head += [f"pass@1 minus {ARMS[base]}", f"pass@8 minus {ARMS[base]}", "seconds a step"]
+        against = ARMS[own] if own in kept else ""
+        rows.append([named(arm), seeds_of(runs, arm), *cells, against, *map(change, values), step])
+    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "entropy", "minus", "pass@1", "pass@8", "seconds a step"]
     return (table(head, rows) if rows else ""), count
 
 
@@ -238,12 +250,8 @@ def ablation_table(setting: str, runs: Runs) -> tuple[str, int]:
 
 
 def control_table(setting: str, runs: Runs) -> tuple[str, int]:
-    """The controls of the update, against plain GRPO."""
-    found = [arm for arm in CONTROLS if arm in good(runs)]
-    if not found:
-        return "", 0
-    text, count = compared(setting, runs, ["plain", "saei", *found], "plain")
-    return text + "\n\nWhat makes two updates of a batch is compared with plain GRPO of two.", count
+    """The controls of the update, against plain GRPO of as many updates or, VOGUE, with its noise."""
+    return compared(setting, runs, [arm for arm in CONTROLS if arm in runs], "plain")
 
 
 def diagnostic_table(setting: str, runs: Runs) -> str:
@@ -265,7 +273,9 @@ def diagnostic_table(setting: str, runs: Runs) -> str:
         "Entropy at the sampling temperature, nats. Groups that teach: with different accuracies, in the first fifth "
         "of the steps and in all. Rescued: prompts with a right response to the changed image and no right one to the "
         "clean one; lost: the other way round. Judge: greedy accuracy on pictures of the training, before and "
-        "after they were changed, of a policy trained apart: plain GRPO, another seed; in elicit, the later warm start."
+        "after they were changed, of another policy: plain GRPO of another seed, in elicit the later warm start. It is "
+        "a relative, so what the attack transfers to it counts as lost. Rescued and lost compare where both halves are "
+        "of one size."
     )
     if not rows:
         return ""
@@ -289,25 +299,30 @@ def token_table(setting: str, runs: Runs) -> str:
         n = sum(numbers)
         rows.append([kind, f"{n:,}", *(f"{x / n:.0%}" for x in numbers), f"{total[kind, 3] / n:.3f}"])
     head = [f"tokens, {setting}", "number", "kept", "dropped: low entropy", "dropped: high", "mean entropy"]
-    shown = {fate: " ".join(f"`{t.strip() or '␣'}`" for t, _ in c.most_common(6)) for fate, c in examples.items()}
+    shown = {
+        fate: " ".join(f"`{t.strip().replace('|', '∣') or '␣'}`" for t, _ in c.most_common(6))
+        for fate, c in examples.items()
+    }
     note = f"The commonest: kept {shown['kept']}; low {shown['low']}; high {shown['high']}."
     return table(head, rows) + f"\n\n{note}"
 
 
 def cost_table(setting: str, runs: Runs) -> str:
-    """Seconds a step, and training accuracy on clean images at equal steps and at the wall-clock of plain GRPO."""
+    """Seconds a step, and training accuracy on clean images at equal steps and at the CPU time of plain GRPO."""
     kept, rows = good(runs), []
     kept = {arm: done for arm, done in kept.items() if arm in MAIN}
     phases = ("step", "sample", "attack", "update")
     for arm, done in kept.items():
         seconds = [f"{np.mean([r['seconds'].get(f'seconds/{x}', 0) for r in done.values()]):.2f}" for x in phases]
         ends = [clean_accuracy(r, 1.0) for r in done.values()]
-        shared = sorted(set(done) & set(kept.get("plain", {})))
-        equal = [clean_accuracy(done[s], kept["plain"][s]["seconds/train"] / done[s]["seconds/train"]) for s in shared]
+        cost = {s: r.get("seconds/cpu") for s, r in done.items()}
+        base = {s: r.get("seconds/cpu") for s, r in kept.get("plain", {}).items()}
+        equal = [clean_accuracy(done[s], base[s] / cost[s]) for s in cost if cost[s] and base.get(s)]
         rows.append([ARMS[arm], *seconds, spread(ends), spread(equal)])
     head = [f"arm, {setting}", "seconds a step", "sampling", "attack", "update", "accuracy, last fifth"]
-    head += ["accuracy at plain GRPO's time"]
-    note = "Accuracy of the responses to clean images while training, mean over a fifth of the run."
+    head += ["accuracy at plain GRPO's CPU time"]
+    note = "Seconds by the clock, two runs at a time beside other work: docs/speed.md compares costs. Accuracy of the "
+    note += "responses to clean images while training, mean over a fifth of the run."
     return table(head, rows) + f"\n\n{note}" if rows else ""
 
 
@@ -354,7 +369,8 @@ def study_differences(folder: Path) -> str:
     return text + (
         f"\n\nMean [95% interval over seeds and problems, paired] and the number of seeds above 0; bold: 0 is outside. "
         f"{count} comparisons were made on this page and none is corrected for that: about {count / 20:.0f} intervals "
-        "would leave 0 out by chance alone. With few seeds the intervals are somewhat too narrow."
+        "would leave 0 out by chance alone. The first columns are means over an arm's own seeds, differences over "
+        "those that it shares with what is subtracted; failed runs are left out and counted."
     )
 
 

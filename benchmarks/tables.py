@@ -306,6 +306,8 @@ def with_ranges(page: str, results: Path) -> str:
         if not line.startswith("| `"):
             return line
         cells, name = line.split("|"), line.split("`")[1]
+        if len(cells) != 7:
+            raise ValueError(f"METRICS.md, {name}: {len(cells) - 2} cells in place of 5; write &#124; for | in a cell")
         found = {RANGES[arm]: made(of, name) for arm, of in runs.items()}
         cells[4] = f" {'<br>'.join(f'{arm} {text}' for arm, text in found.items() if text) or '-'} "
         return "|".join(cells)

@@ -1,7 +1,6 @@
 """benchmarks/study.py and its tables: the statistics in closed form, the plan of the runs, what is stored and read."""
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -35,32 +34,28 @@ def arguments(tmp_path: Path, **changes) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_bootstrap_over_seeds_enumerates_them():
-    """Differences that hang on the seed alone: the interval is the quantile over all S^S draws of seeds."""
+def test_interval_of_seeds_alone_is_students():
+    """Differences that hang on the seed alone: mean +- t sd / sqrt(S), t(2) = 4.303."""
     by_seed = np.array([0.1, -0.2, 0.4])
-    mean, low, high = tables.bootstrap(np.repeat(by_seed[:, None], 50, axis=1))
-    draws = [np.mean(draw) for draw in itertools.product(by_seed, repeat=3)]
-    assert mean == pytest.approx(0.1)
-    assert (low, high) == pytest.approx(np.quantile(draws, (0.025, 0.975), method="inverted_cdf"))
-
-
-def test_bootstrap_over_problems_is_the_normal_one():
-    values = (np.random.default_rng(0).random(2000) < 0.3).astype(float)
-    _, low, high = tables.bootstrap(np.stack([values] * 4))  # the seeds agree: they add no certainty
-    half = 1.96 * values.std() / math.sqrt(2000)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.003)
-
-
-def test_bootstrap_adds_both_variances():
-    """d = a_s + b_i: the interval's width is that of var(a) / S + var(b) / N, up to the draws' noise."""
-    rng = np.random.default_rng(1)
-    a, b = rng.normal(0, 0.05, 40), rng.normal(0, 0.3, 900)
-    mean, low, high = tables.bootstrap(a[:, None] + b)
-    expected = 2 * 1.96 * math.sqrt(a.var() / 40 + b.var() / 900)
-    assert mean == pytest.approx(a.mean() + b.mean())
-    assert high - low == pytest.approx(expected, rel=0.06)
+    mean, low, high = tables.interval(np.repeat(by_seed[:, None], 50, axis=1))
+    half = 4.303 * by_seed.std(ddof=1) / math.sqrt(3)
+    assert (mean, low, high) == pytest.approx((0.1, 0.1 - half, 0.1 + half))
+    assert np.isnan(tables.interval(np.ones((2, 9)))[1:]).all() and tables.change(np.ones((2, 9))) == "+1.000 2/2"
     with pytest.raises(ValueError, match=r"values must be \(seeds, problems\), got \(3,\)"):
-        tables.bootstrap(np.zeros(3))
+        tables.interval(np.zeros(3))
+
+
+@pytest.mark.parametrize("seeds, sd", [(3, 0.0), (3, 0.02), (5, 0.01), (5, 0.05)])
+def test_interval_leaves_out_a_difference_of_0_in_a_twentieth_of_cases_at_most(seeds, sd):
+    """Right or wrong at random, 400 problems, both arms alike but for what a seed does."""
+    rng, missed = np.random.default_rng(0), 0
+    for _ in range(400):
+        difficulty = rng.random(400)
+        right = [rng.random((seeds, 400)) < difficulty + rng.normal(0, sd, (seeds, 1)) for _ in range(2)]
+        _, low, high = tables.interval(right[0].astype(float) - right[1])
+        missed += not low <= 0 <= high
+    assert missed <= 0.07 * 400  # 0.05 and two standard errors
+    assert seeds == 3 or missed > 0
 
 
 def part(right: list[int], samples: int = 8) -> dict:
