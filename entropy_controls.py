@@ -24,7 +24,7 @@ and SENT act from the second optimiser step on the same rollouts. Clip-higher is
 
     entropy, mask = torch.rand(4, 9, requires_grad=True), torch.ones(4, 9, dtype=torch.bool)
     keep = top_entropy_tokens(entropy, mask, share=0.2)                  # (N, T) -> (N, T) bool: 80/20
-    coefficient, following = skywork_coefficient(0.01, entropy.mean().item(), target=2.0)
+    coefficient, following = skywork_coefficient(0.001, entropy.mean().item(), target=2.0)
     loss = entropy_bonus(entropy, mask, coefficient); loss.backward()    # add it to the policy's
 """
 

@@ -561,12 +561,13 @@ def controlled(
     tensors = [part.mask, logprobs, entropy, x.advantages, x.scores["accuracy"], divergence, *clean]
     if accelerator.num_processes > 1:  # the controls choose among all of the step's tokens
         wide = [y if y is None else accelerator.pad_across_processes(y, dim=2).to(y.dtype) for y in tensors]
-        tensors = [y if y is None else accelerator.gather(y.contiguous()) for y in wide]
+        parts = [y if y is None else accelerator.gather(y.contiguous()).unflatten(0, (-1, P)) for y in wide]
+        tensors = [y if y is None else y.transpose(0, 1).flatten(0, 1) for y in parts]  # as my_rows dealt them out
     *batch, clean_mask, clean_entropy = tensors
     mean_entropy = float(clean_entropy[clean_mask].mean())
     generator = torch.Generator().manual_seed(seeds_of(cfg, step, [0], 3)[0])
     treated = controls.treat(cfg, *batch, mean_entropy, optimizer.param_groups[0], generator)
-    own, T = slice(accelerator.process_index * P, (accelerator.process_index + 1) * P), part.mask.shape[2]
+    own, T = slice(accelerator.process_index, None, accelerator.num_processes), part.mask.shape[2]
     mine = {name: y[own, :, :T] if y.ndim == 3 else y[own] for name, y in treated._asdict().items()}
     return part._replace(**mine)
 
