@@ -8,8 +8,8 @@ What it computes
 Where the rules come from
     paper      GRPO; nothing is known of SaEI's own variant (a digest speaks of "KL divergence control")
     ours       token mean over the whole optimiser step (not response mean: no length is favoured); clip 0.2 / 0.28
-               (DAPO's clip-higher); std with G - 1 (as TRL and verl); no KL by default, k3 when on; no entropy bonus: it
-               would confound every claim on entropy
+               (DAPO's clip-higher); std with G - 1 (as TRL and verl); no KL by default, k3 when on; no entropy bonus,
+               which would confound every claim on entropy
 
 Symbols: P prompts, G responses per prompt, N = P * G, T tokens (padded), V vocabulary. In SaEI a group holds the
 responses sampled on the clean image and those sampled on the attacked one. With one update per batch and no KL the loss
