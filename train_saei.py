@@ -229,10 +229,8 @@ def main(cfg: Config) -> None:
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
     limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
-    if cfg.order:  # a file that is no such list, or of other rows, stops here
-        given_order(cfg.order, len(rows))
-        if (dropped := rows.keep[-1] + 1 - len(rows)) > 0:
-            raise ValueError(f"order counts all rows, and {dropped} of the set's are left out (too long, or bad)")
+    if cfg.order:
+        check_order(cfg.order, rows)
     reward_functions = load_rewards(cfg, rows[0])
     wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:
@@ -633,7 +631,7 @@ def update(
                     part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
                     if cfg.update_control != "none":
                         metrics |= control_terms(part, logprobs, before, entropy, tokens)
-                        part_loss += metrics["control/loss"]
+                        part_loss = part_loss + metrics["control/loss"]
                     if reference is not None:
                         with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
                             anchor = part.score(reference, cfg.temperature)[0]
@@ -726,6 +724,13 @@ def given_order(path: str, n: int) -> list[int]:
             f"{path} must be a JSON list of row numbers from 0 to {n - 1}, as examples/curriculum.py writes"
         )
     return rows
+
+
+def check_order(path: str, rows: data.Rows) -> None:
+    """Raises ValueError, before anything is trained, for a file that is no such list or counts other rows."""
+    given_order(path, len(rows))
+    if dropped := rows.keep[-1] + 1 - len(rows):  # those after the last one that is kept shift no number
+        raise ValueError(f"{path} counts all rows of the set, of which {dropped} are left out here: too long, or bad")
 
 
 def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> list[int]:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
     1: ["ddp/mixed", "ddp/drop", "ddp/adapters"],
     2: ["ddp/mixed", "ddp/drop", "ddp/lots", "ddp/adapters"]
-    + ["fsdp2/mixed/3", "fsdp2/mixed/resume", "fsdp2/drop", "fsdp2/lots", "fsdp2/adapters"],
+    + ["fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/lots", "fsdp2/adapters"],
     4: ["ddp/mixed", "ddp/drop", "fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"],
 }
 

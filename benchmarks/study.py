@@ -70,6 +70,7 @@ MAIN = {  # arm -> what differs from SAEI; the rollouts are 8 in all
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
+LEFT_OUT = {"elicit": ("temperature", "noise", "egas")}  # there the question is whether SaEI is no worse
 ABLATIONS = {  # around saei, in the first setting
     "eps-1": {"eps": 1 / 255},
     "eps-4": {"eps": 4 / 255},
@@ -143,8 +144,8 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     if unknown := sorted(set(args.arms or ()) - set(known)):
         raise ValueError(f"unknown arms {', '.join(unknown)}; there are {', '.join(known)}")
     main = ["before", *(args.tried or MAIN)]
-    some = {"elicit": [arm for arm in main if arm not in ("temperature", "noise", "egas")]}  # is it no worse there?
-    listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in some.get(setting, main)]
+    listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in main]
+    listed = [x for x in listed if x[1] not in LEFT_OUT.get(x[0], ())]
     if not args.tried and "shifted" in args.settings:
         listed += [("shifted", arm, seed) for seed in list(seeds)[: args.ablation_seeds] for arm in FURTHER]
     first = TUNING if min(seeds) >= TUNING else 0

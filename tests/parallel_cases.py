@@ -22,12 +22,15 @@ from demo.task import make_row  # noqa: E402
 from policy import Policy, Prompts, Responses  # noqa: E402
 
 ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in range(4)]
-ADAPTIVE = {"update_control": "aer", "entropy_coef": 0.01}  # a coefficient that is global, saved and resumed
 CASES = {
-    "mixed": ADAPTIVE,
-    # rows 1 and 3 are dropped: nothing of some processes is; and tokens are chosen among those of all processes
-    "drop": {"condition": "sampled", "zero_variance": "drop", "update_control": "top_entropy", "top_entropy": 0.5},
-    "lots": ADAPTIVE | {"checkpointing": True, "micro_responses": 2},  # mixed, computed again in the backward
+    "mixed": {"update_control": "top_entropy"},  # tokens are chosen among those of all processes
+    # rows 1 and 3 are dropped: nothing of some processes is. The bonus' coefficient is global, saved and resumed
+    "drop": {"condition": "sampled", "zero_variance": "drop", "update_control": "aer", "entropy_coef": 0.01},
+    "lots": {
+        "update_control": "top_entropy",
+        "checkpointing": True,
+        "micro_responses": 2,
+    },  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
 }
 sample = Policy.sample

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import data
 import eval as evaluation
 import train_saei
 from examples import attack_one_image, curriculum
@@ -76,3 +77,14 @@ def test_a_curriculum_from_sampled_answers_to_training(tmp_path, monkeypatch):
 def test_answers_are_the_same_as_the_reward_judges():
     assert curriculum.same("1/2", "0.5") and not curriculum.same("1/2", "2") and curriculum.same("\\oops{", "\\oops{")
     assert not curriculum.same("1", "")  # an empty gold answer cannot be graded
+
+
+def test_an_order_that_counts_rows_left_out_is_refused(tmp_path):
+    """eval.py counts every row, training leaves out long prompts: the numbers would name other rows."""
+    rows = data.Rows(lambda i: {"row": i}, [0, 2, 3])
+    path = tmp_path / "order.json"
+    path.write_text("[2, 0]")
+    with pytest.raises(ValueError, match="of which 1 are left out here"):
+        train_saei.check_order(str(path), rows)
+    train_saei.given_order.cache_clear()
+    train_saei.check_order(str(path), data.Rows(rows.make, [0, 1, 2]))

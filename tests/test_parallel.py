@@ -18,14 +18,14 @@ def folder(tmp_path_factory):
     """The runs of all tests here, in two launches: most of their time is the start."""
     out = tmp_path_factory.mktemp("parallel")
     launch(1, "tests/parallel_cases.py", str(out / "1"), "ddp/mixed", "ddp/drop")
-    runs = ["ddp/mixed", "fsdp2/mixed/3", "fsdp2/mixed/resume", "fsdp2/drop"]
+    runs = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume"]
     launch(2, "tests/parallel_cases.py", str(out / "2"), *runs)
     return out
 
 
 @pytest.mark.parametrize("way, case", [("ddp", "mixed"), ("fsdp2", "mixed"), ("fsdp2", "drop")])
 def test_two_processes_equal_one(folder, way, case):
-    """Half of the prompts each, one process without images and with shorter responses; fsdp2/mixed is also resumed.
+    """Half of the prompts each, one process without images and with shorter responses; fsdp2/drop is also resumed.
 
     Rollouts are equal because each prompt draws from its own seed. Tolerance: two float32 sums in another order differ
     by 1e-7; AdamW divides by the gradient's size, so that an entry whose gradient is near 0 can differ by more.
