@@ -325,7 +325,7 @@ GRADING = {"graders": graders, "reasons": reasons}
 def parallel() -> str:
     """How far several processes end from one: a row a case."""
     result = json.loads((ROOT / "benchmarks/parallel.json").read_text())
-    said = {"mixed": "pictures and text alone, responses of 1 to 12 tokens", "drop": "groups of one accuracy dropped"}
+    said = {"mixed": "pictures and text alone, responses of 1 to 12 tokens, 80/20", "drop": "groups dropped, AER"}
     said |= {"lots": "the first, computed again in the backward", "adapters": "LoRA"}
     ways = [(2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2")]
     apart = {(row["processes"], row["way"], row["case"]): row["apart"] for row in result["rows"]}
