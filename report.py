@@ -603,7 +603,7 @@ def study_arms(runs: dict, wanted: tuple[str, ...]) -> dict[str, list[dict]]:
 
 def study_picture(runs: dict, wanted: tuple[str, ...]) -> str:
     """The first three of BANDS beside each other, as an SVG file's text; "" without data."""
-    colours = "#0b66b0 #cb4b16 #11805f #9a4c95 #8a6d00 #4a5560".split()
+    colours = re.findall(r"--c\d: (#\w+)", CSS)[:6]  # the page's, on white
     style = ".grid{stroke:#e4e1da} .line{stroke-width:2} path{fill:none;stroke:currentColor} text{fill:#676d75;"
     style += (
         "font:12.5px sans-serif} .area{fill:currentColor;stroke:none;opacity:.12} .title{fill:#22262b;font-size:14px}"
