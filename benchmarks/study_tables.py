@@ -219,6 +219,24 @@ def differences(setting: str, runs: Runs) -> tuple[str, int]:
     return "\n\n".join(parts), count
 
 
+def short_table(setting: str, runs: Runs) -> str:
+    """The README's: every main arm on the trained domain; what SaEI has over it there and, pooled, elsewhere."""
+    kept, rows = good(runs), []
+    first, *others = splits_of(kept)
+    for arm in [arm for arm in kept if arm in ("before", *MAIN)]:
+        own, cells = column(kept[arm], first, "pass@1"), [""] * 3
+        if arm not in ("before", "saei"):
+            pairs = [paired(kept.get("saei", {}), kept[arm], split, "pass@1") for split in (first, *others)]
+            pooled = None if any(x is None for x in pairs) else np.concatenate(pairs[1:], axis=1)
+            cells = map(change, (pairs[0], paired(kept.get("saei", {}), kept[arm], first, "pass@8"), pooled))
+        minutes = [r["seconds/cpu"] / 60 for r in kept[arm].values() if "seconds/cpu" in r]
+        cost = f"{np.mean(minutes):.1f}" if minutes else ""
+        seeds = seeds_of(runs, arm) if arm != "before" else ""
+        rows.append([ARMS[arm], seeds, spread(own), spread(column(kept[arm], first, "pass@8")), *cells, cost])
+    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "SaEI minus it: pass@1", "pass@8"]
+    return table([*head, f"pass@1, {len(others)} untrained domains", "minutes"], rows)
+
+
 def corruption_table(setting: str, runs: Runs) -> str:
     kept = {arm: done for arm, done in good(runs).items() if arm in ("before", *MAIN)}
     names = next((list(r["corrupted"]) for done in kept.values() for r in done.values() if r.get("corrupted")), [])
@@ -354,6 +372,20 @@ def each(folder: Path, make) -> str:
 
 def study_main(folder: Path) -> str:
     return each(folder, main_table)
+
+
+def study_short(folder: Path) -> str:
+    results = [r for runs in load(folder).values() for x in good(runs).values() for r in x.values()]
+    budgets = sorted(
+        {r["steps"] * r["config"]["prompts_per_step"] * r["config"]["rollouts"] for r in results if "steps" in r}
+    )
+    note = (
+        f"Rollouts of a run, whatever the arm: {' or '.join(f'{x:,}' for x in budgets)}; fresh problems a domain: "
+        f"{' or '.join(f'{x:,}' for x in sorted({r['sizes']['problems'] for r in results}))}, 8 samples each. Mean "
+        "(lowest to highest) over seeds. Differences: same seeds and problems, 95% interval over both, seeds above 0; "
+        "bold: 0 is outside. Minutes of CPU time of the training. `python benchmarks/study.py`"
+    )
+    return f"{each(folder, short_table)}\n\n{note}" if results else NONE_YET
 
 
 def study_differences(folder: Path) -> str:

@@ -317,7 +317,8 @@ def with_ranges(page: str, results: Path) -> str:
     return "## Evaluation".join("\n".join(anew(line, made) for line in part.split("\n")) for part, made in tables)
 
 
-README = {"algorithm": algorithm, "learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
+README = {"algorithm": algorithm, "study-short": partial(study_tables.study_short, ROOT / "results")}
+README |= {"learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 

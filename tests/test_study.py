@@ -78,6 +78,20 @@ def test_differences_are_paired_by_seed_and_problem():
     assert tables.paired(a, b, "b/test", "pass@1") is None and tables.paired(a, {}, "a/test", "pass@1") is None
 
 
+def test_the_short_table_pools_the_untrained_domains_and_leaves_failed_runs_out():
+    done = lambda a, b, c: {"evaluation": {"x": part(a), "y": part(b), "z": part(c)}, "seconds/cpu": 60.0}  # noqa: E731
+    plain = {seed: done([2, 2], [4, 4], [8, 0]) for seed in range(3)} | {3: {"error": "out of memory"}}
+    saei = {seed: done([4, 8], [4, 8], [8, 8]) for seed in range(3)}
+    text = tables.short_table("dice", {"before": {0: done([0, 0], [0, 0], [0, 0])}, "plain": plain, "saei": saei})
+    before, plain_row, saei_row = text.splitlines()[2:]
+    assert before == "| before |  | 0.000 | 0.000 |  |  |  | 1.0 |"
+    assert plain_row.startswith("| plain GRPO | 3 (1 failed) | 0.250 (0.250 to 0.250) | 1.000 (1.000 to 1.000) | ")
+    change, eight, pooled = plain_row.split(" | ")[4:7]
+    assert change.startswith("+0.500 [") and eight.startswith("+0.000 [") and pooled.startswith("+0.375 [")
+    assert pooled.endswith("] 3/3") and "2 untrained domains" in text and saei_row.count("|  |  |  |") == 1
+    assert "–" in tables.short_table("dice", {"plain": plain})  # SaEI is still to come
+
+
 # ---------------------------------------------------------------------------------------------------- what is to be run
 
 
