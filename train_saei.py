@@ -414,8 +414,11 @@ def make_accelerator(cfg: Config) -> Accelerator:
         raise ValueError(f"the tracker {tracker} is not installed: pip install {tracker}")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("ZeRO-3 would gather at every token, and wait for ever: take recipes/accelerate/fsdp2.yaml")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError("ZeRO-3 would gather at every token, and wait for ever: take recipes/accelerate/fsdp2.yaml")
+        # its engine clips, and steps, within accelerator.backward
+        accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = cfg.max_grad_norm
     return accelerator
 
 
@@ -653,7 +656,7 @@ def update(
 
 
 def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
-    """The norm is the same on all processes, so all stop together, before the parameters are touched."""
+    """The norm is the same on all processes, so all stop together, before the parameters are touched (ZeRO-2: after)."""
     if not math.isfinite(norm):
         path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
         torch.save(asdict(rollouts), path)
