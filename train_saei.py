@@ -416,7 +416,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("ZeRO-3 would gather at every token, and wait for ever: take recipes/accelerate/fsdp2.yaml")
+            raise ValueError("ZeRO-3 gathers at every token, and would wait for ever: recipes/accelerate/fsdp2.yaml")
         # its engine clips, and steps, within accelerator.backward
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = cfg.max_grad_norm
     return accelerator
@@ -610,6 +610,8 @@ def update(
     Old log-probs are those of the image that conditions the update. With one update they are the scored ones, detached
     (ratio 1); with several they are computed first. Returns the global loss and its metrics.
     """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        refuse_text_alone(cfg, rollouts.prompts, micro, step)
     parts = update_parts(cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step))
     P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
@@ -655,8 +657,19 @@ def update(
     return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
 
 
+def refuse_text_alone(cfg: Config, prompts: Prompts, micro: int, step: int) -> None:
+    """ZeRO-2 sums the processes' gradients in the order in which they come: each micro-batch must reach all of them."""
+    if cfg.freeze == "vision+projector" or cfg.lora_rank:  # nothing that only pictures reach is trained
+        return
+    if not all(any(prompts.counts[i : i + micro]) for i in range(0, len(prompts), micro)):
+        raise ValueError(
+            f"step {step}: a micro-batch of text alone, which ZeRO-2 cannot train: take recipes/accelerate/fsdp2.yaml, "
+            "--freeze vision+projector, or a larger --micro_prompts"
+        )
+
+
 def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
-    """The norm is the same on all processes, so all stop together, before the parameters are touched (ZeRO-2: after)."""
+    """All processes have the same norm, and stop together, before the parameters are touched (under ZeRO-2: after)."""
     if not math.isfinite(norm):
         path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
         torch.save(asdict(rollouts), path)

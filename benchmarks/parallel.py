@@ -2,8 +2,10 @@
 
 5 steps of each case of tests/parallel_cases.py on 1, 2 and 4 CPU processes joined by gloo; writes parallel.json: for
 each way, how far its parameters end from those of one process, as a share of how far training moved them (L2 norms).
+ZeRO-2 runs where DeepSpeed is installed (pip install deepspeed --no-build-isolation).
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -15,12 +17,19 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = {
-    1: ["ddp/mixed", "ddp/drop", "ddp/adapters"],
-    2: ["ddp/mixed", "ddp/drop", "ddp/lots", "ddp/adapters"]
-    + ["fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/lots", "fsdp2/adapters"],
-    4: ["ddp/mixed", "ddp/drop", "fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"],
-}
+RUNS = [  # processes, what they run one after another
+    (1, ["ddp/mixed", "ddp/drop", "ddp/adapters", "ddp/pictures"]),
+    (2, ["ddp/mixed", "ddp/drop", "ddp/lots", "ddp/adapters", "ddp/pictures"]),
+    (2, ["fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/lots", "fsdp2/adapters", "fsdp2/pictures"]),
+    (4, ["ddp/mixed", "ddp/drop", "fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"]),
+]
+if importlib.util.find_spec("deepspeed"):  # each in a launch of its own
+    RUNS += [
+        (2, ["zero2/adapters"]),
+        (2, ["zero2/pictures/3"]),
+        (2, ["zero2/pictures/resume"]),
+        (4, ["zero2/pictures"]),
+    ]
 
 
 def run(processes: int, folder: Path, runs: list[str]) -> None:
@@ -42,9 +51,9 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         at = lambda n, way, case: Path(folder) / str(n) / way / case / "checkpoints/step-000005"  # noqa: E731
-        for processes, runs in RUNS.items():
+        for processes, runs in RUNS:
             run(processes, Path(folder), runs)
-            for way, case in dict.fromkeys(tuple(x.split("/")[:2]) for x in runs):
+            for way, case in dict.fromkeys(tuple(x.split("/")[:2]) for x in runs if not x[-1].isdigit()):
                 reference = at(1, "ddp", "mixed" if case == "lots" else case)
                 row = {"processes": processes, "way": way, "case": case}
                 rows.append(row | {"apart": apart(reference, at(processes, way, case))})

@@ -328,9 +328,10 @@ def parallel() -> str:
     result = json.loads((ROOT / "benchmarks/parallel.json").read_text())
     said = {"mixed": "pictures and text alone, responses of 1 to 12 tokens, 80/20", "drop": "groups dropped, AER"}
     said |= {"lots": "the first, computed again in the backward", "adapters": "LoRA"}
-    ways = [(2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2")]
+    said |= {"pictures": "pictures in every row, AER, gradients clipped to 0.1"}
+    ways = [(n, way) for n in (2, 4) for way in ("ddp", "fsdp2", "zero2")]
     apart = {(row["processes"], row["way"], row["case"]): row["apart"] for row in result["rows"]}
-    out = ["| case | " + " | ".join(f"{n} x {way.upper()}" for n, way in ways) + " |", "|---" * 5 + "|"]
+    out = ["| case | " + " | ".join(f"{n} x {way.upper()}" for n, way in ways) + " |", "|---" * 7 + "|"]
     for case, text in said.items():
         cells = [f"{apart[n, way, case]:.1e}" if (n, way, case) in apart else "" for n, way in ways]
         out.append("| " + " | ".join([text, *cells]) + " |")

@@ -7,12 +7,15 @@ reaches no vision parameter, samples less than the others and could skip the pas
 """
 
 import faulthandler
+import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +35,8 @@ CASES = {
         "micro_responses": 2,
     },  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
+    # what ZeRO-2 can train: pictures in every row
+    "pictures": {"update_control": "aer", "entropy_coef": 0.01, "max_grad_norm": 0.1},
 }
 sample = Policy.sample
 
@@ -49,12 +54,30 @@ def half_right(completions: list[str], row: list[int], dropped: bool, **_) -> li
     return [0.0 if dropped and row[i] % 2 else i % 2.0 for i in range(len(completions))]
 
 
+def deepspeed_on_cpus() -> None:
+    """accelerate leaves CPUs to DDP; and the operator that DeepSpeed compiles for them would only be faster."""
+    import deepspeed.comm.torch as communication
+
+    communication.build_shm_op = lambda: None
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+    config = json.loads((ROOT / "recipes/accelerate/zero2.json").read_text())
+    del config["bf16"]  # to compare
+    path = Path(tempfile.mkdtemp()) / "zero2.json"
+    path.write_text(json.dumps(config))
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+
+
 def run(folder: Path, way: str, case: str, **changes) -> None:
-    """Train 5 steps; way: ddp | fsdp2."""
+    """Train 5 steps; way: ddp | fsdp2 | zero2 (in a launch of its own, with DeepSpeed installed)."""
     os.environ |= {"ACCELERATE_USE_FSDP": str(way == "fsdp2").lower(), "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    if way == "zero2":
+        deepspeed_on_cpus()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
+    rows = [make_row("plain/train", i) for i in range(4)] if case == "pictures" else ROWS
+    train_saei.data.load_rows = lambda *_, **__: rows
     train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(*args, dropped=case == "drop", **columns)
     settings = dict(model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4)
     settings |= dict(adversarial_rollouts=2, max_new_tokens=12, pgd_steps=2, lr=1e-4, micro_prompts=1, self_check=False)
@@ -64,7 +87,6 @@ def run(folder: Path, way: str, case: str, **changes) -> None:
 if __name__ == "__main__":
     train_saei.Accelerator.end_training = lambda self: None  # it ends the process group, and another run follows
     Policy.sample = one_token_without_image
-    train_saei.data.load_rows = lambda *_, **__: ROWS
     train_saei.epoch_order = lambda seed, epoch, n: np.arange(n)
     for argument in sys.argv[2:]:
         way, case, *steps = argument.split("/")  # fsdp2/mixed/3: to step 3; fsdp2/mixed/resume: on from there

@@ -1,5 +1,6 @@
 """Several processes train as one: DDP and FSDP2 on CPU processes joined by gloo. benchmarks/parallel.py has more."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,16 @@ def test_two_processes_equal_one(folder, way, case):
     assert len(list((two / last / "state").glob("random_states_*"))) == 2
     sharded = list((two / last / "state").glob("optimizer_0/*.distcp"))
     assert len(sharded) == (2 if way == "fsdp2" else 0)  # accelerate takes DDP on CPUs, whatever it is told
+
+
+def test_zero_2_refuses_what_it_would_sum_up_wrongly():
+    """DeepSpeed sums gradients in the order in which they come; a process without pictures would have fewer."""
+    prompts, cfg = type("Four", (), {"counts": [1, 0, 0, 2], "__len__": lambda self: 4})(), train_saei.Config()
+    for changes, micro in (({}, 2), ({}, 4), ({"lora_rank": 4}, 1), ({"freeze": "vision+projector"}, 1)):
+        train_saei.refuse_text_alone(dataclasses.replace(cfg, **changes), prompts, micro, 7)
+    for changes in ({}, {"freeze": "vision"}):
+        with pytest.raises(ValueError, match="step 7: a micro-batch of text alone, which ZeRO-2 cannot train: take"):
+            train_saei.refuse_text_alone(dataclasses.replace(cfg, **changes), prompts, 1, 7)
 
 
 def test_gathered_is_nothing_without_fsdp(policy):
