@@ -45,7 +45,7 @@ BUFFER = 1000  # a streamed set is shuffled within so many rows
 
 
 class Rows(Sequence):
-    """A list whose items are made when they are asked for: rows[i] = make(keep[i])."""
+    """A list whose items are made when they are asked for: rows[i] = make(keep[i]), with its number in the set, row."""
 
     def __init__(self, make: Callable[[int], dict], keep: Sequence[int]):
         self.make, self.keep = make, keep
@@ -55,7 +55,7 @@ class Rows(Sequence):
 
     def __getitem__(self, i: int) -> dict:
         try:
-            return self.make(self.keep[i])
+            return self.make(self.keep[i]) | {"row": self.keep[i]}
         except ValueError as error:
             error.add_note(f"row {self.keep[i]}: it could be read when the run began; was a file moved or deleted?")
             raise
@@ -78,9 +78,9 @@ class Stream:
         for epoch in itertools.count():
             self.table.set_epoch(epoch)
             empty = True
-            for _, row in self.check((raw["__index__"], raw) for raw in self.table):
+            for i, row in self.check((raw["__index__"], raw) for raw in self.table):
                 empty = False
-                yield row
+                yield row | {"row": i}
             if empty:
                 raise ValueError("the streamed set has no usable row")
 

@@ -50,8 +50,8 @@ def pgd_ascent(
 ) -> Tensor | list[Tensor]:
     """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> same, detached
 
-    objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar or one value an
-    image; the values are summed, which leaves the images independent as long as each value depends on its own image.
+    objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar, or a value an
+    image, or one a prompt of several; they are summed, and stay independent if each depends on its own images alone.
     eps and step_size are in [0, 1] pixel units; step_size None: 2.5 * eps / steps, at most eps. All of these: ours.
     random_start: begin at a uniform point of the eps ball, drawn from `generator` (a list: one an image).
     The parameters' .grad is never touched. To lower the objective, pass its negative.

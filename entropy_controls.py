@@ -255,16 +255,16 @@ def treat(
     entropy: Tensor,
     advantages: Tensor,
     accuracy: Tensor,
-    divergence: Tensor | None,
     mean_entropy: float,
     state: dict,
     generator: torch.Generator | None = None,
+    divergence: Tensor | None = None,
 ) -> Treatment:
     """The levers as cfg.update_control sets them, by cfg's other fields of train_saei.Config; P are the step's prompts.
 
-    mask, logprobs, entropy (P, G, T), advantages, accuracy (P, G): as sampled. divergence (P, n, T): vogue's, of the
-    last n responses. mean_entropy: token mean of the policy on clean images. state: holds a coefficient that adapts; it
-    is changed.
+    mask, logprobs, entropy (P, G, T), advantages, accuracy (P, G): as sampled. mean_entropy: token mean of the policy
+    on clean images. state: holds a coefficient that adapts; it is changed. divergence (P, n, T): vogue's, of the last n
+    responses.
     """
     keep, weights, bonus, A = mask, torch.zeros_like(logprobs), torch.zeros_like(advantages), advantages
     cov = {"share": cfg.cov_share} | ({} if cfg.penalty_coef is None else {"coef": cfg.penalty_coef})

@@ -66,8 +66,8 @@ class EvalConfig:
     max_pixels: int | None = field(default=None, metadata={"help": "largest area of a picture, Qwen families"})
 
     def __post_init__(self):
-        self.preset_found, source = data.find_preset(self.preset, self.dataset)
-        if source == "demo":
+        self.preset_found, self.source = data.find_preset(self.preset, self.dataset)
+        if self.source == "demo":
             self.splits, self.problems = self.splits or ["plain/test"], self.problems or 1000
         self.splits = self.splits or [data.default_split(self.preset_found, "test")]
         if self.bad_rows not in ("refuse", "skip"):
@@ -104,12 +104,10 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalC
     cut = sampled.truncated(policy.eos_ids).float().view(len(rows), -1).mean(dim=1).tolist()
     records = []
     for row, best, responses, h, c in zip(rows, greedy, texts, entropy, cut, strict=True):
-        columns = {name: [value] * (1 + cfg.samples) for name, value in row.items() if name != "images"}
-        right = rewards.accuracy_reward([best, *responses], **columns)
-        record = {name: value for name, value in row.items() if name != "images"}
-        record |= {"greedy": best, "greedy_right": right[0], "responses": responses, "right": right[1:], "entropy": h}
-        record["truncated"] = c
-        records.append(record)
+        kept = {name: value for name, value in row.items() if name != "images"}
+        right = rewards.accuracy_reward([best, *responses], **{k: [v] * (1 + cfg.samples) for k, v in kept.items()})
+        found = {"greedy": best, "greedy_right": right[0], "responses": responses, "right": right[1:]}
+        records.append(kept | found | {"entropy": h, "truncated": c})
     return records
 
 
@@ -125,7 +123,7 @@ def evaluate_split(policy: Policy, split: str, cfg: EvalConfig, accelerator: Acc
         part = mine[start : start + cfg.batch]
         seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in part]
         found = evaluate_rows(policy, [rows[i] for i in part], seeds, cfg)
-        records += [{"split": split, "row": i} | record for i, record in zip(part, found, strict=True)]
+        records += [{"split": split} | record for record in found]
     return sorted(gather_object(records), key=lambda record: record["row"])
 
 
@@ -147,7 +145,7 @@ def main(cfg: EvalConfig) -> dict:
     policy = policy.to(accelerator.device)
     with torch.no_grad(), accelerator.autocast():
         records = {split: evaluate_split(policy, split, cfg, accelerator) for split in cfg.splits}
-    result = {"model": cfg.model, "dataset": cfg.dataset, "n_samples": cfg.samples, "temperature": cfg.temperature}
+    result = {"model": cfg.model, "dataset": cfg.source, "n_samples": cfg.samples, "temperature": cfg.temperature}
     result |= {"seed": cfg.seed, "seconds": round(time.time() - start, 1)}
     result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
     if preset := cfg.preset_found:

@@ -5,7 +5,6 @@ is made, and leaves the gradients of what is still trained as they were (tests/t
 responses a few at a time, is `Policy.micro_responses`.
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -22,9 +21,7 @@ def freeze(policy: nn.Module, what: str) -> None:
     family, tower = policy.family, (policy.family.tower,)
     for name, p in policy.model.model.named_parameters():
         is_projector = inside(name, family.projector)  # Qwen's is within the tower
-        if what == "vision+projector" and (is_projector or inside(name, tower)):
-            p.requires_grad_(False)
-        elif what == "vision" and inside(name, tower) and not is_projector:
+        if what == "vision+projector" if is_projector else what != "none" and inside(name, tower):
             p.requires_grad_(False)
 
 
@@ -84,5 +81,5 @@ def save_adapters(state: dict[str, Tensor], scale: float, folder: str | Path) ->
             stem = name.removesuffix("base_layer.weight")
             a, b = adapters[f"{stem}lora_A.default.weight"], adapters[f"{stem}lora_B.default.weight"]
             w = (w.float() + scale * (b.float() @ a.float())).to(w.dtype)
-        merged[re.sub(r"\.base_layer\.", ".", name)] = w
+        merged[name.replace(".base_layer.", ".")] = w
     return merged

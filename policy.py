@@ -207,9 +207,8 @@ class Prompts:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "Prompts":
-        start, stop, step = rows.indices(len(self))
-        if step != 1:
-            raise ValueError("prompts are sliced in steps of 1")
+        start, stop, _ = rows.indices(len(self))
+        rows = slice(start, stop)
         images = self.images[sum(self.counts[:start]) : sum(self.counts[:stop])]
         positions = self.positions[..., start:stop, :]
         tokens = (self.ids[rows], self.mask[rows], positions, self.next_position[rows])
@@ -250,7 +249,7 @@ class Policy(nn.Module):
         if kind not in FAMILIES:
             raise ValueError(f"model_type {kind!r} is not supported; supported families: {', '.join(FAMILIES)}")
         self.model, self.processor, self.family = model, processor, FAMILIES[kind]
-        if self.family.one_tile:  # both count tokens by it
+        if self.family.one_tile:  # model and processor count tokens by it
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = [[side, side]]
         layers = [n for n, m in model.model.named_modules() if isinstance(m, GradientCheckpointingLayer)]

@@ -6,6 +6,7 @@ What a model wrote is escaped and cut to a bound, and the page forbids itself sc
 
     python report.py out/demo                    # -> out/demo/report/index.html
     python report.py out/demo out/demo-grpo      # both on one page, in the first folder's report/
+    python report.py results                     # the study's (benchmarks/study.py)
 """
 
 import argparse
@@ -39,7 +40,8 @@ MEASURES = [  # of an evaluation: pattern, label, meaning
     ("greedy", "Greedy accuracy", "share of problems whose most likely response is right"),
     ("pass@1", "pass@1", "chance that one sampled response is right"),
     (r"pass@(\d+)", r"pass@\1", r"chance that at least one of \1 sampled responses is right"),
-    ("entropy", "Entropy", "nats, mean over the tokens of the sampled responses: how undecided the policy is"),
+    ("entropy", "Entropy", "nats a token, mean over the sampled responses: how undecided the policy is"),
+    ("truncated", "Truncated", "share of the sampled responses that ran into max_new_tokens"),
 ]
 CHARTS = [  # title, unit, y axis from zero?, lines: (key, key that stands in for it, what it is)
     ("Reward", "mean of the responses", True, [("reward", None, "all")]),
@@ -159,7 +161,9 @@ def about(run: dict) -> str:
     said += f" of {planned:,.0f} (still going, or stopped)" if planned > done else ""
     if {"model", "dataset", "split", "prompts_per_step"} <= set(c):
         said += f", each of {text(c['prompts_per_step'], 9)} prompts with {rollouts:.0f} responses, of <code>"
-        said += f"{text(c['model'], 120)}</code> on <code>{text(c['dataset'], 120)} {text(c['split'], 80)}</code>"
+        source = c["preset"] if c["dataset"] == "demo" and c.get("preset") else c["dataset"]
+        source = " ".join(text(x, 120) for x in (source, c["split"]) if x)
+        said += f"{text(c['model'], 120)}</code> on <code>{source}</code>"
     eps = f"{number(c.get('eps')) * 255:.3g}/255"
     said += ". " + run["does"].format(some=f"{attacked:.0f} of the {rollouts:.0f} responses", eps=eps)
     notes = "".join(f"<li>{text(note)}</li>" for note in run["notes"])

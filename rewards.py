@@ -24,8 +24,8 @@ A miss costs less than a false reward: what is doubtful is wrong.
 Bounded and safe: text from the model is never executed, and the time is linear in its length. Whatever needs algebra
 is decided in a process forked for that one question, which ends after 0.5 s of CPU time, 1.5 s of wall time or at
 1 GiB: the answer is then wrong. So a grade takes at most 2 s, in any thread or process; threads wait for their turn.
-One worker a process forks them: it starts in about a second, with the first such question, is replaced when it was
-killed, and ends with its parent. Needs os.fork: Linux or macOS.
+One worker a process forks them: it starts, in a second or two more, with the first such question, is replaced when it
+was killed, and ends with its parent. Needs os.fork: Linux or macOS.
 
 Symbols: N = P*G completions (P prompts, G responses each), lists of N in, lists of N floats out, with TRL's signature.
 Standard library, and math-verify (pip install math-verify) once an answer needs algebra.
@@ -84,13 +84,8 @@ def _last_box(text: str) -> str | None:
 
 def _last_tag(text: str) -> str | None:
     """What the last closed <answer>...</answer> holds."""
-    start, found = None, None
-    for tag in re.finditer("</?answer>", text):
-        if tag[0] == "<answer>":
-            start = tag.end()
-        elif start is not None:
-            start, found = None, (start, tag.start())
-    return text[found[0] : found[1]] if found else None
+    closed = [part for part in text.split("</answer>")[:-1] if "<answer>" in part]
+    return closed[-1].rpartition("<answer>")[2] if closed else None
 
 
 def _last_prose(text: str) -> str | None:
@@ -815,11 +810,11 @@ def _answer_questions() -> None:
     """
     import logging
 
-    import math_verify  # noqa: F401  (before the first fork)
-
     logging.disable()  # math-verify warns that its own time limits are off
+    for pair in _WARM_UP:  # fills the caches that the processes forked from now on start with
+        _sympy_equal(*pair, None)
     print("ready", flush=True)
-    for n, line in enumerate(sys.stdin):
+    for line in sys.stdin:
         prediction, gold, choices, precision = json.loads(line)
         read, write = os.pipe()
         if (child := os.fork()) == 0:
@@ -834,9 +829,6 @@ def _answer_questions() -> None:
         os.waitpid(child, 0)
         os.close(read)
         print("1" if verdict == b"1" else "0", flush=True)
-        if n == 0:
-            for pair in _WARM_UP:  # fills the caches that the processes forked from now on start with
-                _sympy_equal(*pair, None)
 
 
 class _Worker:
@@ -887,13 +879,10 @@ class _Worker:
             raise NoAnswer
 
 
-def _new_worker() -> None:
-    global _worker
-    _worker = _Worker()
-
-
-_new_worker()
-os.register_at_fork(after_in_child=_new_worker)  # a forked process must not write into its parent's pipes
+_worker = _Worker()
+os.register_at_fork(
+    after_in_child=lambda: _worker.__init__()
+)  # a forked process must not write into its parent's pipes
 
 
 # ---------------------------------------------------------------------------------------------------------- rewards

@@ -242,7 +242,7 @@ class Log:
 
     def __init__(self, cfg, accelerator: Accelerator, first_step: int):
         self.cfg, self.accelerator, self.out = cfg, accelerator, Path(cfg.output)
-        self.earned, self.identical = 0.0, False  # what the warnings go by
+        self.first_step, self.earned, self.identical = first_step, 0.0, False  # what the warnings go by
         self.main = accelerator.is_main_process
         if self.main:
             for name in ("metrics.jsonl", "samples.jsonl"):  # a resumed run forgets what came after its checkpoint
@@ -252,7 +252,10 @@ class Log:
                 aside.write_text("".join(line + "\n" for line in kept))
                 aside.replace(path)  # killed in between, it leaves the old one
         if cfg.report_to != "none":
-            accelerator.init_trackers("saei", config={k: v for k, v in asdict(cfg).items() if v is not None})
+            accelerator.init_trackers(
+                "saei",
+                config={k: str(v) if isinstance(v, list) else v for k, v in asdict(cfg).items() if v is not None},
+            )
 
     def progress(self, steps: range) -> Iterator[int]:
         self.bar = tqdm(steps, initial=steps.start, total=steps.stop, disable=not self.main, unit="step")
@@ -277,25 +280,25 @@ class Log:
 
     def warn(self, step: int, metrics: dict[str, float]) -> None:
         self.earned += metrics["accuracy"]
-        if self.main and metrics["distinct"] <= 1 / self.cfg.rollouts and not self.identical:
+        if self.main and metrics["distinct"] <= 1 / self.cfg.rollouts + 1e-6 and not self.identical:
             self.identical = True  # said once
             self.bar.write(
                 f"warning: step {step}: all rollouts of every prompt are identical although temperature is "
                 f"{self.cfg.temperature}: the policy has collapsed (entropy {metrics['entropy/clean']:.2g}); raise "
                 "--temperature, or start from an earlier checkpoint"
             )
-        if self.main and step == 4 and self.earned == 0:
+        if self.main and step == self.first_step + 4 and self.earned == 0:
             self.bar.write(
                 "warning: no correct answer in 5 steps. Does the problem ask for \\boxed{} or <answer> tags, is "
                 f"--max_new_tokens long enough (truncated: {metrics['truncated']:.0%})? Look at samples.jsonl"
             )
 
-    def samples(self, step: int, policy, rows: list[int], x) -> None:
+    def samples(self, step: int, policy, x) -> None:
         """One line a response of the first prompts of the main process, with tokens, entropies and what TsEC kept."""
         if not self.main:
             return
         lines = []
-        for p in range(min(self.cfg.log_prompts, len(rows))):
+        for p in range(min(self.cfg.log_prompts, len(x.batch))):
             pictures = {"clean": x.prompts, "adversarial": x.attacked} if x.fresh else {"clean": x.prompts}
             pictures = pictures if x.prompts.counts[p] else {}  # text alone
             names = {kind: f"pictures/step-{step:06d}-{p}-{kind}.png" for kind in pictures}
@@ -305,7 +308,7 @@ class Log:
                 n, kind = self.cfg.clean_rollouts, "clean" if g < self.cfg.clean_rollouts else "adversarial"
                 r, i = (x.clean, p * n + g) if g < n else (x.fresh, p * (self.cfg.rollouts - n) + g - n)
                 tokens, entropy = r.tokens[i][r.mask[i]].tolist(), r.entropy[i][r.mask[i]].tolist()
-                line = {"step": step, "prompt": p, "row": rows[p], "image": kind, "response": text}
+                line = {"step": step, "prompt": p, "row": x.batch[p]["row"], "image": kind, "response": text}
                 line |= {name: x.batch[p][name] for name in ("problem", "answer")}
                 line |= {name: values[p, g].item() for name, values in (x.scores | {"advantage": x.advantages}).items()}
                 line |= {"truncated": tokens[-1] not in policy.eos_ids, "entropy": [round(h, 4) for h in entropy]}

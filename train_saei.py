@@ -51,6 +51,7 @@ import tsec
 from policy import Policy, Prompts, Responses
 
 CONTROLS = "none bonus skywork aer ecvgpo vogue top_entropy clip_cov kl_cov sent".split()
+CLEAN, ATTACK, FRESH, CONTROL = range(4)  # what a step draws random numbers for: each has its own
 UNCLIPPED = ("kl_cov", "sent")  # their log-ratio penalty stands in the clip's place
 
 
@@ -72,7 +73,7 @@ class Config:
     lora_alpha: float = opt(32.0, "ours", "LoRA's scale is lora_alpha / lora_rank")
     checkpointing: bool = opt(False, "ours", "keep each layer's input alone, compute the layer again in the backward")
     self_check: bool = opt(True, "ours", "compare pixel_values and logits with the library's own before the first step")
-    dataset: str = opt("demo", "ours", "demo, a preset's name, a .jsonl/.json/.parquet file, a folder, or a hub id")
+    dataset: str = opt("demo", "ours", "demo, a preset's name, a .jsonl/.json/.parquet/.csv file, a folder, a hub id")
     preset: str | None = opt(None, "ours", "read the data set as this entry of presets.py; alone: the set it names")
     dataset_config: str | None = opt(None, "ours", "the hub set's configuration; unset: the preset's, or none")
     split: str | None = opt(
@@ -94,7 +95,7 @@ class Config:
     dry_run: bool = opt(False, "ours", "print the resolved plan, its memory estimated, and stop; reads no weights")
     resume: bool = opt(False, "ours", "go on from the folder's newest complete checkpoint, exactly")
     seed: int = opt(0, "ours", "decides data order, rollouts and random images")
-    steps: int = opt(100, "ours", "optimisation steps (batches of rollouts)")
+    steps: int = opt(100, "ours", "batches of rollouts")
     save_every: int = opt(50, "ours", "steps between checkpoints; the last step always has one")
     keep_last: int = opt(0, "ours", "complete checkpoints that are kept, the newest; 0: all")
     report_to: str = opt("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
@@ -111,8 +112,8 @@ class Config:
     intervention: str = opt("egas", "paper", "none (plain GRPO) | random (signs) | noise (NoisyRollout's) | egas")
     condition: str = opt("clean", "ours", "image that conditions the update: clean (as NoisyRollout) | sampled")
 
-    tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0 keeps the low tail (that it goes: inferred)")
-    tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1 keeps the high tail (that it goes: inferred)")
+    tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0: none. That there is a low cut: inferred")
+    tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1: none. That there is a high cut: inferred")
     tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a process's)")
     tsec_keep: str = opt("moderate", "ours", "tokens within the cuts, or, as a control, the extreme ones outside them")
     eps: float = opt(4 / 255, "ours", "L-infinity radius of the attack, in [0, 1] pixel units")
@@ -154,7 +155,7 @@ class Config:
     )
     micro_responses: int = opt(0, "ours", "responses the backward holds at a time, computed twice for it; 0: all")
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
-    warmup_steps: int = opt(0, "ours", "optimisation steps of linear warm-up")
+    warmup_steps: int = opt(0, "ours", "batches of rollouts over which lr grows to its value")
     weight_decay: float = opt(0.01, "ours", "AdamW's weight decay")
     max_grad_norm: float = opt(1.0, "ours", "gradients are scaled down to this norm")
 
@@ -183,11 +184,6 @@ class Config:
             "0 <= adversarial_rollouts < rollouts": 0 <= self.adversarial_rollouts < self.rollouts,
             "adversarial_rollouts >= 1 with an intervention": (self.adversarial_rollouts > 0)
             == (self.intervention != "none"),
-            "temperature > 0": self.temperature > 0,
-            "lr > 0": self.lr > 0,
-            "entropy_coef >= 0": self.entropy_coef >= 0,
-            "aer_rate >= 0": self.aer_rate >= 0,
-            "lora_rank >= 0": self.lora_rank >= 0,
             "0 < length_buffer <= max_new_tokens": not self.length_weight
             or 0 < self.length_buffer <= self.max_new_tokens,
             # at pi = pi_old the gradient of |log pi - log pi_old| is 0: the control would do nothing, without a word
@@ -197,16 +193,13 @@ class Config:
             "vogue needs an intervention": self.update_control != "vogue" or self.intervention != "none",
             "0 <= top_entropy <= 1": 0 <= self.top_entropy <= 1,
             "0 < cov_share <= 1": 0 < self.cov_share <= 1,
-            "aer_threshold > 0": self.aer_threshold > 0,
-            "vogue_cap > 0": self.vogue_cap > 0,
-            "ecvgpo_power >= 0": self.ecvgpo_power >= 0,
             "penalty_coef > 0": self.penalty_coef is None or self.penalty_coef > 0,
-            "micro_responses >= 0": self.micro_responses >= 0,
-            "sample_prompts >= 0": self.sample_prompts >= 0,
-            "keep_last >= 0": self.keep_last >= 0,
         }
-        positive = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts"
-        rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in positive.split()}
+        one = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts".split()
+        none = "entropy_coef aer_rate lora_rank ecvgpo_power micro_responses sample_prompts keep_last".split()
+        rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in one}
+        rules |= {f"{name} >= 0": getattr(self, name) >= 0 for name in none}
+        rules |= {f"{n} > 0": getattr(self, n) > 0 for n in ("temperature", "lr", "aer_threshold", "vogue_cap")}
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError(f"the configuration breaks: {'; '.join(broken)}")
 
@@ -227,8 +220,8 @@ def main(cfg: Config) -> None:
     policy = load_policy(cfg, source, first_step)
     reference = load_reference(cfg, accelerator, first_step) if cfg.kl_coef else None
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
-    limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
-    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
+    options |= {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": cfg.max_prompt_tokens}
+    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, **options)
     if cfg.order:
         check_order(cfg.order, rows)
     reward_functions = load_rewards(cfg, rows[0])
@@ -247,7 +240,7 @@ def main(cfg: Config) -> None:
 
         with accelerator.autocast(), gathered(policy):
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            clean = sample(cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, 0))
+            clean = sample(cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, CLEAN))
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
@@ -255,19 +248,19 @@ def main(cfg: Config) -> None:
             keep = tsec.select_tokens(clean.entropy, clean.mask, *cuts)
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            seeds = seeds_of(cfg, step, indices, 1)
+            seeds = seeds_of(cfg, step, indices, ATTACK)
             attacked = intervene(cfg, policy, prompts, clean, keep, step, seeds, micro)
             clock.lap("attack")
 
             # 4  y ~ pi_old(. | I_adv, Q)
             fresh = None
             if cfg.adversarial_rollouts:
-                seeds = seeds_of(cfg, step, indices, 2)
+                seeds = seeds_of(cfg, step, indices, FRESH)
                 fresh = sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds)
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group
-        texts, scores = reward(reward_functions, policy, batch, indices, clean, fresh)  # (P, G) each
+        texts, scores = reward(reward_functions, policy, batch, clean, fresh)  # (P, G) each
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
         with accelerator.autocast(), gathered(policy):
@@ -279,7 +272,7 @@ def main(cfg: Config) -> None:
         clock.lap("update")
 
         log.step(step, metrics | clock.seconds(), losses)
-        log.samples(step, policy, indices, rollouts)
+        log.samples(step, policy, rollouts)
         if stop.asked() or (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             runs.save_checkpoint(cfg, accelerator, wrapped, step + 1)
         if stop.agreed:
@@ -332,30 +325,31 @@ def intervene(
 ) -> Prompts:
     """Step 3: the prompts with the images that the adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, the parameters frozen so that no weight gradient is computed.
+    egas attacks `micro` prompts at a time, the parameters frozen so that nothing is stored for their gradients.
     random: signs at the same eps. noise: NoisyRollout's, annealed as there.
     """
     if cfg.intervention == "none":
         return prompts
     fade = annealing(step, cfg.steps)
     eps = cfg.eps * (fade if cfg.anneal else 1.0)
-    images, width = [], micro if cfg.intervention == "egas" else 1
-    for i in range(0, len(prompts), width):
-        part, generator = slice(i, i + width), torch.Generator().manual_seed(seeds[i])
-        clean_images = prompts[part].images
-        if not clean_images:  # text alone: nothing to intervene on
-            continue
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one a prompt
+    parts = [slice(i, i + micro) for i in range(0, len(prompts), micro)]
+    images = []
+    if cfg.intervention == "egas":
+        for part in parts:
+            own = [g for g, count in zip(generators[part], prompts.counts[part], strict=True) for _ in range(count)]
+            pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, own)
+            if own:  # else text alone: nothing to attack
+                objective = entropy_objective(policy, prompts, clean, keep, cfg.temperature, part)
+                with frozen(policy):
+                    images += egas.pgd_ascent(objective, prompts[part].images, *pgd)
+        return prompts.with_images(images)
+    for i, generator in enumerate(generators):
+        own = prompts[i : i + 1].images
         if cfg.intervention == "random":
-            images += egas.random_signs(clean_images, eps, generator)
-        elif cfg.intervention == "noise":
-            images += egas.diffusion_noise(clean_images, cfg.noise_t * fade, generator)
+            images += egas.random_signs(own, eps, generator)
         else:
-            objective = entropy_objective(policy, prompts, clean, keep, cfg.temperature, part)
-            with frozen(policy):
-                own = [torch.Generator().manual_seed(seed) for seed in seeds[part]]  # one a prompt
-                own = [g for g, count in zip(own, prompts[part].counts, strict=True) for _ in range(count)]
-                pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, own)
-                images += egas.pgd_ascent(objective, clean_images, *pgd)
+            images += egas.diffusion_noise(own, cfg.noise_t * fade, generator)
     return prompts.with_images(images)
 
 
@@ -389,6 +383,247 @@ def by_prompt(x: Tensor, P: int) -> Tensor:
 def annealing(step: int, steps: int) -> float:
     """NoisyRollout's schedule, 1 -> 0, scaled to the run: 1 - 1 / (1 + exp(-30 (step / steps - 2/3)))."""
     return 1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps))
+
+
+def reward(
+    functions: rewards.Rewards,
+    policy: Policy,
+    batch: list[dict],
+    clean: Responses,
+    fresh: Responses | None,
+) -> tuple[list[list[str]], dict[str, Tensor]]:
+    """Step 5: the responses' texts and {"reward", "accuracy", "format", ...}, all (P, G), the clean ones first.
+
+    A reward gets TRL's arguments: completions, completion_ids, the rows' columns, of which `row` is their number.
+    """
+    P, halves = len(batch), [r for r in (clean, fresh) if r]
+    ids = [[tokens[mask].tolist() for tokens, mask in zip(r.tokens, r.mask, strict=True)] for r in halves]
+    both = [[np.fromiter(x, dtype=object).reshape(P, -1) for x in part] for part in (map(policy.decode, halves), ids)]
+    texts, ids = (np.concatenate(part, axis=1) for part in both)  # (P, G)
+    repeated = [row for row in batch for _ in range(texts.shape[1])]
+    columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "images"}
+    scores = rewards.total_reward(
+        texts.flatten().tolist(), rewards=functions, completion_ids=ids.flatten().tolist(), **columns
+    )
+    return texts.tolist(), {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
+
+
+class Part(NamedTuple):
+    """Responses that are updated on the same prompts and images."""
+
+    prompts: Prompts
+    tokens: Tensor  # (P, n, T)
+    mask: Tensor  # (P, n, T)
+    keep: Tensor  # (P, n, T) the tokens whose policy gradient counts
+    weights: Tensor  # (P, n, T) of |log pi - log pi_old|
+    advantages: Tensor  # (P, n)
+    bonus: Tensor  # (P, n) the entropy's coefficient
+
+    def rows(self, start: int, stop: int) -> "Part":
+        return Part(*(x[start:stop] for x in self))
+
+    def score(self, policy: torch.nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+        """-> log-probs, entropies: (P * n, T)"""
+        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)
+
+
+def update(
+    cfg: Config,
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    reference: Policy | None,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    micro: int,
+    step: int,
+) -> dict[str, float]:
+    """Step 6: updates_per_step optimiser steps, each over micro-batches with one normaliser: all its response tokens.
+
+    Old log-probs are those of the image that conditions the update. With one update they are the scored ones, detached
+    (ratio 1); with several they are computed first. Returns the global loss and its metrics.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        refuse_text_alone(cfg, rollouts.prompts, micro, step)
+    parts = update_parts(cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step))
+    P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    old = None
+    if cfg.updates_per_step > 1:
+        with torch.no_grad():
+            old = [[p.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for p in parts] for i in range(0, P, micro)]
+    sums, norms, size = Counter(), [], P // cfg.updates_per_step
+    for start in range(0, P, size):
+        tokens = sum(part.mask[start : start + size].sum() for part in parts)
+        tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # of the optimiser step, over all processes
+        for i in range(start, start + size, micro):
+            with accelerator.accumulate(wrapped):
+                loss = 0.0
+                for k, part in enumerate(part.rows(i, i + micro) for part in parts):
+                    logprobs, entropy = part.score(wrapped, cfg.temperature)  # (P * n, T)
+                    mask = part.mask.flatten(0, 1)
+                    before = old[i // micro][k] if old else logprobs.detach()
+                    advantages, keep = part.advantages.flatten(), part.keep.flatten(0, 1)
+                    clip = (1.0, math.inf) if cfg.update_control in UNCLIPPED else (cfg.clip_low, cfg.clip_high)
+                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
+                    if cfg.update_control != "none":
+                        metrics |= control_terms(part, logprobs, before, entropy, tokens)
+                        part_loss = part_loss + metrics["control/loss"]
+                    if reference is not None:
+                        with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
+                            anchor = part.score(reference, cfg.temperature)[0]
+                        pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
+                        metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
+                        part_loss = part_loss + cfg.kl_coef * metrics["kl"]
+                    loss = loss + part_loss
+                    sums.update({name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()})
+                # DDP averages over processes and accelerate divides by the micro-batches: the normaliser did both
+                accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+                if accelerator.sync_gradients:
+                    norms.append(float(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm)))
+                    stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
+                optimizer.step()
+                optimizer.zero_grad()
+    losses = torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step
+    losses = accelerator.reduce(losses, "sum").tolist()
+    return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
+
+
+def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
+    """All G responses, the clean ones first; and the log-probs and entropies of their sampling: (P, G, T)."""
+    halves = [(r.tokens, r.mask, r.logprobs, r.entropy) for r in (x.clean, x.fresh) if r]
+    halves = [[by_prompt(y, len(x.prompts)) for y in half] for half in halves]
+    longest = max(half[0].shape[2] for half in halves)
+    padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
+    tokens, mask, logprobs, entropy = (torch.cat(y, dim=1) for y in zip(*padded, strict=True))
+    if cfg.zero_variance == "drop":
+        mask = mask & ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
+    no_weights, no_bonus = torch.zeros_like(logprobs), torch.zeros_like(x.advantages)
+    return Part(x.prompts, tokens, mask, mask, no_weights, x.advantages, no_bonus), logprobs, entropy
+
+
+def controlled(
+    cfg: Config,
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    x: Rollouts,
+    micro: int,
+    step: int,
+) -> Part:
+    """All G responses as update_control treats them: once a batch of rollouts, over all processes'.
+
+    An adaptive coefficient lives in the optimiser's parameter group: it is saved, and resumed, with it.
+    """
+    part, logprobs, entropy = joined(cfg, x)
+    if cfg.update_control == "none":
+        return part
+    P = len(x.prompts)
+    tensors = {"mask": part.mask, "logprobs": logprobs, "entropy": entropy, "advantages": x.advantages}
+    tensors |= {"accuracy": x.scores["accuracy"]}
+    if cfg.update_control == "vogue":  # what was sampled on the intervened image, scored on the clean one
+        tokens, mask = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
+        noisy = part._replace(tokens=tokens, mask=mask)
+        with torch.no_grad():
+            raw = [noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for i in range(0, P, micro)]
+        tensors["divergence"] = by_prompt(controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P)
+    own = {"clean_mask": x.clean.mask, "clean_entropy": x.clean.entropy}  # dropped groups too: the policy's own entropy
+    tensors |= {name: by_prompt(y, P) for name, y in own.items()}
+    if accelerator.num_processes > 1:  # the controls choose among all of the step's tokens
+        wide = {k: accelerator.pad_across_processes(y, dim=2).to(y.dtype).contiguous() for k, y in tensors.items()}
+        apart = {k: y.unflatten(0, (-1, P)) for k, y in accelerator.gather(wide).items()}  # (processes, P, ...)
+        tensors = {k: y.transpose(0, 1).flatten(0, 1) for k, y in apart.items()}  # as my_rows dealt them out
+    mean_entropy = float(tensors.pop("clean_entropy")[tensors.pop("clean_mask")].mean())
+    generator = torch.Generator().manual_seed(seeds_of(cfg, step, [0], CONTROL)[0])
+    treated = controls.treat(
+        cfg, **tensors, mean_entropy=mean_entropy, state=optimizer.param_groups[0], generator=generator
+    )
+    own, T = slice(accelerator.process_index, None, accelerator.num_processes), part.mask.shape[2]
+    mine = {name: y[own, :, :T] if y.ndim == 3 else y[own] for name, y in treated._asdict().items()}
+    return part._replace(**mine)
+
+
+def update_parts(cfg: Config, x: Rollouts, whole: Part) -> list[Part]:
+    """condition clean: all G responses on the clean image; sampled: each on the image it was sampled from."""
+    if cfg.condition == "clean" or x.fresh is None:
+        return [whole]
+    n, parts = cfg.clean_rollouts, []
+    for prompts, own, half in ((x.prompts, slice(n), x.clean), (x.attacked, slice(n, None), x.fresh)):
+        T = half.tokens.shape[1]
+        parts.append(Part(prompts, *(y[:, own, :T] if y.ndim == 3 else y[:, own] for y in whole[1:])))
+    return parts
+
+
+def control_terms(part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """The control's own term of the loss, the share of tokens that it treats, the entropy's mean coefficient."""
+    mask, keep, weights = (x.flatten(0, 1) for x in (part.mask, part.keep, part.weights))  # (P * n, T)
+    penalty = controls.log_ratio_penalty(logprobs, before, weights, mask, tokens)
+    return {
+        "control/loss": penalty + controls.entropy_bonus(entropy, mask, part.bonus.flatten(), tokens),
+        "control/tokens": (mask & (~keep | (weights > 0))).sum() / tokens,
+        "control/bonus": (part.bonus.flatten()[:, None] * mask).sum() / tokens,
+    }
+
+
+def refuse_text_alone(cfg: Config, prompts: Prompts, micro: int, step: int) -> None:
+    """ZeRO-2 sums the processes' gradients in the order in which they come: each micro-batch must reach all of them."""
+    if cfg.freeze == "vision+projector" or cfg.lora_rank:  # nothing that only pictures reach is trained
+        return
+    if not all(any(prompts.counts[i : i + micro]) for i in range(0, len(prompts), micro)):
+        raise ValueError(
+            f"step {step}: a micro-batch of text alone, which ZeRO-2 cannot train: take recipes/accelerate/fsdp2.yaml, "
+            "--freeze vision+projector, or a larger --micro_prompts"
+        )
+
+
+def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
+    """All processes have the same norm, and stop together, before the parameters are touched (under ZeRO-2: after)."""
+    if not math.isfinite(norm):
+        path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
+        torch.save(asdict(rollouts), path)
+        raise FloatingPointError(
+            f"step {step}: the gradient is not finite (norm {norm}); the batch is in {path}, the last checkpoint good. "
+            "Likely causes: a learning rate too high, or bfloat16 parameters (float32 with mixed precision is safer)"
+        )
+
+
+def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> dict[str, float]:
+    """What this process's rollouts look like; every value a mean over its prompts. METRICS.md defines each name."""
+    n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
+    quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
+    tensors = x.scores | {
+        "zero_variance": grpo.equal_groups(x.scores["accuracy"]),
+        "entropy/clean": tsec.selective_entropy(x.clean.entropy, x.clean.mask),
+        "entropy/selected": tsec.selective_entropy(x.clean.entropy, x.keep),
+        "tsec/kept": x.keep.sum(dim=1) / x.clean.mask.sum(dim=1),
+        "tsec/low": quantile(cfg.tsec_low),
+        "tsec/high": quantile(cfg.tsec_high),
+        "distinct": torch.tensor([len(set(group)) / len(group) for group in x.texts]),
+        "length": torch.cat([r.mask.sum(dim=1) for r in halves]),
+        "truncated": torch.cat([r.truncated(policy.eos_ids) for r in halves]),
+    }
+    if x.fresh is not None:
+        P = range(len(x.prompts))
+        pairs = [list(zip(x.attacked[i : i + 1].images, x.prompts[i : i + 1].images, strict=True)) for i in P]
+        parts = [slice(i, i + micro) for i in range(0, len(x.prompts), micro)]
+        at = lambda part: entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature, part)  # noqa: E731
+        with torch.no_grad():
+            tensors["entropy/attacked"] = torch.cat([at(part)(x.attacked[part].images) for part in parts])
+        tensors |= {
+            "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
+            # a value a prompt, 0 and 99 of text alone or unchanged: then the mean over processes is that over prompts
+            "attack/linf": torch.tensor([max([(a - b).abs().max() for a, b in pair], default=0.0) for pair in pairs]),
+            "attack/psnr": torch.tensor([min([99.0, *(egas.psnr(a, b) for a, b in pair)]) for pair in pairs]),
+        }
+        for name in ("reward", "accuracy"):
+            scores = x.scores[name]
+            tensors |= {f"{name}/clean": scores[:, :n], f"{name}/adversarial": scores[:, n:]}
+        found, found_fresh = (tensors[f"accuracy/{half}"].any(dim=1) for half in ("clean", "adversarial"))  # (P,)
+        tensors |= {"rescued": found_fresh & ~found, "lost": found & ~found_fresh}
+    return {name: values.float().mean().item() for name, values in tensors.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- plumbing
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
@@ -474,250 +709,9 @@ def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:
         if name in parts:
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already; rename the function")
         parts[name] = function, weight
-    columns = {name: [value] for name, value in row.items() if name != "images"} | {"completion_ids": [[0]], "row": [0]}
+    columns = {name: [value] for name, value in row.items() if name != "images"} | {"completion_ids": [[0]]}
     rewards.total_reward(["<think>a synthetic call</think> \\boxed{0}"], rewards=parts, **columns)
     return parts
-
-
-def reward(
-    functions: rewards.Rewards,
-    policy: Policy,
-    batch: list[dict],
-    indices: list[int],
-    clean: Responses,
-    fresh: Responses | None,
-) -> tuple[list[list[str]], dict[str, Tensor]]:
-    """Step 5: the responses' texts and {"reward", "accuracy", "format", ...}, all (P, G), the clean ones first.
-
-    A reward gets TRL's arguments: completions, the rows' columns, completion_ids; and `row`, their number in the data.
-    """
-    P, halves = len(batch), [r for r in (clean, fresh) if r]
-    ids = [[tokens[mask].tolist() for tokens, mask in zip(r.tokens, r.mask, strict=True)] for r in halves]
-    both = [[np.fromiter(x, dtype=object).reshape(P, -1) for x in part] for part in (map(policy.decode, halves), ids)]
-    texts, ids = (np.concatenate(part, axis=1) for part in both)  # (P, G)
-    repeated = [row | {"row": i} for row, i in zip(batch, indices, strict=True) for _ in range(texts.shape[1])]
-    columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "images"}
-    scores = rewards.total_reward(
-        texts.flatten().tolist(), rewards=functions, completion_ids=ids.flatten().tolist(), **columns
-    )
-    return texts.tolist(), {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
-
-
-class Part(NamedTuple):
-    """Responses that are updated on the same prompts and images."""
-
-    prompts: Prompts
-    tokens: Tensor  # (P, n, T)
-    mask: Tensor  # (P, n, T)
-    keep: Tensor  # (P, n, T) the tokens whose policy gradient counts
-    weights: Tensor  # (P, n, T) of |log pi - log pi_old|
-    advantages: Tensor  # (P, n)
-    bonus: Tensor  # (P, n) the entropy's coefficient
-
-    def rows(self, start: int, stop: int) -> "Part":
-        return Part(*(x[start:stop] for x in self))
-
-    def score(self, policy: torch.nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
-        """-> log-probs, entropies: (P * n, T)"""
-        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)
-
-
-def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
-    """All G responses, the clean ones first; and the log-probs and entropies of their sampling: (P, G, T)."""
-    halves = [(r.tokens, r.mask, r.logprobs, r.entropy) for r in (x.clean, x.fresh) if r]
-    halves = [[by_prompt(y, len(x.prompts)) for y in half] for half in halves]
-    longest = max(half[0].shape[2] for half in halves)
-    padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
-    tokens, mask, logprobs, entropy = (torch.cat(y, dim=1) for y in zip(*padded, strict=True))
-    if cfg.zero_variance == "drop":
-        mask = mask & ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
-    no_weights, no_bonus = torch.zeros_like(logprobs), torch.zeros_like(x.advantages)
-    return Part(x.prompts, tokens, mask, mask, no_weights, x.advantages, no_bonus), logprobs, entropy
-
-
-def controlled(
-    cfg: Config,
-    accelerator: Accelerator,
-    wrapped: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    x: Rollouts,
-    micro: int,
-    step: int,
-) -> Part:
-    """All G responses as update_control treats them: once a batch of rollouts, over all processes'.
-
-    An adaptive coefficient lives in the optimiser's parameter group: it is saved, and resumed, with it.
-    """
-    part, logprobs, entropy = joined(cfg, x)
-    if cfg.update_control == "none":
-        return part
-    P, divergence = len(x.prompts), None
-    if cfg.update_control == "vogue":  # what was sampled on the intervened image, scored on the clean one
-        tokens, mask = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
-        noisy = part._replace(tokens=tokens, mask=mask)
-        with torch.no_grad():
-            raw = [noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for i in range(0, P, micro)]
-        divergence = by_prompt(controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P)
-    clean = [by_prompt(y, P) for y in (x.clean.mask, x.clean.entropy)]  # dropped groups too: the policy's own entropy
-    tensors = [part.mask, logprobs, entropy, x.advantages, x.scores["accuracy"], divergence, *clean]
-    if accelerator.num_processes > 1:  # the controls choose among all of the step's tokens
-        wide = [y if y is None else accelerator.pad_across_processes(y, dim=2).to(y.dtype) for y in tensors]
-        parts = [y if y is None else accelerator.gather(y.contiguous()).unflatten(0, (-1, P)) for y in wide]
-        tensors = [y if y is None else y.transpose(0, 1).flatten(0, 1) for y in parts]  # as my_rows dealt them out
-    *batch, clean_mask, clean_entropy = tensors
-    mean_entropy = float(clean_entropy[clean_mask].mean())
-    generator = torch.Generator().manual_seed(seeds_of(cfg, step, [0], 3)[0])
-    treated = controls.treat(cfg, *batch, mean_entropy, optimizer.param_groups[0], generator)
-    own, T = slice(accelerator.process_index, None, accelerator.num_processes), part.mask.shape[2]
-    mine = {name: y[own, :, :T] if y.ndim == 3 else y[own] for name, y in treated._asdict().items()}
-    return part._replace(**mine)
-
-
-def update_parts(cfg: Config, x: Rollouts, whole: Part) -> list[Part]:
-    """condition clean: all G responses on the clean image; sampled: each on the image it was sampled from."""
-    if cfg.condition == "clean" or x.fresh is None:
-        return [whole]
-    n, parts = cfg.clean_rollouts, []
-    for prompts, own, half in ((x.prompts, slice(n), x.clean), (x.attacked, slice(n, None), x.fresh)):
-        T = half.tokens.shape[1]
-        parts.append(Part(prompts, *(y[:, own, :T] if y.ndim == 3 else y[:, own] for y in whole[1:])))
-    return parts
-
-
-def control_terms(part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """The control's own term of the loss, the share of tokens that it treats, the entropy's mean coefficient."""
-    mask, keep, weights = (x.flatten(0, 1) for x in (part.mask, part.keep, part.weights))  # (P * n, T)
-    penalty = controls.log_ratio_penalty(logprobs, before, weights, mask, tokens)
-    return {
-        "control/loss": penalty + controls.entropy_bonus(entropy, mask, part.bonus.flatten(), tokens),
-        "control/tokens": (mask & (~keep | (weights > 0))).sum() / tokens,
-        "control/bonus": (part.bonus.flatten()[:, None] * mask).sum() / tokens,
-    }
-
-
-def update(
-    cfg: Config,
-    accelerator: Accelerator,
-    wrapped: torch.nn.Module,
-    reference: Policy | None,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    micro: int,
-    step: int,
-) -> dict[str, float]:
-    """Step 6: updates_per_step optimiser steps, each over micro-batches with one normaliser: all its response tokens.
-
-    Old log-probs are those of the image that conditions the update. With one update they are the scored ones, detached
-    (ratio 1); with several they are computed first. Returns the global loss and its metrics.
-    """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        refuse_text_alone(cfg, rollouts.prompts, micro, step)
-    parts = update_parts(cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step))
-    P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    old = None
-    if cfg.updates_per_step > 1:
-        with torch.no_grad():
-            old = [[p.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for p in parts] for i in range(0, P, micro)]
-    sums, norms, size = Counter(), [], P // cfg.updates_per_step
-    for start in range(0, P, size):
-        tokens = sum(part.mask[start : start + size].sum() for part in parts)
-        tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # of the optimiser step, over all processes
-        for i in range(start, start + size, micro):
-            with accelerator.accumulate(wrapped):
-                loss = 0.0
-                for k, part in enumerate(part.rows(i, i + micro) for part in parts):
-                    logprobs, entropy = part.score(wrapped, cfg.temperature)  # (P * n, T)
-                    mask = part.mask.flatten(0, 1)
-                    before = old[i // micro][k] if old else logprobs.detach()
-                    advantages, keep = part.advantages.flatten(), part.keep.flatten(0, 1)
-                    clip = (1.0, math.inf) if cfg.update_control in UNCLIPPED else (cfg.clip_low, cfg.clip_high)
-                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
-                    if cfg.update_control != "none":
-                        metrics |= control_terms(part, logprobs, before, entropy, tokens)
-                        part_loss = part_loss + metrics["control/loss"]
-                    if reference is not None:
-                        with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
-                            anchor = part.score(reference, cfg.temperature)[0]
-                        pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
-                        metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
-                        part_loss = part_loss + cfg.kl_coef * metrics["kl"]
-                    loss = loss + part_loss
-                    sums.update({name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()})
-                # DDP averages over processes and accelerate divides by the micro-batches: the normaliser did both
-                accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
-                if accelerator.sync_gradients:
-                    norms.append(float(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm)))
-                    stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
-                optimizer.step()
-                optimizer.zero_grad()
-    losses = torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step
-    losses = accelerator.reduce(losses, "sum").tolist()
-    return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
-
-
-def refuse_text_alone(cfg: Config, prompts: Prompts, micro: int, step: int) -> None:
-    """ZeRO-2 sums the processes' gradients in the order in which they come: each micro-batch must reach all of them."""
-    if cfg.freeze == "vision+projector" or cfg.lora_rank:  # nothing that only pictures reach is trained
-        return
-    if not all(any(prompts.counts[i : i + micro]) for i in range(0, len(prompts), micro)):
-        raise ValueError(
-            f"step {step}: a micro-batch of text alone, which ZeRO-2 cannot train: take recipes/accelerate/fsdp2.yaml, "
-            "--freeze vision+projector, or a larger --micro_prompts"
-        )
-
-
-def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
-    """All processes have the same norm, and stop together, before the parameters are touched (under ZeRO-2: after)."""
-    if not math.isfinite(norm):
-        path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
-        torch.save(asdict(rollouts), path)
-        raise FloatingPointError(
-            f"step {step}: the gradient is not finite (norm {norm}); the batch is in {path}, the last checkpoint good. "
-            "Likely causes: a learning rate too high, or bfloat16 parameters (float32 with mixed precision is safer)"
-        )
-
-
-def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> dict[str, float]:
-    """What this process's rollouts look like; every value a mean over its prompts. METRICS.md defines each name."""
-    n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
-    quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
-    tensors = x.scores | {
-        "zero_variance": grpo.equal_groups(x.scores["accuracy"]),
-        "entropy/clean": tsec.selective_entropy(x.clean.entropy, x.clean.mask),
-        "entropy/selected": tsec.selective_entropy(x.clean.entropy, x.keep),
-        "tsec/kept": x.keep.sum(dim=1) / x.clean.mask.sum(dim=1),
-        "tsec/low": quantile(cfg.tsec_low),
-        "tsec/high": quantile(cfg.tsec_high),
-        "distinct": torch.tensor([len(set(group)) / len(group) for group in x.texts]),
-        "length": torch.cat([r.mask.sum(dim=1) for r in halves]),
-        "truncated": torch.cat([r.truncated(policy.eos_ids) for r in halves]),
-    }
-    if x.fresh is not None:
-        P = range(len(x.prompts))
-        pairs = [list(zip(x.attacked[i : i + 1].images, x.prompts[i : i + 1].images, strict=True)) for i in P]
-        parts = [slice(i, i + micro) for i in range(0, len(x.prompts), micro)]
-        objectives = [entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature, part) for part in parts]
-        with torch.no_grad():
-            values = [objective(x.attacked[part].images) for objective, part in zip(objectives, parts, strict=True)]
-            tensors["entropy/attacked"] = torch.cat(values)
-        tensors |= {
-            "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
-            # a value a prompt, 0 and 99 of text alone or unchanged: then the mean over processes is that over prompts
-            "attack/linf": torch.tensor([max([(a - b).abs().max() for a, b in pair], default=0.0) for pair in pairs]),
-            "attack/psnr": torch.tensor([min([99.0, *(egas.psnr(a, b) for a, b in pair)]) for pair in pairs]),
-        }
-        for name in ("reward", "accuracy"):
-            tensors[f"{name}/clean"], tensors[f"{name}/adversarial"] = x.scores[name].split(
-                (n, cfg.rollouts - n), dim=1
-            )
-        found, found_fresh = (tensors[f"accuracy/{half}"].any(dim=1) for half in ("clean", "adversarial"))  # (P,)
-        tensors |= {"rescued": found_fresh & ~found, "lost": found & ~found_fresh}
-    return {name: values.float().mean().item() for name, values in tensors.items()}
-
-
-# ----------------------------------------------------------------------------------------------------------- plumbing
 
 
 def seeds_of(cfg: Config, step: int, rows: list[int], branch: int) -> list[int]:
@@ -827,7 +821,7 @@ def load_config(argv: list[str]) -> Config:
     parser.add_argument("--config", help="a YAML recipe: any of the options below, by name")
     path = parser.parse_known_args(argv)[0].config
     if path is not None:
-        recipe = yaml.safe_load(Path(path).read_text())
+        recipe = yaml.safe_load(Path(path).read_text()) or {}
         known = [f.name for f in fields(Config)]
         if unknown := sorted(set(recipe) - set(known)):
             raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
@@ -838,6 +832,6 @@ def load_config(argv: list[str]) -> Config:
 if __name__ == "__main__":
     try:
         config = load_config(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         sys.exit(f"train_saei.py: {error}")
     main(config)

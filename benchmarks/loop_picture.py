@@ -49,7 +49,7 @@ def one_prompt() -> dict:
         keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope, cfg.tsec_keep)
         attacked = train_saei.intervene(cfg, policy, prompts, clean, keep, 0, seeds[1], 1)
         fresh = train_saei.sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds[2])
-        _, scores = train_saei.reward(functions, policy, [row], index, clean, fresh)
+        _, scores = train_saei.reward(functions, policy, [row], clean, fresh)
         if not grpo.equal_groups(scores["accuracy"]):
             break
     else:

@@ -121,7 +121,7 @@ class Ours:
             fresh = train_saei.sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds)
         clock.lap("sample")
         functions = {"accuracy": (parity, 1.0)}
-        texts, scores = train_saei.reward(functions, policy, self.batch, rows, clean, fresh)
+        texts, scores = train_saei.reward(functions, policy, self.batch, clean, fresh)
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = train_saei.Rollouts(self.batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
         train_saei.sampling_metrics(cfg, policy, rollouts, len(rows))

@@ -24,7 +24,8 @@ import train_saei  # noqa: E402
 from demo.task import make_row  # noqa: E402
 from policy import Policy, Prompts, Responses  # noqa: E402
 
-ROWS = [make_row("plain/train", i) | ({"images": []} if i % 2 else {}) for i in range(4)]
+PICTURES = [make_row("plain/train", i) | {"row": i} for i in range(4)]
+ROWS = [row | ({"images": []} if i % 2 else {}) for i, row in enumerate(PICTURES)]
 CASES = {
     "mixed": {"update_control": "top_entropy"},  # tokens are chosen among those of all processes
     # rows 1 and 3 are dropped: nothing of some processes is. The bonus' coefficient is global, saved and resumed
@@ -76,7 +77,7 @@ def run(folder: Path, way: str, case: str, **changes) -> None:
         deepspeed_on_cpus()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    rows = [make_row("plain/train", i) for i in range(4)] if case == "pictures" else ROWS
+    rows = PICTURES if case == "pictures" else ROWS
     train_saei.data.load_rows = lambda *_, **__: rows
     train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(*args, dropped=case == "drop", **columns)
     settings = dict(model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4)

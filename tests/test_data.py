@@ -106,7 +106,7 @@ def test_bad_row_is_refused_with_its_index_or_skipped_and_named(tmp_path, pictur
     with pytest.raises(ValueError, match=f"row 1: {reason}.*--bad_rows skip"):
         load_rows(path, "train")
     rows = load_rows(path, "train", bad_rows="skip")
-    assert [row["answer"] for row in rows] == ["3", "4"]
+    assert [row["answer"] for row in rows] == ["3", "4"] and [row["row"] for row in rows] == [0, 2]
     said = capsys.readouterr().out
     assert "skipped row 1: " in said and "skipped 1 bad rows" in said
 

@@ -118,6 +118,7 @@ def copy_of(name: str, folder: Path, **changes) -> str:
 def test_a_copy_of_the_hub_set_becomes_our_row(tmp_path, name):
     (row,) = data.load_rows(copy_of(name, tmp_path), "test", preset=name, template="none")
     assert [x.size for x in row.pop("images")] == [(40, 30)]
+    assert row.pop("row") == 0
     assert {k: v for k, v in row.items() if v is not None} == SAMPLES[name][2]
     assert {"problem", "answer", "choices", "precision"} <= set(row)
     json.dumps(row)  # predictions and samples are written as JSON
@@ -308,6 +309,7 @@ def test_eval_reports_them_and_says_that_it_scored_by_rule(tiny, tmp_path, capsy
     path = copy_of("hallusionbench", tmp_path)
     settings = {"preset": "hallusionbench", "dataset": path, "samples": 2, "k": [1], "max_new_tokens": 4}
     result = evaluation.main(evaluation.EvalConfig(tiny, str(tmp_path / "out"), **settings))
+    assert result["dataset"] == path
     assert result["official"] == {"image": {"aAcc": 0.0, "fAcc": 0.0, "qAcc": 0.0}}
     assert "a language model" in json.loads((tmp_path / "out.json").read_text())["by_rule"]
     assert "aAcc 0" in capsys.readouterr().out

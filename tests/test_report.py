@@ -103,6 +103,10 @@ def test_page_has_every_part(tmp_path):
     assert "demo (SaEI): 40 steps, each of 16 prompts with 8 responses, of demo/synthetic on demo shifted/train" in said
     assert "4 of the 8 responses come from an attacked image" in said and "by at most 4/255" in said
     assert "still going" not in said
+    config = yaml.safe_load((tmp_path / "demo/config.yaml").read_text())
+    (tmp_path / "demo/config.yaml").write_text(yaml.safe_dump(config | {"preset": "geometry3k", "split": None}))
+    named = words(parse(report.build_report([tmp_path / "demo"]))[1])
+    assert "of demo/synthetic on geometry3k . 4 of the 8" in named
     assert "35.0% 32.0–38.0 65.0% 62.0–68.0 +30.0" in said  # shifted/test, greedy: before, after, change
     assert "0.310 0.300–0.320 0.160 0.150–0.170 −0.150" in said  # entropy
     charts = [svg.get("aria-label") for svg in tree.iter("svg") if svg.get("role") == "img"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -72,6 +73,8 @@ def test_unknown_recipe_key_is_named(tmp_path):
     recipe.write_text("epsilon: 0.01\n")
     with pytest.raises(ValueError, match="unknown epsilon; known are .*eps"):
         load_config(["--config", str(recipe)])
+    recipe.write_text("# all defaults\n")
+    assert load_config(["--config", str(recipe)]) == Config()
 
 
 @pytest.mark.parametrize(
@@ -94,16 +97,28 @@ def test_bad_configuration_is_refused(changes, message):
         Config(**changes)
 
 
-def test_command_line_says_one_line_and_no_traceback():
-    command = [sys.executable, str(ROOT / "train_saei.py"), "--intervention", "fgsm"]
+@pytest.mark.parametrize(
+    "recipe, message", [("intervention: fgsm", "intervention must be one of"), ("a: [1", "line 1")]
+)
+def test_command_line_says_one_line_and_no_traceback(tmp_path, recipe, message):
+    (tmp_path / "r.yaml").write_text(recipe)
+    command = [sys.executable, str(ROOT / "train_saei.py"), "--config", str(tmp_path / "r.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "train_saei.py: intervention must be one of" in done.stderr
+    assert done.returncode == 1 and "train_saei.py: " in done.stderr and message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_missing_tracker_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="the tracker comet_ml is not installed: pip install comet_ml"):
         main(short(tiny, tmp_path, report_to="comet_ml"))
+
+
+def test_a_tracker_gets_plain_values(tiny, tmp_path, monkeypatch):
+    """tensorboard takes no lists."""
+    seen = {}
+    monkeypatch.setattr(train_saei.Accelerator, "init_trackers", lambda self, name, config: seen.update(config))
+    runs.Log(short(tiny, tmp_path, report_to="any"), train_saei.Accelerator(), 0)
+    assert seen["reward"] == "[]" and all(isinstance(value, (int, float, str, bool)) for value in seen.values())
 
 
 def test_work_that_does_not_divide_is_refused():
@@ -327,15 +342,25 @@ def test_an_error_in_a_reward_names_the_row(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train_saei, "my_rows", lambda *_: [7, 3])
     with pytest.raises(RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"):
         main(short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:late_error"]))
+    rows = train_saei.data.load_rows("demo", "plain/train", limit=9)
+    rows.keep = [0, 1, 3, 4, 5, 6, 7, 8]  # row 2 is left out: a row is named by its number in the set
+    monkeypatch.setattr(train_saei.data, "load_rows", lambda *_, **__: rows)
+    monkeypatch.setattr(train_saei, "my_rows", lambda *_: [7, 2])
+    with pytest.raises(RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"):
+        main(short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:late_error"], overwrite=True))
 
 
 def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
-    main(short(tiny, tmp_path, steps=5, intervention="none"))
+    main(short(tiny, tmp_path, steps=5, save_every=4, intervention="none"))
     assert "no correct answer in 5 steps. Does the problem ask for \\boxed{}" in "".join(capfd.readouterr())
+    shutil.rmtree(tmp_path / "checkpoints/step-000005")
+    main(short(tiny, tmp_path, steps=5, save_every=4, intervention="none", resume=True))
+    assert "no correct answer" not in "".join(capfd.readouterr())  # one step tells nothing
 
 
-def test_trap_01_identical_rollouts_are_said(tiny, tmp_path, capfd):
-    main(short(tiny, tmp_path, steps=1, intervention="none", temperature=1e-6))
+@pytest.mark.parametrize("rollouts", [3, 4])  # in float32, 1 / 3 is above 1 / 3
+def test_trap_01_identical_rollouts_are_said(tiny, tmp_path, capfd, rollouts):
+    main(short(tiny, tmp_path, steps=1, intervention="none", temperature=1e-6, rollouts=rollouts))
     assert "all rollouts of every prompt are identical" in "".join(capfd.readouterr())
 
 
