@@ -201,6 +201,8 @@ def test_every_fenced_block_is_one_that_is_made_or_run():
     assert {kind for kind, _ in blocks} == {"bash"} and page.count("```") == 2 * len(blocks)
     lines = [line.split("#")[0].split() for line in "\n".join(text for _, text in blocks).splitlines()]
     assert lines == [
+        ["bash", "run.sh", "test"],
+        [".", ".venv/bin/activate"],
         ["python", "walkthrough/worked_example.py"],
         ["python", "-m", "pytest", "walkthrough"],
         ["cp", "-r", "walkthrough", "mine"],

@@ -220,8 +220,8 @@ def otherwise_1(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
             f"{off_clip:.0%} of the ratios are outside the clip range before any update",
         ),
         (
-            "a checkpoint's near-greedy `generation_config` (top_k = 1)",
-            f"{kinds} distinct responses in {b.P} groups of {b.n}: every advantage is 0, nothing is learnt",
+            "a checkpoint's `generation_config` obeyed, with top_k = 1",
+            f"{kinds} distinct responses in the {b.P} clean halves of {b.n}: within one, nothing is left to compare",
         ),
         (
             f"response positions counted in tokens: {shift} too high, since the image's 9 tokens take 3",
@@ -262,7 +262,8 @@ def otherwise_3(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     }
     with torch.no_grad():
         clean = H(x).mean()
-        rows = [(name, f"entropy of TsEC's tokens {H(y).mean() / clean - 1:+.0%}") for name, y in images.items()]
+        gains = {name: round(float(H(y).mean() / clean - 1), 2) + 0.0 for name, y in images.items()}  # + 0.0: no -0%
+        rows = [(name, f"entropy of TsEC's tokens {gain:+.0%}") for name, gain in gains.items()]
     free = [y.clone() for y in x]  # the same PGD without [0, 1]
     with frozen(policy):
         for _ in range(CFG.pgd_steps):
@@ -282,7 +283,7 @@ def weights_touched(policy: Policy, b: SimpleNamespace, H) -> tuple[str, str]:
     times = left.norm() / b.gradient.norm()
     return (
         "`backward()` with trainable weights, in place of `autograd.grad` with frozen ones",
-        f"each PGD step leaves {times:.0f} times the policy gradient in the weights' `.grad`; "
+        f"one `backward()` leaves {times:.0f} times the policy gradient's norm in the weights' `.grad`; "
         f"cosine of the sum to the policy gradient {cosine:.2f}",
     )
 
@@ -305,11 +306,15 @@ def copies_apart(policy: Policy, b: SimpleNamespace) -> tuple[str, str]:
 
 
 def otherwise_4(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
-    """The second round of sampling: seeds, and pass@k of what came out."""
+    """The second round of sampling: seeds, what the group gains, and pass@k of what came out."""
     again = policy.decode(draw(policy, b.attacked, b.n, 0))
     clean, fresh = policy.decode(b.clean), policy.decode(b.fresh)
     twins = lambda texts: sum(a == c for a, c in zip(texts, clean, strict=True)) / len(clean)  # noqa: E731
-    right, n, k = b.accuracy.sum(1).int().tolist(), 2 * b.n, 4
+    more = policy.decode(draw(policy, b.prompts, b.n, 4))  # a further half on the clean images
+    more = rewards.accuracy_reward(more, [row["answer"] for row in b.rows for _ in range(b.n)])
+    plain = torch.cat([b.accuracy[:, : b.n], by_prompt(torch.tensor(more), b.P)], dim=1)
+    differ = [b.P - int(grpo.equal_groups(accuracy).sum()) for accuracy in (plain, b.accuracy)]
+    right, n, k = b.accuracy[:, : b.n].sum(1).int().tolist(), b.n, 2
     unbiased = sum(pass_at_k(n, c, k) for c in right) / b.P
     plug_in = sum(1 - (1 - c / n) ** k for c in right) / b.P
     return [
@@ -319,7 +324,11 @@ def otherwise_4(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
             f"with seeds of their own {twins(fresh):.0%}",
         ),
         (
-            f"pass@{k} from {n} responses as 1 - (1 - c/n)^{k}",
+            "all G on the clean image: plain GRPO",
+            f"{differ[0]} of {b.P} groups hold right and wrong responses; half of G on the attacked image: {differ[1]}",
+        ),
+        (
+            f"pass@{k} from the {n} clean responses as 1 - (1 - c/n)^{k}",
             f"{plug_in:.3f}, too low: without bias {unbiased:.3f}",
         ),
     ]
@@ -329,7 +338,7 @@ def otherwise_5(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     """Advantages: equal rewards, the divisor of the variance, the group."""
     worst = 0.0
     for G in range(2, 17):
-        equal = torch.full((G,), 1.1)
+        equal = torch.full((G,), 0.9)
         centred = float(equal[0] - sum(equal) / G)  # one by one: the same rounding on every machine
         worst = max(worst, abs(centred) / (abs(centred) * math.sqrt(G / (G - 1)) + 1e-6))
     one = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
@@ -343,7 +352,7 @@ def otherwise_5(policy: Policy, b: SimpleNamespace) -> list[tuple[str, str]]:
     return [
         (
             "no rule for equal rewards, in float32",
-            f"groups of 2 to 16 rewards, all 1.1: \\|A\\| up to {worst:.2f}, which is the rounding of their mean",
+            f"groups of 2 to 16 rewards, all 0.9: \\|A\\| up to {worst:.2f}, which is the rounding of their mean",
         ),
         (
             "std divided by G in place of G - 1",
