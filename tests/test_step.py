@@ -80,7 +80,7 @@ def train(processor, out, monkeypatch, rows=ROWS, lr=1e-3, **changes) -> SimpleN
         m.setattr(Policy, "encode", encode)
         m.setattr(Policy, "sample", sample)
         m.setattr(Policy, "from_pretrained", lambda *args: new_policy(processor))
-        m.setattr(data, "load_rows", lambda *args, **kwargs: rows)
+        m.setattr(data, "load_rows", lambda *args, **kwargs: [row | {"row": i} for i, row in enumerate(rows)])
         m.setattr(rewards, "accuracy_reward", lambda completions, **_: [mark(text) for text in completions])
         settings = dict(model="tiny", output=str(out), steps=1, prompts_per_step=len(rows), rollouts=5, lr=lr)
         settings |= dict(adversarial_rollouts=2, max_new_tokens=7, temperature=0.8, max_grad_norm=1e9, seed=3)
