@@ -50,10 +50,12 @@ ARMS = {
     "clip_cov": "Clip-Cov",
     "kl_cov": "KL-Cov, 2 updates a batch",
     "sent": "SENT's tokens, 2 updates a batch",
+    "saei-two-updates": "SaEI, 2 updates a batch",
+    "saei-kl_cov": "SaEI and KL-Cov, 2 updates a batch",
 }
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 BASES = {"mixed-saei": "mixed-plain", "mixed-plain": None, "kl_cov": "two-updates", "sent": "two-updates"}
-BASES |= {"vogue": "noise"}
+BASES |= {"vogue": "noise", "saei-two-updates": "saei", "saei-kl_cov": "kl_cov"}
 MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
 T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> result
