@@ -109,15 +109,17 @@ class Ours:
         clock = runs.Clock(self.accelerator.device)
         prompts = policy.encode([r["problem"] for r in self.batch], [r["images"] for r in self.batch])
         clock.lap("encode")
-        clean = train_saei.sample(cfg, policy, prompts, cfg.clean_rollouts, train_saei.seeds_of(cfg, step, rows, 0))
+        clean = train_saei.sample(
+            cfg, policy, prompts, cfg.clean_rollouts, train_saei.seeds_of(cfg, step, rows, train_saei.CLEAN)
+        )
         clock.lap("sample")
         keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope)
-        seeds = train_saei.seeds_of(cfg, step, rows, 1)
+        seeds = train_saei.seeds_of(cfg, step, rows, train_saei.ATTACK)
         attacked = train_saei.intervene(cfg, policy, prompts, clean, keep, step, seeds, len(rows))
         clock.lap("attack")
         fresh = None
         if cfg.adversarial_rollouts:
-            seeds = train_saei.seeds_of(cfg, step, rows, 2)
+            seeds = train_saei.seeds_of(cfg, step, rows, train_saei.FRESH)
             fresh = train_saei.sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds)
         clock.lap("sample")
         functions = {"accuracy": (parity, 1.0)}

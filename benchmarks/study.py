@@ -102,8 +102,8 @@ CONTROLS = {  # of the update (entropy_controls.py), in the first setting; in pl
 }
 CONTROLS = {arm: {"intervention": "none", "update_control": arm} | changes for arm, changes in CONTROLS.items()}
 CONTROLS["two-updates"] = {"intervention": "none", "updates_per_step": 2}  # kl_cov's, sent's plain
-TOGETHER = {"update_control": "kl_cov", "cov_share": 0.01}  # of the highest pass@1 when two of the three seeds had run
-CONTROLS |= {"saei-kl_cov": TOGETHER | {"updates_per_step": 2}, "saei-two-updates": {"updates_per_step": 2}}
+# SaEI with the control that had the highest pass@1 when two of the three seeds had run, and with its updates alone
+CONTROLS |= {f"saei-{arm}": CONTROLS[arm] | {"intervention": "egas"} for arm in ("kl_cov", "two-updates")}
 FURTHER = ABLATIONS | CONTROLS
 JUDGE = 99  # seed of the plain GRPO run whose policy judges the pictures of a setting
 SIZES = {"problems": 2000, "samples": 8, "deep": 500, "deep_samples": 32}

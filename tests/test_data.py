@@ -541,7 +541,7 @@ def test_a_stream_checks_rows_as_they_come(tmp_path, policy, capsys):
     path = write(tmp_path, [good(), good(solution=""), good(question="How many? " * 50), good(solution="4")])
     limits = {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": 60}
     rows = load_rows(path, bad_rows="skip", streaming=True, **limits)
-    assert sorted(rows[i]["answer"] for i in range(2)) == ["3", "4"]
+    assert sorted((rows[i]["answer"], rows[i]["row"]) for i in range(2)) == [("3", 0), ("4", 3)]
     rows[3]
     said = capsys.readouterr().out
     assert "skipped row 1: gold answer '' cannot be parsed" in said and "skipped 1 bad rows" in said
