@@ -13,10 +13,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -65,7 +67,7 @@ def clear(out: Path, everything: bool, logs: bool) -> None:
         for name in ("checkpoints", "pictures", "report", "eval"):
             shutil.rmtree(out / name, ignore_errors=True)
     if logs and out.exists():
-        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt", "trace.json"):
+        for name in ("metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"):
             (out / name).unlink(missing_ok=True)
 
 
@@ -99,15 +101,25 @@ def same_processes(cfg, checkpoint: Path, processes: int) -> None:
 
 def same_reference(cfg, reference: torch.nn.Module, accelerator: Accelerator, first_step: int) -> None:
     """Refuse to go on if cfg.model, which kl_coef pulls to, holds other weights than when the run began."""
-    path, bits = Path(cfg.output) / "reference.txt", fingerprint(reference)
-    if first_step and path.exists() and path.read_text() != bits:
-        raise ValueError(
-            f"model={cfg.model} holds other weights than when the run in {cfg.output} began, and kl_coef={cfg.kl_coef} "
-            "pulls to them: put the first ones back"
-        )
+    moved = f"model={cfg.model} holds other weights than when the run in {cfg.output} began, and kl_coef={cfg.kl_coef} "
+    same_as_before(cfg, "reference.txt", fingerprint(reference), moved + "pulls to them", accelerator, first_step)
+
+
+def same_rows(cfg, keep: Sequence[int], accelerator: Accelerator, first_step: int) -> None:
+    """Refuse to go on if the set has other usable rows, or --order lists others, than when the run began."""
+    used = np.asarray(keep, np.int64).tobytes() + (Path(cfg.order).read_bytes() if cfg.order else b"")
+    moved = f"{cfg.order or cfg.dataset} has other rows than when the run in {cfg.output} began: the order would change"
+    same_as_before(cfg, "rows.txt", f"{len(keep)} rows, {zlib.crc32(used):08x}\n", moved, accelerator, first_step)
+
+
+def same_as_before(cfg, name: str, found: str, moved: str, accelerator: Accelerator, first_step: int) -> None:
+    """Compare with the run's file of that name, then write it. Raises ValueError, with `moved`, if it differs."""
+    path = Path(cfg.output) / name
+    if first_step and path.exists() and path.read_text() != found:
+        raise ValueError(f"{moved}; put the first ones back")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        path.write_text(bits)
+        path.write_text(found)
 
 
 def fingerprint(module: torch.nn.Module) -> str:

@@ -224,6 +224,8 @@ def main(cfg: Config) -> None:
     rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, **options)
     if cfg.order:
         check_order(cfg.order, rows)
+    if not cfg.streaming:
+        runs.same_rows(cfg, rows.keep, accelerator, first_step)
     reward_functions = load_rewards(cfg, rows[0])
     wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:

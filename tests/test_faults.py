@@ -20,7 +20,7 @@ import rewards
 import runs
 from benchmarks import kill
 from data import load_rows
-from train_saei import Config, main
+from train_saei import Config, given_order, main
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = """
@@ -227,6 +227,31 @@ def test_another_reference_is_refused(tiny, tmp_path):
     shutil.copy(out / "checkpoints/step-000002/model.safetensors", model)
     with pytest.raises(ValueError, match="holds other weights than when the run .* began, and kl_coef=0.1"):
         main(short(model, out, steps=3, kl_coef=0.1, resume=True))
+
+
+def test_other_rows_are_refused(tiny, tmp_path):
+    """Exact resume: the order of the data follows from the rows that are there, and from --order."""
+    rows, order = tmp_path / "rows.jsonl", tmp_path / "order.json"
+    line = json.dumps({"problem": "1 + 1? Answer in \\boxed{}.", "answer": "2"}) + "\n"
+    rows.write_text(line * 4)
+    order.write_text("[0, 1, 2, 3]")
+    data = dict(dataset=str(rows), split="train", image_column="none", intervention="none")
+
+    def run(name, steps, **changes):
+        given_order.cache_clear()
+        main(short(tiny, tmp_path / name, steps=steps, save_every=1, **data, **changes))
+
+    run("shuffled", 1)
+    run("ordered", 1, order=str(order))
+    run("shuffled", 2, resume=True)
+    order.write_text("[3, 2, 1, 0]")
+    with pytest.raises(ValueError, match="order.json has other rows than when the run .* put the first ones back"):
+        run("ordered", 2, order=str(order), resume=True)
+    rows.write_text(line * 5)
+    with pytest.raises(ValueError, match="rows.jsonl has other rows than when the run .* began: the order would"):
+        run("shuffled", 3, resume=True)
+    rows.write_text(line * 4)
+    run("shuffled", 3, resume=True)
 
 
 def test_fingerprint_is_exact():
