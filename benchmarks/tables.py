@@ -40,34 +40,6 @@ def algorithm() -> str:
     return "\n".join(f"{i}. {text} ([line {n}](train_saei.py#L{n}))" for i, (n, (_, text)) in enumerate(rows, 1))
 
 
-def learn() -> str:
-    """Greedy, pass@1, pass@8 and entropy before and after, mean and range over seeds."""
-    result = json.loads((ROOT / "benchmarks/learn.json").read_text())
-    names = ("greedy", "pass@1", "pass@8", "entropy")
-    out = ["| run | split | " + " | ".join(names) + " | minutes |", "|---|---|" + "---|" * (len(names) + 1)]
-    shown = set()
-    for arm in dict.fromkeys(run["arm"] for run in result["runs"]):
-        runs = [run for run in result["runs"] if run["arm"] == arm]
-        for split, before in runs[0]["before"].items():
-            start = f"{arm.split(',')[0]}, before"
-            if (start, split) not in shown:
-                shown.add((start, split))
-                out.append(f"| {start} | {split} | " + " | ".join(f"{before[x][0]:.3f}" for x in names) + " | |")
-            cells = []
-            for name in names:
-                values = [run["after"][split][name][0] for run in runs]
-                cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
-            minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}"
-            out.append(f"| {arm} | {split} | " + " | ".join(cells) + f" | {minutes} |")
-    seeds = sorted({run["seed"] for run in result["runs"]})
-    note = (
-        f"Mean (lowest to highest) of seeds {', '.join(map(str, seeds))}; {result['problems']} fresh problems a split; "
-    )
-    arms = " ".join(f'"{arm}"' for arm in dict.fromkeys(run["arm"] for run in result["runs"]))
-    note += f"minutes of training on one CPU core, beside other work. `python benchmarks/learn.py --arms {arms}`"
-    return "\n".join([*out, "", note])
-
-
 def attack() -> str:
     """Entropy and accuracy by image at the demo's eps, then over eps."""
     result = json.loads((ROOT / "benchmarks/attack.json").read_text())
@@ -318,7 +290,7 @@ def with_ranges(page: str, results: Path) -> str:
 
 
 README = {"algorithm": algorithm, "study-short": partial(study_tables.study_short, ROOT / "results")}
-README |= {"learn": learn, "attack": attack, "easyvqa": easyvqa, "families": families}
+README |= {"attack": attack, "easyvqa": easyvqa, "families": families}
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
 
