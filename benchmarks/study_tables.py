@@ -55,7 +55,7 @@ ARMS = {
 }
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 BASES = {"mixed-saei": "mixed-plain", "mixed-plain": None, "kl_cov": "two-updates", "sent": "two-updates"}
-BASES |= {"vogue": "noise", "saei-two-updates": "saei", "saei-kl_cov": "kl_cov"}
+BASES |= {"vogue": "noise", "saei-two-updates": "two-updates", "saei-kl_cov": "kl_cov"}
 MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
 T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # by degrees of freedom
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> result

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> tuple[Tensor, Tensor, float, flo
     parser.add_argument("--image", help="a picture's file; unset: a dice picture of the demo, with its question")
     parser.add_argument("--question")
     parser.add_argument("--rollouts", type=int, default=4)
-    parser.add_argument("--eps", type=float, default=4 / 255, help="in [0, 1] pixel units")
+    parser.add_argument("--eps", type=float, default=2 / 255, help="in [0, 1] pixel units")
     parser.add_argument("--pgd_steps", type=int, default=3)
     parser.add_argument("--tsec_low", type=float, default=0.2)
     parser.add_argument("--tsec_high", type=float, default=0.8)

@@ -47,7 +47,7 @@ REFUSED = ("use_vllm", "tools", "is_fsdp_enabled", "is_deepspeed_enabled")
 class SaEITrainer(trl.GRPOTrainer):
     """GRPOTrainer's arguments; adversarial: a group's rows on the attacked picture; eps: in [0, 1] pixel units."""
 
-    def __init__(self, *args, adversarial=4, eps=4 / 255, pgd_steps=3, tsec_low=0.2, tsec_high=0.8, **kwargs):
+    def __init__(self, *args, adversarial=4, eps=2 / 255, pgd_steps=3, tsec_low=0.2, tsec_high=0.8, **kwargs):
         method = getattr(trl.GRPOTrainer, "_generate_single_turn", lambda: None)
         found = list(inspect.signature(method).parameters)
         expect(found == GENERATION, f"_generate_single_turn's arguments are {found}, not {GENERATION}")

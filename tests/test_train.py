@@ -53,7 +53,7 @@ def half_right(monkeypatch):
 def test_every_field_carries_its_mark():
     for field in fields(Config):
         mark = field.metadata["help"].split("]")[0].removeprefix("[")
-        assert mark in ("paper", "second-hand", "inferred", "ours", "known"), field.name
+        assert mark in ("paper", "second-hand", "inferred", "ours", "ours, by the study", "known"), field.name
 
 
 def test_recipe_then_command_line(tmp_path):
