@@ -110,7 +110,7 @@ class Config:
     max_new_tokens: int = opt(64, "ours", "longest response")
     temperature: float = opt(1.0, "ours", "of sampling, of the scored distribution and of the entropy")
     intervention: str = opt("egas", "paper", "none (plain GRPO) | random (signs) | noise (NoisyRollout's) | egas")
-    condition: str = opt("clean", "ours, by the study", "image that conditions the update: clean (as NoisyRollout) | sampled")
+    condition: str = opt("clean", "ours, by the study", "image the update is conditioned on: clean | sampled")
 
     tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0: none. That there is a low cut: inferred")
     tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1: none. That there is a high cut: inferred")
