@@ -330,7 +330,7 @@ def token_table(setting: str, runs: Runs) -> str:
 def cost_table(setting: str, runs: Runs) -> str:
     """Seconds a step, and training accuracy on clean images at equal steps and at the CPU time of plain GRPO."""
     kept, rows = good(runs), []
-    kept = {arm: done for arm, done in kept.items() if arm in MAIN}
+    kept = {arm: done for arm, done in kept.items() if arm in (*MAIN, "pgd-1")}
     phases = ("step", "sample", "attack", "update")
     for arm, done in kept.items():
         seconds = [f"{np.mean([r['seconds'].get(f'seconds/{x}', 0) for r in done.values()]):.2f}" for x in phases]
