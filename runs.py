@@ -14,11 +14,10 @@ import signal
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -105,11 +104,11 @@ def same_reference(cfg, reference: torch.nn.Module, accelerator: Accelerator, fi
     same_as_before(cfg, "reference.txt", fingerprint(reference), moved + "pulls to them", accelerator, first_step)
 
 
-def same_rows(cfg, keep: Sequence[int], accelerator: Accelerator, first_step: int) -> None:
-    """Refuse to go on if the set has other usable rows, or --order lists others, than when the run began."""
-    used = np.asarray(keep, np.int64).tobytes() + (Path(cfg.order).read_bytes() if cfg.order else b"")
+def same_rows(cfg, n: int, accelerator: Accelerator, first_step: int) -> None:
+    """Refuse to go on if the set has more or fewer usable rows, or --order lists others, than when the run began."""
+    order = zlib.crc32(Path(cfg.order).read_bytes()) if cfg.order else 0
     moved = f"{cfg.order or cfg.dataset} has other rows than when the run in {cfg.output} began: the order would change"
-    same_as_before(cfg, "rows.txt", f"{len(keep)} rows, {zlib.crc32(used):08x}\n", moved, accelerator, first_step)
+    same_as_before(cfg, "rows.txt", f"{n} rows, order {order:08x}\n", moved, accelerator, first_step)
 
 
 def same_as_before(cfg, name: str, found: str, moved: str, accelerator: Accelerator, first_step: int) -> None:

@@ -225,7 +225,7 @@ def main(cfg: Config) -> None:
     if cfg.order:
         check_order(cfg.order, rows)
     if not cfg.streaming:
-        runs.same_rows(cfg, rows.keep, accelerator, first_step)
+        runs.same_rows(cfg, len(rows), accelerator, first_step)
     reward_functions = load_rewards(cfg, rows[0])
     wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:
