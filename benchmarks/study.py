@@ -10,12 +10,14 @@
 A run is an ordinary train_saei.py in out/study/<setting>/<arm>-<seed>, then its evaluation; what is kept is one small
 file, results/<setting>/<arm>-<seed>.json, whose existence means done (a failed run's holds the error: delete the file
 to try again). Order: all main arms with seed 0, then seed 1, ..., then the ablations and the controls of the update.
-Seeds below 99 are the study's; those from 100 tune, on other problems (study_rows), and land in results/tuning, which
-no table reads.
+Seeds below 50 are the study's; those from 100 tune, on other problems (study_rows), and land in results/tuning, which
+no table reads; those from 50 are the setting confirm's: what the study and tuning suggested, measured once, on problems
+of its own.
 
 Evaluation, greedy and n samples at temperature 1: every test split; the split's first problems once more with 32
-samples; pictures with noise, blur, other brightness. Ablations and tuning: the first of the splits alone. What is
-stored of each problem is its number of right samples, so that arms are compared problem by problem (study_tables.py).
+samples; pictures with noise, blur, other brightness. confirm: the splits alone. Ablations and tuning: the first split
+alone. What is stored of each problem is its number of right samples, so that arms are compared problem by problem
+(study_tables.py).
 """
 
 import argparse
@@ -52,6 +54,7 @@ DOMAINS = ("plain", "shifted", "styles", "offset", "sums")
 SETTINGS = {  # name -> recipe; the test splits, the trained domain's first; who judges attacked pictures (None: below)
     "shifted": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), None),
     "elicit": ("recipes/elicit.yaml", DOMAINS, "demo/confident"),
+    "confirm": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), None),
 }
 SAEI = {  # over the recipe, in every arm: what differs between arms is below
     "intervention": "egas",
@@ -70,7 +73,11 @@ MAIN = {  # arm -> what differs from SAEI; the rollouts are 8 in all
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-LEFT_OUT = {"elicit": ("temperature", "noise", "egas")}  # there the question is whether SaEI is no worse
+LEFT_OUT = {  # in elicit the question is whether SaEI is no worse, in confirm whether it beats other interventions
+    "elicit": ("temperature", "noise", "egas"),
+    "confirm": ("egas",),
+}
+CONFIRM = {"updates_per_step": 2, "pgd_steps": 1}  # over SAEI, in every arm of confirm: see docs/study.md
 ABLATIONS = {  # around saei, in the first setting
     "eps-1": {"eps": 1 / 255},
     "eps-4": {"eps": 4 / 255},
@@ -108,7 +115,7 @@ FURTHER = ABLATIONS | CONTROLS
 JUDGE = 99  # seed of the plain GRPO run whose policy judges the pictures of a setting
 SIZES = {"problems": 2000, "samples": 8, "deep": 500, "deep_samples": 32}
 SMOKE = {"problems": 8, "samples": 8, "deep": 4, "deep_samples": 32}
-TUNING = 100  # the first of the tuning seeds
+FRESH, TUNING = 50, 100  # the first of confirm's and of the tuning seeds
 POINTS = 25  # of a curve
 TIMES = ("ru_utime", "ru_stime")
 
@@ -118,7 +125,8 @@ TIMES = ("ru_utime", "ru_stime")
 
 def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> dict:
     """The settings of a run over its recipe. Raises ValueError where the matched temperature is not measured yet."""
-    options = SAEI | (MAIN | FURTHER | tried)[arm] | {"seed": seed, "log_prompts": 2}
+    options = SAEI | (CONFIRM if setting == "confirm" else {}) | (MAIN | FURTHER | tried)[arm]
+    options |= {"seed": seed, "log_prompts": 2}
     if isinstance(options.get("temperature"), str):
         path = ROOT / options["temperature"]
         found = json.loads(path.read_text()) if path.exists() else {}
@@ -147,11 +155,12 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
         raise ValueError(f"unknown arms {', '.join(unknown)}; there are {', '.join(known)}")
     main = ["before", *(args.tried or MAIN)]
     listed = [(setting, arm, seed) for seed in seeds for setting in args.settings for arm in main]
-    listed = [x for x in listed if x[1] not in LEFT_OUT.get(x[0], ())]
+    first = TUNING if min(seeds) >= TUNING else 0
+    listed = [x for x in listed if x[1] not in LEFT_OUT.get(x[0], ()) and (x[1] != "before" or x[2] == first)]
     if not args.tried and "shifted" in args.settings:
         listed += [("shifted", arm, seed) for seed in list(seeds)[: args.ablation_seeds] for arm in FURTHER]
-    first = TUNING if min(seeds) >= TUNING else 0
-    return [x for x in listed if (not args.arms or x[1] in args.arms) and (x[1] != "before" or x[2] == first)]
+    listed = [x for x in listed if not args.arms or x[1] in args.arms]
+    return [(setting, arm, seed + FRESH * (setting == "confirm" and seed < FRESH)) for setting, arm, seed in listed]
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -224,7 +233,8 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
         began = time.time()
         policy = Policy.from_pretrained(str(model))
         with torch.no_grad():
-            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, arm in FURTHER or seed >= TUNING)
+            extent = "first split" if arm in FURTHER or seed >= TUNING else "splits" if setting == "confirm" else "all"
+            result |= evaluate(policy, SETTINGS[setting][1], seed, args.sizes, extent)
             result["seconds/evaluation"] = round(time.time() - began, 1)
             if arm != "before":
                 make_judge(args, setting)
@@ -287,8 +297,9 @@ def training(folder: Path) -> dict:
 
 
 def study_rows(split: str, count: int, seed: int) -> list[dict]:
-    """The first problems of a split; those that tuning sees are drawn from another seed, and so are never the same."""
-    return [make_row(split, i, seed=int(seed >= TUNING)) for i in range(count)]
+    """The first problems of a split. What the study, tuning and confirm see is drawn from a seed each."""
+    drawn = 1 if seed >= TUNING else 2 if seed >= FRESH else 0
+    return [make_row(split, i, seed=drawn) for i in range(count)]
 
 
 CORRUPTIONS = {
@@ -306,12 +317,12 @@ def noisy(image: Image.Image, i: int, std: float) -> Image.Image:
     )
 
 
-def evaluate(policy: Policy, domains: tuple[str, ...], seed: int, sizes: dict, first_alone: bool) -> dict:
-    """{"evaluation": {split: ...}, "deep": ..., "corrupted": {name: greedy}}; first_alone: the first split, no more."""
-    splits = [f"{domain}/test" for domain in domains[: 1 if first_alone else None]]
+def evaluate(policy: Policy, domains: tuple[str, ...], seed: int, sizes: dict, extent: str) -> dict:
+    """{"evaluation": {split: ...}, "deep": ..., "corrupted": {name: greedy}}; extent: all | splits | first split."""
+    splits = [f"{domain}/test" for domain in domains[: 1 if extent == "first split" else None]]
     rows = {split: study_rows(split, sizes["problems"], seed) for split in splits}
     found = {"evaluation": {split: graded(policy, rows[split], sizes["samples"], 0) for split in splits}}
-    if not first_alone:
+    if extent == "all":
         first = rows[splits[0]]
         found["deep"] = graded(policy, first[: sizes["deep"]], sizes["deep_samples"], 1)
         changed = {

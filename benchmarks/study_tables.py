@@ -188,7 +188,8 @@ def curve_cell(by_seed: dict[int, dict], name: str, start: float = 0.0, stop: fl
 def main_table(setting: str, runs: Runs) -> str:
     """The trained domain, by arm: mean and range over seeds."""
     kept = good(runs)
-    split, names = splits_of(kept)[0], ("greedy", "pass@1", "pass@8", "pass@32", "entropy", "answers")
+    deep = any("deep" in r for done in kept.values() for r in done.values())
+    split, names = splits_of(kept)[0], ["greedy", "pass@1", "pass@8", *["pass@32"] * deep, "entropy", "answers"]
     rows = []
     for arm in [arm for arm in runs if arm in ("before", *MAIN)]:
         done = kept.get(arm, {})
@@ -198,12 +199,10 @@ def main_table(setting: str, runs: Runs) -> str:
         rows.append([name, seeds_of(runs, arm) if arm != "before" else "", *cells, minutes])
     sizes = next(iter(next(iter(kept.values())).values()))["sizes"]
     commits = sorted({f"`{r['commit']}`" for done in kept.values() for r in done.values()})
-    note = (
-        f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and {sizes['samples']} samples each; "
-        f"pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}. Mean (lowest to highest) over "
-        "seeds; answers: distinct ones among a problem's samples; minutes of CPU time for the training. "
-        f"Code of {', '.join(commits)}."
-    )
+    note = f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and {sizes['samples']} samples each"
+    note += f"; pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}" if deep else ""
+    note += ". Mean (lowest to highest) over seeds; answers: distinct ones among a problem's samples; minutes of CPU "
+    note += f"time for the training. Code of {', '.join(commits)}."
     return table(["arm", "seeds", *names, "minutes"], rows) + f"\n\n{note}"
 
 
@@ -242,6 +241,8 @@ def short_table(setting: str, runs: Runs) -> str:
 def corruption_table(setting: str, runs: Runs) -> str:
     kept = {arm: done for arm, done in good(runs).items() if arm in ("before", *MAIN)}
     names = next((list(r["corrupted"]) for done in kept.values() for r in done.values() if r.get("corrupted")), [])
+    if not names:
+        return ""
     split, rows = splits_of(kept)[0], []
     for arm, done in kept.items():
         means = [[unpack(r["corrupted"][name]).mean() for r in done.values() if r.get("corrupted")] for name in names]

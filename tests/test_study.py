@@ -113,15 +113,26 @@ def test_tuning_has_seeds_and_problems_of_its_own(tmp_path):
     cfg = train_saei.load_config(study.train_arguments(args, "shifted", "bold", 100))
     assert (cfg.eps, cfg.intervention, cfg.seed, cfg.split) == (0.03, "egas", 100, "shifted/train")
     problems = [
-        {row["problem"] + str(row["pips"]) for row in study.study_rows("plain/test", 40, s)} for s in (0, 99, 100)
+        {row["problem"] + str(row["pips"]) for row in study.study_rows("plain/test", 40, s)} for s in (0, 49, 50, 100)
     ]
-    assert problems[0] == problems[1] and len(problems[0] & problems[2]) < 3
+    assert problems[0] == problems[1]
+    assert max(len(problems[i] & problems[j]) for i, j in ((0, 2), (0, 3), (2, 3))) < 3
     with pytest.raises(ValueError, match="not both at once, got \\[0, 100\\]"):
         study.jobs(arguments(tmp_path, seeds=[0, 100]))
     with pytest.raises(ValueError, match="--try is for tuning"):
         study.jobs(arguments(tmp_path, tried={"bold": {}}))
     with pytest.raises(ValueError, match="unknown arms bolt"):
         study.jobs(arguments(tmp_path, arms=["bolt"]))
+
+
+def test_confirm_has_seeds_of_its_own_and_the_same_changes_in_every_arm(tmp_path):
+    args = arguments(tmp_path, settings=["confirm"])
+    listed = study.jobs(args)
+    assert listed[0] == ("confirm", "before", 50) and {seed for *_, seed in listed} == {50, 51}
+    assert len(listed) == 1 + 2 * (len(study.MAIN) - len(study.LEFT_OUT["confirm"]))
+    for setting, arm, seed in listed[1:]:
+        cfg = train_saei.load_config(study.train_arguments(args, setting, arm, seed))
+        assert study.CONFIRM.items() <= vars(cfg).items()
 
 
 def test_every_arm_is_a_valid_configuration_of_equal_rollouts(tmp_path):
