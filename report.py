@@ -583,10 +583,13 @@ def band_charts(arms: dict[str, list[dict]], charts: list[tuple]) -> str:
 
 def markdown(source: str) -> str:
     """What benchmarks/study_tables.py writes, paragraphs and tables, as HTML."""
+
+    def mark(cell: str) -> str:
+        return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", re.sub("`(.+?)`", r"<code>\1</code>", text(cell)))
+
     parts = []
     for block in source.split("\n\n"):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-        mark = lambda cell: re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text(cell))  # noqa: E731
         if block.startswith("|") and len(rows) > 2:
             head = "".join(f"<th>{mark(cell)}</th>" for cell in rows[0])
             body = "".join("<tr>" + "".join(f"<td>{mark(cell)}</td>" for cell in row) + "</tr>" for row in rows[2:])
