@@ -10,7 +10,7 @@ Where the rules come from
                  visual input, which is attacked to raise it; the policy then also samples from the attacked image
     second-hand  the policy that is trained attacks itself, no surrogate; random noise is no substitute
     inferred     one attacked image per prompt
-    ours         L-infinity, eps, number and size of the steps, random start: the brief says PGD on pixel inputs
+    ours         PGD, L-infinity, eps, number and size of the steps, random start: how it attacks is not known
     random_signs and diffusion_noise are the controls: the same budget without the gradient, and NoisyRollout's noise.
 
 Images are float tensors in [0, 1], at the size the vision tower sees, never normalised pixel_values: eps is in units of

@@ -117,7 +117,7 @@ class Config:
     tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a process's)")
     tsec_keep: str = opt("moderate", "ours", "tokens within the cuts, or, as a control, the extreme ones outside them")
     eps: float = opt(2 / 255, "ours, by the study", "L-infinity radius of the attack, in [0, 1] pixel units")
-    pgd_steps: int = opt(3, "ours", "number of PGD steps (PGD on pixel inputs: the brief)")
+    pgd_steps: int = opt(3, "ours", "number of PGD steps")
     step_size: float | None = opt(None, "ours", "PGD's step, in pixel units; unset: 2.5 * eps / steps, at most eps")
     random_start: bool = opt(False, "ours", "PGD begins at a random point of the ball")
     anneal: bool = opt(False, "ours", "eps follows NoisyRollout's schedule instead of staying constant")

@@ -167,7 +167,7 @@ def step() -> str:
             cells += [spread(x["attack/arithmetic"]) if "attack/arithmetic" in x else ""]
             out.append("| " + " | ".join(cells) + " |")
     note = f"Median (lowest to highest) of {result['steps']} alternating steps, P = {result['cells'][0]['cell']['P']}, "
-    note += f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`"
+    note += f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`."
     for arm, x in result.get("linear", {}).items():
         note += f" {arm}: twice P costs {spread(x['P'])} times as much, twice G {spread(x['G'])}."
     return "\n".join([*out, "", note])
