@@ -294,7 +294,8 @@ def by_columns(table, columns: dict[str, str | None]) -> Callable[[dict], dict]:
     found = list(table.column_names)
     names = find_columns(found, {name.removesuffix("_column"): column for name, column in columns.items()})
     arguments = {**signature(rewards.total_reward).parameters, **signature(rewards.accuracy_reward).parameters}
-    if clash := sorted((set(arguments) - {"answer", "choices", "precision"}) & set(found)):
+    free = {"answer", "choices", "precision", "columns"}
+    if clash := sorted((set(arguments) - free | {"completion_ids"}) & set(found)):
         raise ValueError(f"a column must not be called {' or '.join(clash)}: rename it")
     features = table.features or {}
     others = [x for x in found if x not in names.values() and undecoded(features.get(x)) == features.get(x)]

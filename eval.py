@@ -68,8 +68,11 @@ class EvalConfig:
     def __post_init__(self):
         self.preset_found, self.source = data.find_preset(self.preset, self.dataset)
         if self.source == "demo":
-            self.splits, self.problems = self.splits or ["plain/test"], self.problems or 1000
+            self.splits = self.splits or ["plain/test"]
+            self.problems = 1000 if self.problems is None else self.problems
         self.splits = self.splits or [data.default_split(self.preset_found, "test")]
+        if min(self.batch, self.max_new_tokens, 1 if self.problems is None else self.problems) < 1 or self.seed < 0:
+            raise ValueError("batch, max_new_tokens and problems must be at least 1, seed 0 or more")
         if self.bad_rows not in ("refuse", "skip"):
             raise ValueError(f"bad_rows must be refuse or skip, got {self.bad_rows!r}")
         if self.streaming and self.problems is None:
@@ -123,7 +126,7 @@ def evaluate_split(policy: Policy, split: str, cfg: EvalConfig, accelerator: Acc
         part = mine[start : start + cfg.batch]
         seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in part]
         found = evaluate_rows(policy, [rows[i] for i in part], seeds, cfg)
-        records += [{"split": split} | record for record in found]
+        records += [record | {"split": split} for record in found]
     return sorted(gather_object(records), key=lambda record: record["row"])
 
 

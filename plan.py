@@ -109,18 +109,22 @@ def recomputing(policy: Policy, prompts: int, rows: int, L: int, T: int, half: b
     return language.count * 2 * language.kv * (prompts + rows) * L + one
 
 
+def number_bytes(cfg) -> int:
+    """Of a number in the computation."""
+    return 2 if cfg.dtype == "bfloat16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" else 4
+
+
 def estimate(cfg, policy: Policy, prompts: int, micro: int, L: int, patches: int, processes: int = 1) -> dict[str, int]:
     """Bytes by part on one device; `prompts` are a process's share of a step, `micro` of them are updated at a time."""
     trained = [p for p in policy.parameters() if p.requires_grad]
     size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
-    half = os.environ.get("ACCELERATE_MIXED_PRECISION", "no") in ("bf16", "fp16")
-    c = 2 if half or cfg.dtype == "bfloat16" else 4
+    c = number_bytes(cfg)
     out = {"parameters": size(policy.parameters()), "gradients": size(trained), "AdamW's state": 2 * size(trained)}
     if cfg.kl_coef:
         out["reference"] = size(policy.parameters())
     if processes > 1:
         out["DDP's buckets"] = size(trained)
-    if half and cfg.dtype == "float32":
+    if c == 2 and cfg.dtype == "float32":
         out["autocast's copies of weights"] = 2 * sum(p.numel() for p in policy.parameters() if p.ndim == 2)
     language, _ = shapes(policy)
     lots = lambda n: min(n, cfg.micro_responses or n)  # noqa: E731
@@ -188,8 +192,9 @@ def describe(cfg, micro: int, processes: int) -> str:
     text += "".join(f"  {name:38}{n / GIB:9.2f}\n" for name, n in parts.items())
     text += f"  {'in all, of phases the largest':38}{peak(parts) / GIB:9.2f}\n"
     if processes > 1:
-        shared = sum(list(parts.values())[:3]) / processes
-        text += f"  {'the first three under ZeRO-3 or FSDP2':38}{shared / GIB:9.2f}\n"
+        shared, whole = sum(list(parts.values())[:3]) / processes, number_bytes(cfg) * numel(policy.parameters())
+        text += f"  {'FSDP2: the first three, sharded':38}{shared / GIB:9.2f}\n"
+        text += f"  {'FSDP2: whole parameters, in sampling':38}{whole / GIB:9.2f}\n"
     return text + "dry run: nothing was trained or written\n"
 
 

@@ -510,7 +510,7 @@ class Policy(nn.Module):
                 for layer in cache.layers:
                     layer.keep(alive)
                 alive = alive[alive]
-            # An ended row that is still here reads its padding; nobody reads the row. A mask of ones is the fast one.
+            # An ended row that is still here goes on; nobody reads the row. A mask of ones is the fast one.
             seen = torch.cat([seen, torch.ones_like(alive)[:, None]], dim=1)
             hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
             position = position + 1

@@ -83,13 +83,19 @@ def same_config(cfg, path: Path) -> None:
 
 
 def weights_apart(accelerator: Accelerator) -> None:
-    """save_state and load_state leave the parameters to save_pretrained and from_pretrained: one copy on disk."""
+    """save_state and load_state leave the parameters to save_pretrained and from_pretrained: one copy on disk.
+
+    Under FSDP2 and ZeRO-2 accelerate writes and reads another before it asks these hooks.
+    """
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
 def same_processes(cfg, checkpoint: Path, processes: int) -> None:
-    """Any number of processes may go on with a run, unless the attack depends on who shares a process."""
+    """Any number of processes may go on with a run, unless the attack depends on who shares a process.
+
+    DeepSpeed takes only as many as before, and says so itself.
+    """
     before = len(list(checkpoint.glob("state/random_states_*")))  # each process leaves one
     if cfg.tsec_scope == "batch" and before != processes:
         raise ValueError(

@@ -25,7 +25,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -160,6 +160,10 @@ class Config:
     max_grad_norm: float = opt(1.0, "ours", "gradients are scaled down to this norm")
 
     def __post_init__(self):
+        for name, kind in Config.__annotations__.items():  # a recipe's values are what YAML makes of them
+            kind = list if name == "reward" else kind | int if kind in (float, float | None) else kind
+            if not isinstance(value := getattr(self, name), kind):
+                raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
         choices = {
             "dtype": ("float32", "bfloat16"),
             "freeze": ("none", "vision", "vision+projector"),
@@ -191,15 +195,20 @@ class Config:
             or self.update_control not in UNCLIPPED,
             "order needs a stored data set, without streaming": not (self.order and self.streaming),
             "vogue needs an intervention": self.update_control != "vogue" or self.intervention != "none",
+            "0 <= clip_low <= 1": 0 <= self.clip_low <= 1,
+            "0 <= noise_t <= 1000": 0 <= self.noise_t <= 1000,
+            "step_size >= 0": self.step_size is None or self.step_size >= 0,
             "0 <= top_entropy <= 1": 0 <= self.top_entropy <= 1,
             "0 < cov_share <= 1": 0 < self.cov_share <= 1,
             "penalty_coef > 0": self.penalty_coef is None or self.penalty_coef > 0,
         }
         one = "steps save_every prompts_per_step max_new_tokens pgd_steps updates_per_step micro_prompts".split()
-        none = "entropy_coef aer_rate lora_rank ecvgpo_power micro_responses sample_prompts keep_last".split()
+        none = "entropy_coef aer_rate lora_rank ecvgpo_power micro_responses sample_prompts keep_last seed".split()
+        none += "kl_coef clip_high weight_decay warmup_steps".split()
+        above = "temperature lr aer_threshold vogue_cap max_grad_norm lora_alpha".split()
         rules |= {f"{name} >= 1": getattr(self, name) >= 1 for name in one}
         rules |= {f"{name} >= 0": getattr(self, name) >= 0 for name in none}
-        rules |= {f"{n} > 0": getattr(self, n) > 0 for n in ("temperature", "lr", "aer_threshold", "vogue_cap")}
+        rules |= {f"{name} > 0": getattr(self, name) > 0 for name in above}
         if broken := [rule for rule, holds in rules.items() if not holds]:
             raise ValueError(f"the configuration breaks: {'; '.join(broken)}")
 
@@ -235,8 +244,9 @@ def main(cfg: Config) -> None:
     log, stop = runs.Log(cfg, accelerator, first_step), runs.Stop(accelerator)
 
     for step in log.progress(range(first_step, cfg.steps)):
-        indices = my_rows(cfg, step, None if cfg.streaming else len(rows), accelerator)
-        batch = [rows[i] for i in indices]
+        n = None if cfg.streaming else len(rows)
+        indices = my_rows(cfg, step, n, accelerator)
+        batch = [rows[i % n if n else i] for i in indices]
         prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
         clock = runs.Clock(accelerator.device)
 
@@ -346,12 +356,11 @@ def intervene(
                 with frozen(policy):
                     images += egas.pgd_ascent(objective, prompts[part].images, *pgd)
         return prompts.with_images(images)
+    change, size = egas.random_signs, eps
+    if cfg.intervention == "noise":
+        change, size = egas.diffusion_noise, cfg.noise_t * fade
     for i, generator in enumerate(generators):
-        own = prompts[i : i + 1].images
-        if cfg.intervention == "random":
-            images += egas.random_signs(own, eps, generator)
-        else:
-            images += egas.diffusion_noise(own, cfg.noise_t * fade, generator)
+        images += change(prompts[i : i + 1].images, size, generator)
     return prompts.with_images(images)
 
 
@@ -646,11 +655,19 @@ def make_accelerator(cfg: Config) -> Accelerator:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:  # it takes DDP there, without a word
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.mixed_precision == "fp16":  # its scale grows until a gradient overflows, which ends the run here
+        raise ValueError("fp16 is not supported: take --mixed_precision bf16 or no")
     if tracker and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
         raise ValueError(f"the tracker {tracker} is not installed: pip install {tracker}")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
+    if accelerator.is_fsdp2 and (precision := accelerator.state.fsdp_plugin.mixed_precision_policy):
+        # as accelerate sets it, FSDP rounds pixels, log-probs, entropies and the gradients' sums to bfloat16
+        exact = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, **exact)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError("ZeRO-3 gathers at every token, and would wait for ever: recipes/accelerate/fsdp2.yaml")
@@ -685,6 +702,9 @@ def prepare(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The policy as the launcher wraps it, and AdamW; with the state of the checkpoint `source` if first_step > 0."""
     trained = [p for p in policy.parameters() if p.requires_grad]
+    if any(p.dtype == torch.bfloat16 for p in trained):
+        text = "bfloat16 parameters lose most updates of a small lr: take --dtype float32 with --mixed_precision bf16, "
+        warnings.warn(text + "or --lora_rank, whose adapters are float32", stacklevel=2)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     if cfg.update_control in ("skywork", "aer"):  # before anything is loaded: FSDP loads the keys that are there
         optimizer.param_groups[0] |= {"entropy_coef": cfg.entropy_coef, "entropy_start": 0.0}
@@ -749,6 +769,7 @@ def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> 
     """This process's share of the step's rows; the n rows are shuffled anew each epoch, and no batch is short.
 
     n None: a stream, which comes shuffled and is read in its order. cfg.order: its rows, again and again.
+    A row that comes again within a step is named row + n, row + 2 n ..., so that it has random numbers of its own.
     """
     stream = range(step * cfg.prompts_per_step, (step + 1) * cfg.prompts_per_step)
     if cfg.order:
@@ -756,6 +777,8 @@ def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> 
         rows = [given[i % len(given)] for i in stream]
     else:
         rows = [int(epoch_order(cfg.seed, i // n, n)[i % n]) if n else i for i in stream]
+    if n:
+        rows = [row + n * rows[:i].count(row) for i, row in enumerate(rows)]
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
@@ -824,6 +847,8 @@ def load_config(argv: list[str]) -> Config:
     path = parser.parse_known_args(argv)[0].config
     if path is not None:
         recipe = yaml.safe_load(Path(path).read_text()) or {}
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path} must map options to values, got {recipe!r:.80}")
         known = [f.name for f in fields(Config)]
         if unknown := sorted(set(recipe) - set(known)):
             raise ValueError(f"{path}: unknown {', '.join(unknown)}; known are {', '.join(known)}")

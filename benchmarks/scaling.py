@@ -101,8 +101,8 @@ def step(s: Shape, a: argparse.Namespace, N: int) -> dict[str, float]:
     ring, micro = (N - 1) / N, max(1.0, prompts / a.micro_prompts)
     out["DDP bytes"] = 2 * ring * weights * 4  # float32 gradients, all-reduced
     # FSDP2: gathered twice for the rollouts; a micro-batch gathers for prompt and responses, forward and backward, and
-    # reduces twice
-    out["FSDP2 bytes"] = ring * weights * c * (2 + 6 * micro)
+    # reduces twice, in float32
+    out["FSDP2 bytes"] = ring * weights * (c * (2 + 4 * micro) + 4 * 2 * micro)
     out["DDP memory"], out["FSDP2 memory"] = 16 * weights, (16 / N + c) * weights
     out["cache memory"] = cache * (L + T)
     compute = a.tflops * 1e12 * a.mfu

@@ -36,6 +36,7 @@ CASES = {
         "micro_responses": 2,
     },  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
+    "half": {"updates_per_step": 2},  # bf16: pixels in, log-probs and entropies out are checked to be float32
     # what ZeRO-2 can train: pictures in every row
     "pictures": {"update_control": "aer", "entropy_coef": 0.01, "max_grad_norm": 0.1},
 }
@@ -53,6 +54,22 @@ def one_token_without_image(self: Policy, prompts: Prompts, n: int, *rest) -> Re
 def half_right(completions: list[str], row: list[int], dropped: bool, **_) -> list[float]:
     """A gradient of every row; dropped: of rows 0 and 2 alone."""
     return [0.0 if dropped and row[i] % 2 else i % 2.0 for i in range(len(completions))]
+
+
+def float32_alone() -> None:
+    """The policy, wrapped or not, gets pixels and gives log-probs and entropies in float32, whatever it computes in."""
+    score, of_part = Policy.score, train_saei.Part.score
+
+    def scored(self: Policy, prompts: Prompts, *rest):
+        assert {x.dtype for x in prompts.images} <= {torch.float32}, "pixels were rounded"
+        return score(self, prompts, *rest)
+
+    def of_part_scored(self, policy, temperature):
+        found = of_part(self, policy, temperature)
+        assert {x.dtype for x in found} == {torch.float32}, "log-probs or entropies were rounded"
+        return found
+
+    Policy.score, train_saei.Part.score = scored, of_part_scored
 
 
 def deepspeed_on_cpus() -> None:
@@ -73,6 +90,9 @@ def run(folder: Path, way: str, case: str, **changes) -> None:
     """Train 5 steps; way: ddp | fsdp2 | zero2 (in a launch of its own, with DeepSpeed installed)."""
     os.environ |= {"ACCELERATE_USE_FSDP": str(way == "fsdp2").lower(), "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if case == "half" else "no"
+    if case == "half":
+        float32_alone()
     if way == "zero2":
         deepspeed_on_cpus()
     for state in (AcceleratorState, GradientState, PartialState):

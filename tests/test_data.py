@@ -280,8 +280,10 @@ def test_choices_that_are_no_list_are_refused(tmp_path, picture):
 
 
 def test_columns_named_like_the_rewards_arguments_are_refused(tmp_path, picture):
-    with pytest.raises(ValueError, match="a column must not be called completions: rename it"):
-        load_rows(write(tmp_path, [good(completions="x")]))
+    for name in ("completions", "completion_ids"):
+        with pytest.raises(ValueError, match=f"a column must not be called {name}: rename it"):
+            load_rows(write(tmp_path, [good(**{name: "x"})]))
+    assert load_rows(write(tmp_path, [good(columns="x")]))[0]["columns"] == "x"
 
 
 def test_all_columns_reach_the_rewards(tiny, tmp_path, picture, monkeypatch):

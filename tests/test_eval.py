@@ -43,11 +43,22 @@ def test_bad_settings_are_refused():
         EvalConfig(model="m", output="o", samples=4)
     with pytest.raises(ValueError, match="greedy decoding is measured anyway"):
         EvalConfig(model="m", output="o", temperature=0.0)
+    for name, value in (("problems", 0), ("problems", -3), ("batch", 0), ("max_new_tokens", 0), ("seed", -1)):
+        with pytest.raises(ValueError, match="batch, max_new_tokens and problems must be at least 1, seed 0 or more"):
+            EvalConfig(model="m", output="o", **{name: value})
 
 
 def test_unknown_split_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'nowhere/test'"):
         main(EvalConfig(model=tiny, output=str(tmp_path / "x"), splits=["nowhere/test"]))
+
+
+def test_a_column_called_split_does_not_hide_the_split(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "1 + 1?", "answer": "2", "split": "x"}) + "\n")
+    options = dict(dataset=str(rows), splits=["train"], image_column="none", samples=2, k=[1], max_new_tokens=4)
+    main(EvalConfig(model=tiny, output=str(tmp_path / "one"), **options))
+    assert json.loads((tmp_path / "one.jsonl").read_text())["split"] == "train"
 
 
 def test_files_and_split_of_the_work(tiny, tmp_path):

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     """The runs of all tests here, in two launches: most of their time is the start."""
     out = tmp_path_factory.mktemp("parallel")
     launch(1, "tests/parallel_cases.py", str(out / "1"), "ddp/mixed", "ddp/drop")
-    runs = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume"]
+    runs = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/half/2"]  # half: raises itself
     launch(2, "tests/parallel_cases.py", str(out / "2"), *runs)
     return out
 

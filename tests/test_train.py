@@ -90,6 +90,15 @@ def test_unknown_recipe_key_is_named(tmp_path):
         ({"rollouts": 1, "adversarial_rollouts": 0, "intervention": "none"}, "rollouts >= 2"),
         ({"temperature": 0.0}, "temperature > 0"),
         ({"steps": 0}, "steps >= 1"),
+        ({"max_grad_norm": 0}, "max_grad_norm > 0"),
+        ({"lora_rank": 2, "lora_alpha": 0.0}, "lora_alpha > 0"),
+        ({"clip_low": 2.0, "clip_high": -5.0}, "0 <= clip_low <= 1; .*clip_high >= 0"),
+        ({"noise_t": 5000}, "0 <= noise_t <= 1000"),
+        ({"step_size": -1.0}, "step_size >= 0"),
+        ({"kl_coef": -0.1, "seed": -1}, "seed >= 0; kl_coef >= 0"),
+        ({"steps": 10.5}, "steps must be int, got 10.5"),
+        ({"eps": None}, "eps must be float . int, got None"),
+        ({"reward": "my.py:f"}, "reward must be list, got 'my.py:f'"),
     ],
 )
 def test_bad_configuration_is_refused(changes, message):
@@ -98,7 +107,12 @@ def test_bad_configuration_is_refused(changes, message):
 
 
 @pytest.mark.parametrize(
-    "recipe, message", [("intervention: fgsm", "intervention must be one of"), ("a: [1", "line 1")]
+    "recipe, message",
+    [
+        ("intervention: fgsm", "intervention must be one of"),
+        ("a: [1", "line 1"),
+        ("hello", "r.yaml must map options to values, got 'hello'"),
+    ],
 )
 def test_command_line_says_one_line_and_no_traceback(tmp_path, recipe, message):
     (tmp_path / "r.yaml").write_text(recipe)
@@ -111,6 +125,14 @@ def test_command_line_says_one_line_and_no_traceback(tmp_path, recipe, message):
 def test_missing_tracker_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="the tracker comet_ml is not installed: pip install comet_ml"):
         main(short(tiny, tmp_path, report_to="comet_ml"))
+
+
+def test_fp16_is_refused_and_bfloat16_parameters_are_warned_of(tiny, tmp_path, monkeypatch):
+    with pytest.warns(UserWarning, match="bfloat16 parameters lose most updates of a small lr"):
+        main(short(tiny, tmp_path / "half", steps=1, dtype="bfloat16", self_check=False))
+    monkeypatch.setattr(train_saei.Accelerator, "mixed_precision", "fp16")
+    with pytest.raises(ValueError, match="fp16 is not supported: take --mixed_precision bf16 or no"):
+        main(short(tiny, tmp_path / "run"))
 
 
 def test_a_tracker_gets_plain_values(tiny, tmp_path, monkeypatch):
@@ -198,6 +220,20 @@ def test_rows_are_shuffled_each_epoch_and_shared_without_loss():
     epoch = [i for step in range(3) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
     again = [i for step in range(3, 6) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
     assert sorted(epoch) == sorted(again) == list(range(12)) and epoch != again
+    rows = [i for r in (0, 1) for i in train_saei.my_rows(cfg, 0, 3, Process(r))]  # one comes twice in the step
+    assert sorted(i % 3 for i in rows) in ([0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]) and max(rows) >= 3
+    assert len(set(train_saei.seeds_of(cfg, 0, rows, train_saei.CLEAN))) == 4
+
+
+def test_a_row_that_comes_twice_in_a_step_is_sampled_anew(tiny, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "1 + 1? Answer in \\boxed{}.", "answer": "2"}) + "\n")
+    data = dict(dataset=str(rows), split="train", image_column="none", intervention="none", log_prompts=4)
+    main(short(tiny, tmp_path / "run", steps=1, **data))
+    lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert len(lines) > len({line["prompt"] for line in lines}) > 1 and {line["row"] for line in lines} == {0}
+    groups = {p: [line["tokens"] for line in lines if line["prompt"] == p] for p in {x["prompt"] for x in lines}}
+    assert groups[0] != groups[1]
 
 
 # ----------------------------------------------------------------------------------------------------- resume, folder
