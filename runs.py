@@ -188,6 +188,17 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextlib.contextmanager
+def signals_given_back() -> Iterator[None]:
+    """Whatever happens inside, SIGTERM and SIGINT afterwards do what they did before: a notebook goes on."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Stop:
     """SIGTERM and SIGINT ask for the end at the next step boundary; a second one ends the process at once.
 
@@ -196,7 +207,8 @@ class Stop:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator, self.received, self.agreed, self.when = accelerator, 0, 0, 0.0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
 
     def ask(self, number: int, _frame) -> None:
         if not self.received:
@@ -212,9 +224,7 @@ class Stop:
         return self.agreed > 0
 
     def leave(self) -> None:
-        """Give the signals back; if one was the end, exit with 128 + its number, as shells and schedulers have it."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        """If a signal was the end, exit with 128 + its number, as shells and schedulers have it."""
         if self.agreed:
             sys.exit(128 + self.agreed)
 

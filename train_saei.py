@@ -217,6 +217,7 @@ class Config:
         return self.rollouts - self.adversarial_rollouts
 
 
+@runs.signals_given_back()
 def main(cfg: Config) -> None:
     if cfg.dry_run:  # before the accelerator: no GPU is needed
         processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -18,6 +18,7 @@ from test_train import comparable, half_right, metrics_of, parameters, short  # 
 
 import rewards
 import runs
+import train_saei
 from benchmarks import kill
 from data import load_rows
 from train_saei import Config, given_order, main
@@ -101,7 +102,8 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     exits, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    stop = runs.Stop(None)
+    with runs.signals_given_back():
+        stop = runs.Stop(None)
     stop.ask(signal.SIGINT, None)
     now[0] += 0.5  # a launcher passes on what the terminal sent to all
     stop.ask(signal.SIGTERM, None)
@@ -109,7 +111,14 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     now[0] += 1.0
     stop.ask(signal.SIGTERM, None)
     assert exits == [143]
-    stop.leave()
+
+
+def test_a_run_that_fails_gives_the_signals_back(tiny, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train_saei, "sample", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(short(tiny, tmp_path, steps=1))
+    assert signal.getsignal(signal.SIGINT) is before and before is not None
 
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
