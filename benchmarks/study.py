@@ -73,10 +73,7 @@ MAIN = {  # arm -> what differs from SAEI; the rollouts are 8 in all
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-LEFT_OUT = {  # in elicit the question is whether SaEI is no worse, in confirm whether it beats other interventions
-    "elicit": ("temperature", "noise", "egas"),
-    "confirm": ("egas",),
-}
+LEFT_OUT = {"elicit": ("temperature", "noise", "egas")}  # there the question is whether SaEI is no worse
 CONFIRM = {"updates_per_step": 2, "pgd_steps": 1}  # over SAEI, in every arm of confirm: see docs/study.md
 ABLATIONS = {  # around saei, in the first setting
     "eps-1": {"eps": 1 / 255},

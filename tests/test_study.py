@@ -130,7 +130,7 @@ def test_confirm_has_seeds_of_its_own_and_the_same_changes_in_every_arm(tmp_path
     args = arguments(tmp_path, settings=["confirm"])
     listed = study.jobs(args)
     assert listed[0] == ("confirm", "before", 50) and {seed for *_, seed in listed} == {50, 51}
-    assert len(listed) == 1 + 2 * (len(study.MAIN) - len(study.LEFT_OUT["confirm"]))
+    assert len(listed) == 1 + 2 * len(study.MAIN)
     for setting, arm, seed in listed[1:]:
         cfg = train_saei.load_config(study.train_arguments(args, setting, arm, seed))
         assert study.CONFIRM.items() <= vars(cfg).items()
