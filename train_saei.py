@@ -229,13 +229,7 @@ def main(cfg: Config) -> None:
     first_step, source = runs.prepare_output(cfg, accelerator)
     policy = load_policy(cfg, source, first_step)
     reference = load_reference(cfg, accelerator, first_step) if cfg.kl_coef else None
-    options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
-    options |= {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": cfg.max_prompt_tokens}
-    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, **options)
-    if cfg.order:
-        check_order(cfg.order, rows)
-    if not cfg.streaming:
-        runs.same_rows(cfg, len(rows), accelerator, first_step)
+    rows = load_rows(cfg, accelerator, policy, first_step)
     reward_functions = load_rewards(cfg, rows[0])
     wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
     if cfg.self_check:
@@ -717,6 +711,18 @@ def prepare(
         accelerator.load_state(str(Path(source) / "state"))
         accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
     return wrapped, optimizer
+
+
+def load_rows(cfg: Config, accelerator: Accelerator, policy: Policy, first_step: int) -> data.Rows | data.Stream:
+    """The rows to train on, checked; on resume, those that the run began with."""
+    options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
+    options |= {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": cfg.max_prompt_tokens}
+    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, **options)
+    if cfg.order:
+        check_order(cfg.order, rows)
+    if not cfg.streaming:
+        runs.same_rows(cfg, len(rows), accelerator, first_step)
+    return rows
 
 
 def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:
