@@ -51,10 +51,11 @@ from demo.task import make_row  # noqa: E402
 from policy import Policy  # noqa: E402
 
 DOMAINS = ("plain", "shifted", "styles", "offset", "sums")
+SHIFTED_FIRST = ("shifted", "plain", "styles", "offset", "sums")
 SETTINGS = {  # name -> recipe; the test splits, the trained domain's first; who judges attacked pictures (None: below)
-    "shifted": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), None),
+    "shifted": ("recipes/demo.yaml", SHIFTED_FIRST, None),
     "elicit": ("recipes/elicit.yaml", DOMAINS, "demo/confident"),
-    "confirm": ("recipes/demo.yaml", ("shifted", "plain", "styles", "offset", "sums"), None),
+    "confirm": ("recipes/demo.yaml", SHIFTED_FIRST, None),
 }
 SAEI = {  # over the recipe, in every arm: what differs between arms is below
     "intervention": "egas",

@@ -189,11 +189,13 @@ def main_table(setting: str, runs: Runs) -> str:
     """The trained domain, by arm: mean and range over seeds."""
     kept = good(runs)
     deep = any("deep" in r for done in kept.values() for r in done.values())
-    split, names = splits_of(kept)[0], ["greedy", "pass@1", "pass@8", *["pass@32"] * deep, "entropy", "answers"]
+    (split, *others), names = splits_of(kept), ["greedy", "pass@1", "pass@8", *["pass@32"] * deep, "entropy", "answers"]
     rows = []
     for arm in [arm for arm in runs if arm in ("before", *MAIN)]:
         done = kept.get(arm, {})
         cells = [spread(column(done, split, name)) for name in names]
+        elsewhere = [column(done, other, "pass@1") for other in others]  # (domains, seeds)
+        cells.append(spread([float(np.mean(x)) for x in zip(*elsewhere, strict=True)]))
         minutes = spread([r["seconds/cpu"] / 60 for r in done.values() if "seconds/cpu" in r], 1)
         name = ARMS[arm] + "".join({f", {r['config']['temperature']}" for r in done.values() if arm == "temperature"})
         rows.append([name, seeds_of(runs, arm) if arm != "before" else "", *cells, minutes])
@@ -203,7 +205,8 @@ def main_table(setting: str, runs: Runs) -> str:
     note += f"; pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}" if deep else ""
     note += ". Mean (lowest to highest) over seeds; answers: distinct ones among a problem's samples; minutes of CPU "
     note += f"time for the training. Code of {', '.join(commits)}."
-    return table(["arm", "seeds", *names, "minutes"], rows) + f"\n\n{note}"
+    head = ["arm", "seeds", *names, f"pass@1, {len(others)} untrained domains", "minutes"]
+    return table(head, rows) + f"\n\n{note}"
 
 
 def differences(setting: str, runs: Runs) -> tuple[str, int]:
@@ -338,12 +341,15 @@ def cost_table(setting: str, runs: Runs) -> str:
         ends = [clean_accuracy(r, 1.0) for r in done.values()]
         cost = {s: r.get("seconds/cpu") for s, r in done.items()}
         base = {s: r.get("seconds/cpu") for s, r in kept.get("plain", {}).items()}
-        equal = [clean_accuracy(done[s], base[s] / cost[s]) for s in cost if cost[s] and base.get(s)]
-        rows.append([ARMS[arm], *seconds, spread(ends), spread(equal)])
+        both = [s for s in cost if cost[s] and base.get(s)]
+        equal = [clean_accuracy(done[s], base[s] / cost[s]) for s in both]
+        less = [x - clean_accuracy(kept["plain"][s], 1.0) for x, s in zip(equal, both, strict=True)]
+        difference = change(np.array([less, less]).T) if less and arm != "plain" else ""  # of seeds alone
+        rows.append([ARMS[arm], *seconds, spread(ends), spread(equal), difference])
     head = [f"arm, {setting}", "seconds a step", "sampling", "attack", "update", "accuracy, last fifth"]
-    head += ["accuracy at plain GRPO's CPU time"]
+    head += ["accuracy at plain GRPO's CPU time", "minus plain GRPO's"]
     note = "Seconds by the clock, two runs at a time beside other work: docs/speed.md compares costs. Accuracy of the "
-    note += "responses to clean images while training, mean over a fifth of the run."
+    note += "responses to clean images while training, mean over a fifth of the run. Intervals over seeds."
     return table(head, rows) + f"\n\n{note}" if rows else ""
 
 
@@ -403,7 +409,7 @@ def study_differences(folder: Path) -> str:
         return text
     return text + (
         f"\n\nMean [95% interval over seeds and problems, paired] and the number of seeds above 0; bold: 0 is outside. "
-        f"{count} comparisons were made on this page and none is corrected for that: about {count / 20:.0f} intervals "
+        f"{count} comparisons were made in these tables and none is corrected for that: about {count / 20:.0f} intervals "
         "would leave 0 out by chance alone. The first columns are means over an arm's own seeds, differences over "
         "those that it shares with what is subtracted; failed runs are left out and counted."
     )
