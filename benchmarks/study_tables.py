@@ -410,8 +410,8 @@ def study_differences(folder: Path) -> str:
     return text + (
         f"\n\nMean [95% interval over seeds and problems, paired] and the number of seeds above 0; bold: 0 is outside. "
         f"{count} comparisons were made in these tables and none is corrected for that: about {count / 20:.0f} "
-        "intervals would leave 0 out by chance alone. The first columns are means over an arm's own seeds, differences over "
-        "those that it shares with what is subtracted; failed runs are left out and counted."
+        "intervals would leave 0 out by chance alone. The first columns are means over an arm's own seeds, differences "
+        "over those that it shares with what is subtracted; failed runs are left out and counted."
     )
 
 
