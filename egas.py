@@ -74,7 +74,8 @@ def pgd_ascent(
     if random_start:
         generators = generator if isinstance(generator, list) else [generator] * len(clean)
         attacked = [
-            (x + eps * (2 * uniform_like(x, g) - 1)).clamp(0.0, 1.0) for x, g in zip(clean, generators, strict=True)
+            (x + eps * (2 * uniform_like(x, g) - 1)).clamp(0.0, 1.0)
+            for x, g in zip(clean, generators, strict=True)
         ]
     for _ in range(steps):
         attacked = [x.requires_grad_() for x in attacked]
@@ -82,7 +83,8 @@ def pgd_ascent(
             value = objective(attacked[0] if isinstance(images, Tensor) else attacked)
             grads = image_gradients(value.sum(), attacked)
         attacked = [
-            linf_step(x.detach(), x0, g, step_size, eps) for x, x0, g in zip(attacked, clean, grads, strict=True)
+            linf_step(x.detach(), x0, g, step_size, eps)
+            for x, x0, g in zip(attacked, clean, grads, strict=True)
         ]
     return attacked[0] if isinstance(images, Tensor) else attacked
 
@@ -99,7 +101,9 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
         if grad is None:
             raise RuntimeError(f"the objective does not depend on image {i}")
         if not grad.isfinite().all():
-            raise FloatingPointError(f"the gradient of image {i} is not finite; is the entropy computed in float32?")
+            raise FloatingPointError(
+                f"the gradient of image {i} is not finite; is the entropy computed in float32?"
+            )
     if not any(grad.any() for grad in grads):
         warnings.warn(
             "the image gradient is exactly zero, so the attack does nothing: no token was kept, the policy is certain "
@@ -110,14 +114,20 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
     return list(grads)
 
 
-def random_signs(images: list[Tensor], eps: float, generator: torch.Generator | None = None) -> list[Tensor]:
+def random_signs(
+    images: list[Tensor], eps: float, generator: torch.Generator | None = None
+) -> list[Tensor]:
     """x + eps * s with s = +1 or -1 at random, clamped to [0, 1]: EgAS's budget without its gradient."""
     check_images(images)
-    signs = [1 - 2 * (uniform_like(x, generator) < 0.5).to(x.dtype) for x in images]  # not sign(u - 1/2): it may be 0
+    signs = [
+        1 - 2 * (uniform_like(x, generator) < 0.5).to(x.dtype) for x in images
+    ]  # not sign(u - 1/2): it may be 0
     return [(x + eps * s).clamp(0.0, 1.0) for x, s in zip(images, signs, strict=True)]
 
 
-def diffusion_noise(images: list[Tensor], t: float, generator: torch.Generator | None = None) -> list[Tensor]:
+def diffusion_noise(
+    images: list[Tensor], t: float, generator: torch.Generator | None = None
+) -> list[Tensor]:
     """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; 0 <= t < 1000.
 
     abar_t = prod_{k = 0..t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000))_k * (5e-3 - 1e-5) + 1e-5
@@ -128,9 +138,12 @@ def diffusion_noise(images: list[Tensor], t: float, generator: torch.Generator |
         raise ValueError(f"t must be in 0 <= t < 1000, got {t}")
     beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
     abar = float((1 - beta[: int(t) + 1]).prod())
-    normals = [torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in images]
+    normals = [
+        torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in images
+    ]
     return [
-        (math.sqrt(abar) * x + math.sqrt(1 - abar) * n).clamp(0.0, 1.0) for x, n in zip(images, normals, strict=True)
+        (math.sqrt(abar) * x + math.sqrt(1 - abar) * n).clamp(0.0, 1.0)
+        for x, n in zip(images, normals, strict=True)
     ]
 
 
@@ -149,7 +162,9 @@ def check_images(images: list[Tensor]) -> None:
     """Raise ValueError unless every image is floating point, finite and within [0, 1]."""
     for i, x in enumerate(images):
         if not x.is_floating_point():
-            raise ValueError(f"image {i} is {x.dtype}; pass floats in [0, 1] (divide 8-bit images by 255)")
+            raise ValueError(
+                f"image {i} is {x.dtype}; pass floats in [0, 1] (divide 8-bit images by 255)"
+            )
         if x.numel() == 0 or not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(
                 f"image {i} of shape {tuple(x.shape)} is empty, not finite or outside [0, 1]: "

@@ -36,7 +36,9 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6, scale: str = "std") -> 
     if scale not in ("std", "none"):
         raise ValueError(f"scale must be 'std' or 'none', got {scale!r}")
     if not rewards.isfinite().all():
-        raise ValueError(f"rewards are not finite in group {int((~rewards.isfinite()).any(dim=1).nonzero()[0])}")
+        raise ValueError(
+            f"rewards are not finite in group {int((~rewards.isfinite()).any(dim=1).nonzero()[0])}"
+        )
     centred = rewards - rewards.mean(dim=1, keepdim=True)  # (P, G)
     std = rewards.std(dim=1, keepdim=True, correction=1)  # (P, 1)
     advantages = centred / (std + eps) if scale == "std" else centred
@@ -79,7 +81,9 @@ def policy_loss(
     add up over micro-batches: clip/low and clip/high are the shares of tokens whose gradient the clip removes.
     Raises ValueError on shapes that do not agree and on a batch without a token.
     """
-    if not (logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]):
+    if not (
+        logprobs.shape == old_logprobs.shape == mask.shape and advantages.shape == mask.shape[:1]
+    ):
         raise ValueError(
             f"shapes do not agree: logprobs {tuple(logprobs.shape)}, old_logprobs {tuple(old_logprobs.shape)}, "
             f"advantages {tuple(advantages.shape)}, mask {tuple(mask.shape)}"
@@ -88,8 +92,12 @@ def policy_loss(
     if normalizer <= 0:
         raise ValueError("no response token to average over")
     advantages = advantages[:, None]  # (N, 1)
-    ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()  # (N, T); padding: exactly 1, no gradient
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
+    ratio = (
+        (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()
+    )  # (N, T); padding: exactly 1, no gradient
+    surrogate = torch.minimum(
+        ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    )
     loss = -surrogate.masked_fill(~mask, 0.0).sum() / normalizer
     with torch.no_grad():
         metrics = {

@@ -65,7 +65,9 @@ MAX_CHARS = 512  # a longer answer is no answer; below 640, the lowest limit Pyt
 _BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{")  # one backslash, or two where the model escaped it
 _BRACE = re.compile(_BOX.pattern + r"|\\.|[{}]", re.DOTALL)  # \{ and \} are characters, not braces
 _TAG = re.compile(r"</?(?:think|answer)>")
-_PHRASE = re.compile(r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.IGNORECASE)
+_PHRASE = re.compile(
+    r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.IGNORECASE
+)
 _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]?(?:\s|$)))")
 
 
@@ -78,7 +80,9 @@ def _last_box(text: str) -> str | None:
         if token[0] == "}" and open_braces:
             last = max(last, (open_braces.pop(), token.start()))
         elif token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append(token.end() if len(token[0]) > 1 else -1)  # -1: a brace that is no box
+            open_braces.append(
+                token.end() if len(token[0]) > 1 else -1
+            )  # -1: a brace that is no box
     return text[last[0] : last[1]] if last[0] >= 0 else None
 
 
@@ -95,7 +99,9 @@ def _last_prose(text: str) -> str | None:
         sentence = re.match(r"(?:[^.\n]|\.(?=\S))*", text[phrases[-1].end() :])[0]
         return sentence.strip().strip("*").strip()
     letters = (
-        set(_LONE_LETTER.findall(text)) - {"I"} - ({"A"} if re.search(r"\bA (?!or\b|and\b)[a-z]", text) else set())
+        set(_LONE_LETTER.findall(text))
+        - {"I"}
+        - ({"A"} if re.search(r"\bA (?!or\b|and\b)[a-z]", text) else set())
     )
     return letters.pop() if len(letters) == 1 else None
 
@@ -155,7 +161,10 @@ _SPELLINGS = [  # (pattern, replacement), in this order; @ ends a LaTeX command;
     (r"\\frac ?([0-9]|\\pi@|[a-zA-Z](?=[a-zA-Z]?@))", r"\\frac{\1}"),  # \frac12, \frac1{2}, \frac ab
     (r"(\\frac\{[^{}]*\}) ?([0-9]|[a-zA-Z]@)", r"\1{\2}"),
 ]  # fmt: skip
-_SPELLINGS = [(re.compile(pattern.replace("@", "(?![a-zA-Z])")), replacement) for pattern, replacement in _SPELLINGS]
+_SPELLINGS = [
+    (re.compile(pattern.replace("@", "(?![a-zA-Z])")), replacement)
+    for pattern, replacement in _SPELLINGS
+]
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|operatorname|bm|underline)\s*"
     r"\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -181,7 +190,9 @@ _OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because
     re.I | re.S,
 )
 _CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z])([A-Z])(?![\w'])")
-_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S)
+_MATRIX = re.compile(
+    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S
+)
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
     r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})"
@@ -211,7 +222,17 @@ _UNIT_NAMES = {
     }.items()
     for long in names.split()
 }  # fmt: skip
-_UNITS = set(filter(None, _UNIT_NAMES.values())) | {"mph", "kmh", "ohm", "kw", "mw", "kj", "ha", "cc", "kpa"}
+_UNITS = set(filter(None, _UNIT_NAMES.values())) | {
+    "mph",
+    "kmh",
+    "ohm",
+    "kw",
+    "mw",
+    "kj",
+    "ha",
+    "cc",
+    "kpa",
+}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of a kind
     "is|isnt|are|was|were|be|not|no|nope|never|or|and|the|an?|to|than|then|but|if|of|off|at|by|with|without|for|from|on|in"
@@ -230,7 +251,9 @@ class Parsed:
     kind: str  # number | choice | text | list | tuple | interval | set | union | matrix | named | formula
     value: object  # Fraction; str; a tuple of Parsed (matrix: of rows; named: all that the name is said to equal)
     note: str = ""  # the unit; the brackets; the name; of a list: "or"
-    raw: str = field(default="", compare=False)  # the normalised text (of a formula without its unit), for algebra
+    raw: str = field(
+        default="", compare=False
+    )  # the normalised text (of a formula without its unit), for algebra
 
     def __str__(self) -> str:
         note = f" ({self.note})" if self.note else ""
@@ -245,12 +268,18 @@ def _normalise(text: str) -> str:
     text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{m[0].translate(_SMALL)}}}", text)
     text = re.sub("[₀-₉]+", lambda m: f"_{{{m[0].translate(_SMALL)}}}", text)
     # two backslashes: a row's end in a matrix; elsewhere a model that escaped its backslash
-    text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text) if r"\begin" in text else text.replace("\\\\", "\\")
+    text = (
+        re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
+        if r"\begin" in text
+        else text.replace("\\\\", "\\")
+    )
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     while (unwrapped := _WRAPPER.sub(r" \1 ", text)) != text:
         text = unwrapped
-    text = re.sub(r"\\\$", "$", re.sub(r"(?<!\\)\$([^$]*)\$", r" \1 ", text))  # what is left over is money
+    text = re.sub(
+        r"\\\$", "$", re.sub(r"(?<!\\)\$([^$]*)\$", r" \1 ", text)
+    )  # what is left over is money
     text = re.sub(r"\s+", " ", text)  # then no spaces at signs, but at commas: "1, 234" is a pair
     text = re.sub(r" (?=\\)| ?([-+*/=^_{()<>|]) ?| ?(\}) ?(?![a-zA-Z ])| (?=\})", r"\1\2", text)
     text = text.strip().removeprefix("**").removesuffix("**").strip()  # Markdown bold
@@ -297,7 +326,9 @@ def _unit(text: str) -> str | None:
 
     Up to four words: "apples", "square cm", "m/s^2", "miles per hour", "degrees Celsius".
     """
-    text = re.sub(r"\bper\b", "/", text.replace(r"\cdot", " ").translate({123: None, 125: None}).lower())
+    text = re.sub(
+        r"\bper\b", "/", text.replace(r"\cdot", " ").translate({123: None, 125: None}).lower()
+    )
     words = re.findall(r"[^\W\d_]+(?:\^-?[1-3])?|[^\s.]", text)
     if (
         len(words) > 5
@@ -309,13 +340,21 @@ def _unit(text: str) -> str | None:
     unit, power, unknown = [], "", 0
     for word in words:
         stem, _, exponent = word.partition("^")
-        known = [w for w in (stem, stem.removesuffix("s"), stem.removesuffix("es")) if w in _UNIT_NAMES or w in _UNITS]
+        known = [
+            w
+            for w in (stem, stem.removesuffix("s"), stem.removesuffix("es"))
+            if w in _UNIT_NAMES or w in _UNITS
+        ]
         if word in ("square", "sq", "cubic", "cu"):
             power = "^3" if word.startswith("cu") else "^2"
         elif known:
-            unit.append(_UNIT_NAMES.get(known[0], known[0]) + (f"^{exponent}" if exponent else power))
+            unit.append(
+                _UNIT_NAMES.get(known[0], known[0]) + (f"^{exponent}" if exponent else power)
+            )
             power = ""
-        elif len(stem) < 2 and stem != "/" or not (stem == "/" or stem.isalpha()):  # a variable, a sign
+        elif (
+            len(stem) < 2 and stem != "/" or not (stem == "/" or stem.isalpha())
+        ):  # a variable, a sign
             return None
         else:
             unit.append(stem.removesuffix("s") + exponent)
@@ -329,24 +368,41 @@ def _number(text: str) -> Parsed | None:
     """A number with an optional unit or percent sign; None for anything else and for x/0."""
     if not (match := _NUMBER.match(text)):
         return None
-    rest, part = text[match.end() :], {k: (v or "").replace(",", "") for k, v in match.groupdict().items()}
+    rest, part = (
+        text[match.end() :],
+        {k: (v or "").replace(",", "") for k, v in match.groupdict().items()},
+    )
     if scale := re.match(rf" ?({'|'.join(_SCALES)})\b", rest):
         rest = rest[scale.end() :]
     unit = _unit(rest)
-    if unit is None or (part["money"] and unit) or re.match(r"[a-zA-Z](?![a-zA-Z])", rest):  # 5m: a product
+    if (
+        unit is None or (part["money"] and unit) or re.match(r"[a-zA-Z](?![a-zA-Z])", rest)
+    ):  # 5m: a product
         return None
     if part["repeated"]:
         digits, ends = part["fixed"].replace(".", ""), len(part["fixed"].partition(".")[2])
-        top, bottom = int(digits + part["repeated"]) - int(digits or 0), "9" * len(part["repeated"]) + "0" * ends
+        top, bottom = (
+            int(digits + part["repeated"]) - int(digits or 0),
+            "9" * len(part["repeated"]) + "0" * ends,
+        )
     else:
-        top, bottom = part["top"] or part["top2"] or part["decimal"], part["bottom"] or part["bottom2"] or 1
+        top, bottom = (
+            part["top"] or part["top2"] or part["decimal"],
+            part["bottom"] or part["bottom2"] or 1,
+        )
     if not Fraction(bottom):
         return None
     value, whole = Fraction(top) / Fraction(bottom), part["whole"] or part["whole2"]
     if whole and not 0 < value < 1:  # 2\frac{3}{2} is a product
         return None
-    value = (value + int(whole or 0)) * Fraction(10) ** int(part["power"] or 0) * (_SCALES[scale[1]] if scale else 1)
-    return Parsed("number", -value if part["sign"] == "-" else value, part["money"].strip() or unit, text)
+    value = (
+        (value + int(whole or 0))
+        * Fraction(10) ** int(part["power"] or 0)
+        * (_SCALES[scale[1]] if scale else 1)
+    )
+    return Parsed(
+        "number", -value if part["sign"] == "-" else value, part["money"].strip() or unit, text
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -366,16 +422,31 @@ def _parse(text: str, depth: int) -> Parsed | None:
         return Parsed("choice", letter.lower(), raw=letter)
     if depth > 8 or _VERBATIM.search(text):
         return Parsed("text", _plain(text) or text, raw=text)
-    for reader in (_parse_matrix, _parse_list, _parse_brackets, _parse_relation, _parse_ratio, _parse_union):
+    for reader in (
+        _parse_matrix,
+        _parse_list,
+        _parse_brackets,
+        _parse_relation,
+        _parse_ratio,
+        _parse_union,
+    ):
         if parsed := reader(text, depth + 1):
             return parsed
     head = re.fullmatch(r"(.*(?:[0-9})]|\\pi))( .*|°|%)", text, re.S)  # 25\pi square cm
-    if head and not _WORD.search(_COMMAND.sub(" ", head[1])) and not re.search(r"\\(?:sin|cos|tan|cot)", text):
+    if (
+        head
+        and not _WORD.search(_COMMAND.sub(" ", head[1]))
+        and not re.search(r"\\(?:sin|cos|tan|cot)", text)
+    ):
         unit = _unit(head[2])
         if unit is not None and (len(unit) > 1 or unit in ("", "°", "%")):
             return Parsed("formula", head[1], unit, head[1])
     words = _WORD.search(_COMMAND.sub(" ", text)) or not re.search(r"[0-9+*/^_=<>\\|!-]", text)
-    return Parsed("text", _plain(text) or text, raw=text) if words else Parsed("formula", text, raw=text)
+    return (
+        Parsed("text", _plain(text) or text, raw=text)
+        if words
+        else Parsed("formula", text, raw=text)
+    )
 
 
 def _plain(text: str) -> str:
@@ -403,7 +474,11 @@ def _parse_matrix(text: str, depth: int) -> Parsed | None:
 def _parse_list(text: str, depth: int) -> Parsed | None:
     r"""a, b; c or d at the top level, and a \pm b, which is the list of both."""
     pieces = _split(text, r",|;|\bor\b|\band\b")
-    texts = [x for x, sign in zip(pieces[::2], [*pieces[1::2], ""], strict=True) if x or sign not in ("and", "or")]
+    texts = [
+        x
+        for x, sign in zip(pieces[::2], [*pieces[1::2], ""], strict=True)
+        if x or sign not in ("and", "or")
+    ]
     if len(pieces) == 1 and text.count(r"\pm") == 1 and not re.search("[=<>]", text):
         pieces = ["", "or"]
         texts = [re.sub(r"\\pm ?", "+", text).removeprefix("+"), re.sub(r"\\pm ?", "-", text)]
@@ -419,7 +494,9 @@ def _parse_brackets(text: str, depth: int) -> Parsed | None:
     brackets, inside = text[start] + text[-1], inside.removesuffix("\\").strip()
     if (brackets[0] == "{") != (brackets[1] == "}"):
         return None
-    if brackets == "{}" and (builder := re.fullmatch(r"(\w+)(?:\\in\\mathbb{R})? ?[|:](.*)", inside)):  # {x | x > 3}
+    if brackets == "{}" and (
+        builder := re.fullmatch(r"(\w+)(?:\\in\\mathbb{R})? ?[|:](.*)", inside)
+    ):  # {x | x > 3}
         inner = _parse(builder[2], depth)
         return inner if inner and inner.kind == "named" and inner.note == builder[1] else None
     inner = _parse_list(inside, depth) or _parse(inside, depth)  # (4,321) is a pair
@@ -427,7 +504,9 @@ def _parse_brackets(text: str, depth: int) -> Parsed | None:
         return Parsed("set", (), raw=text) if brackets == "{}" and not inside else None
     if inner.kind == "list":
         return (
-            Parsed("set", inner.value, raw=text) if brackets == "{}" else Parsed("tuple", inner.value, brackets, text)
+            Parsed("set", inner.value, raw=text)
+            if brackets == "{}"
+            else Parsed("tuple", inner.value, brackets, text)
         )
     if brackets == "{}" and start:
         return Parsed("set", (inner,), raw=text)
@@ -452,13 +531,27 @@ def _parse_relation(text: str, depth: int) -> Parsed | None:
             return Parsed("formula", text, raw=text)
         values = _parse_all(sides[named:], depth)
         names = sides[0].strip("()").split(",")
-        if values and len(names) > 1 and values[-1].note == "()" and len(names) == len(values[-1].value):  # (x,y)=(1,2)
+        if (
+            values
+            and len(names) > 1
+            and values[-1].note == "()"
+            and len(names) == len(values[-1].value)
+        ):  # (x,y)=(1,2)
             pairs = zip(names, values[-1].value, strict=True)
-            return Parsed("tuple", tuple(Parsed("named", (v,), _name(n), text) for n, v in pairs), "()", text)
+            return Parsed(
+                "tuple", tuple(Parsed("named", (v,), _name(n), text) for n, v in pairs), "()", text
+            )
         return Parsed("named", values, _name(sides[0]) if named else "", text) if values else None
     if operators[0] in (">", r"\geq"):  # read it from the small side
-        sides, operators = sides[::-1], [{">": "<", r"\geq": r"\leq"}.get(op, "") for op in operators[::-1]]
-    variables = [i for i, side in enumerate(sides) if re.fullmatch(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+", side)]
+        sides, operators = (
+            sides[::-1],
+            [{">": "<", r"\geq": r"\leq"}.get(op, "") for op in operators[::-1]],
+        )
+    variables = [
+        i
+        for i, side in enumerate(sides)
+        if re.fullmatch(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+", side)
+    ]
     if (
         not set(operators) <= {"<", r"\leq"}
         or len(variables) != 1
@@ -468,23 +561,37 @@ def _parse_relation(text: str, depth: int) -> Parsed | None:
     ):
         return Parsed("formula", text, raw=text)
     at = variables[0]  # at the start, in the middle or at the end
-    low, high = sides[at - 1] if at else r"-\infty", sides[at + 1] if at + 1 < len(sides) else r"\infty"
+    low, high = (
+        sides[at - 1] if at else r"-\infty",
+        sides[at + 1] if at + 1 < len(sides) else r"\infty",
+    )
     brackets = "[" if at and operators[at - 1] == r"\leq" else "("
     brackets += "]" if at + 1 < len(sides) and operators[at] == r"\leq" else ")"
     ends = _parse_all((low, high), depth)
-    return Parsed("named", (Parsed("interval", ends, brackets, text),), sides[at], text) if ends else None
+    return (
+        Parsed("named", (Parsed("interval", ends, brackets, text),), sides[at], text)
+        if ends
+        else None
+    )
 
 
 def _name(text: str) -> str:
     r"""A name as it is compared: without spaces and articles, words in any case, m\angle ABC as \angle ABC."""
-    text = re.sub(r"^(?:the|an?) |^m(?=\\angle)|\\over(?:line|rightarrow)|\\(?=[a-z]+$)|[\s{}]", "", text, flags=re.I)
+    text = re.sub(
+        r"^(?:the|an?) |^m(?=\\angle)|\\over(?:line|rightarrow)|\\(?=[a-z]+$)|[\s{}]",
+        "",
+        text,
+        flags=re.I,
+    )
     return text.casefold() if len(text) > 1 else text
 
 
 def _parse_ratio(text: str, depth: int) -> Parsed | None:
     """3:4 and 3 to 4 are the number 3/4; 2:4:6 is 1:2:3."""
     numbers = [_number(part.strip()) for part in re.split(r":|\\colon|\bto\b", text)]
-    if len(numbers) < 2 or not all(number and number.value and not number.note for number in numbers):
+    if len(numbers) < 2 or not all(
+        number and number.value and not number.note for number in numbers
+    ):
         return None
     values = [number.value for number in numbers]
     if len(values) == 2:
@@ -522,7 +629,9 @@ class How(NamedTuple):
     def formulas(self, a: str, b: str) -> bool:
         """Not asked about words, nor where only the case of letters differs: math-verify reads all as small ones."""
         letters = [sorted(re.findall(r"[a-zA-Z]", text)) for text in (a, b)]
-        if letters[0] != letters[1] and sorted("".join(letters[0]).lower()) == sorted("".join(letters[1]).lower()):
+        if letters[0] != letters[1] and sorted("".join(letters[0]).lower()) == sorted(
+            "".join(letters[1]).lower()
+        ):
             return False
         if any(_MISREAD.search(text) or _WORD.search(_COMMAND.sub(" ", text)) for text in (a, b)):
             return False
@@ -538,19 +647,32 @@ def _same(a: Parsed, b: Parsed, how: How) -> bool:
     kinds = {a.kind, b.kind}
     if a.kind == "named":
         return _same_named(a, b, how)
-    if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple") and "empty" not in b.raw:
+    if (
+        a.kind == "set"
+        and len(a.value) == 1
+        and b.kind in ("number", "formula", "tuple")
+        and "empty" not in b.raw
+    ):
         return _same(a.value[0], b, how)
     if kinds == {"number"}:
         return _same_number(a, b, how)
     if kinds == {"matrix"}:
         same_shape = [len(row) for row in a.value] == [len(row) for row in b.value]
-        return same_shape and all(_match(x, y, True, how) for x, y in zip(a.value, b.value, strict=True))
+        return same_shape and all(
+            _match(x, y, True, how) for x, y in zip(a.value, b.value, strict=True)
+        )
     if kinds <= {"list", "tuple", "interval", "set", "union"}:
         return _same_collection(a, b, how)
-    if kinds <= {"text", "formula"} and not a.note + b.note and _glued(a.raw) == _glued(b.raw):  # 5 m and 5m
+    if (
+        kinds <= {"text", "formula"} and not a.note + b.note and _glued(a.raw) == _glued(b.raw)
+    ):  # 5 m and 5m
         return True
     letters = next((x.raw for x in (a, b) if x.kind == "text"), "")
-    if kinds == {"text", "formula"} and re.fullmatch("[a-z]{2}", letters) and set(letters) <= set(a.raw) & set(b.raw):
+    if (
+        kinds == {"text", "formula"}
+        and re.fullmatch("[a-z]{2}", letters)
+        and set(letters) <= set(a.raw) & set(b.raw)
+    ):
         return how.formulas(a.raw, b.raw)  # xy = x \cdot y
     letter = next((x.raw for x in (a, b) if x.kind == "choice"), "")
     if kinds == {"choice", "formula"} and letter.islower() and letter in a.raw and letter in b.raw:
@@ -559,7 +681,9 @@ def _same(a: Parsed, b: Parsed, how: How) -> bool:
         return False
     if kinds <= {"number", "formula"} and not _comparable(a, b):
         return False
-    return how.formulas(*(str(x.value) if x.kind == "number" else x.raw for x in (a, b)))  # without the units
+    return how.formulas(
+        *(str(x.value) if x.kind == "number" else x.raw for x in (a, b))
+    )  # without the units
 
 
 def _comparable(a: Parsed, b: Parsed) -> bool:
@@ -567,7 +691,9 @@ def _comparable(a: Parsed, b: Parsed) -> bool:
     if a.note and b.note and a.note != b.note or "%" in (a.note, b.note):
         return False
     related = [bool(_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw))) for x in (a, b)]
-    return related[0] == related[1] or bool(re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw))  # x \neq 3 is a set
+    return related[0] == related[1] or bool(
+        re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw)
+    )  # x \neq 3 is a set
 
 
 def _glued(text: str) -> str:
@@ -593,11 +719,15 @@ def _same_named(a: Parsed, b: Parsed, how: How) -> bool:
     if equation or a.value[-1].kind == "interval" and b.kind == "union":
         return how.formulas(a.raw, b.raw)
     if b.kind != "named":
-        steps = [v for v in a.value[:-1] if not re.search("[a-zA-Z]", _COMMAND.sub("", v.raw))]  # of 2 + 3 = 5
+        steps = [
+            v for v in a.value[:-1] if not re.search("[a-zA-Z]", _COMMAND.sub("", v.raw))
+        ]  # of 2 + 3 = 5
         return all(_same(value, b, how) for value in [*steps, a.value[-1]])
     if a.note == b.note or not a.note or not b.note:
         return all(_same(x, y, how) for x in a.value for y in b.value)
-    if any(value.kind in ("formula", "choice") for value in a.value + b.value):  # y = 2x and x = y/2
+    if any(
+        value.kind in ("formula", "choice") for value in a.value + b.value
+    ):  # y = 2x and x = y/2
         return how.formulas(a.raw, b.raw)
     return False
 
@@ -607,32 +737,50 @@ def _same_collection(a: Parsed, b: Parsed, how: How) -> bool:
     kinds, notes = {a.kind, b.kind}, {a.note, b.note}
     if "union" in kinds and kinds & {"tuple", "interval", "set"}:
         return how.formulas(a.raw, b.raw)
-    if kinds <= {"tuple", "interval"} and len(notes) > 1 or "set" in kinds and kinds & {"tuple", "interval"}:
+    if (
+        kinds <= {"tuple", "interval"}
+        and len(notes) > 1
+        or "set" in kinds
+        and kinds & {"tuple", "interval"}
+    ):
         return False  # other brackets
-    if kinds == {"list", "interval"} or kinds == {"list", "tuple"} and ("()" not in notes or "or" in notes):
+    if (
+        kinds == {"list", "interval"}
+        or kinds == {"list", "tuple"}
+        and ("()" not in notes or "or" in notes)
+    ):
         return False
     words = any(item.kind in ("text", "choice") for item in a.value + b.value)
-    names = [len({item.note for item in x.value if item.kind == "named"}) > 1 for x in (a, b)]  # x = 1, y = 2
+    names = [
+        len({item.note for item in x.value if item.kind == "named"}) > 1 for x in (a, b)
+    ]  # x = 1, y = 2
     if kinds == {"list"} and len(notes) > 1 and (words or any(names) or _INEQUALITY.search(a.raw)):
         return False  # red or blue, red and blue
     first, second = (
-        sorted(x.value, key=lambda item: item.note) if n else x.value for x, n in zip((a, b), names, strict=True)
+        sorted(x.value, key=lambda item: item.note) if n else x.value
+        for x, n in zip((a, b), names, strict=True)
     )
     ordered = bool(kinds & {"tuple", "interval"}) or kinds == {"list"} and (words or any(names))
     return _match(first, second, ordered, how, repeats="set" not in kinds)
 
 
-def _match(xs: Sequence[Parsed], ys: Sequence[Parsed], ordered: bool, how: How, repeats: bool = True) -> bool:
+def _match(
+    xs: Sequence[Parsed], ys: Sequence[Parsed], ordered: bool, how: How, repeats: bool = True
+) -> bool:
     """Whether the items are pairwise equal, in order or in any; without repeats {1, 1, 2} is {1, 2}."""
     if (ordered or repeats) and len(xs) != len(ys) or len(xs) * len(ys) > 400:
         return xs == ys
     if ordered:
         return all(_same(x, y, how) for x, y in zip(xs, ys, strict=True))
     if not repeats:
-        return all(any(_same(x, y, how) for y in ys) for x in xs) and all(any(_same(x, y, how) for x in xs) for y in ys)
+        return all(any(_same(x, y, how) for y in ys) for x in xs) and all(
+            any(_same(x, y, how) for x in xs) for y in ys
+        )
     left = list(ys)
     for x in xs:
-        same = [y for y in left if y == x] or [y for y in left if _same(x, y, how)]  # algebra only where it must be
+        same = [y for y in left if y == x] or [
+            y for y in left if _same(x, y, how)
+        ]  # algebra only where it must be
         if not same:
             return False
         left.remove(same[0])
@@ -642,12 +790,16 @@ def _match(xs: Sequence[Parsed], ys: Sequence[Parsed], ordered: bool, how: How, 
 def _letter(text: str) -> tuple[str, str] | None:
     """(letter, what is said after it) of an answer that names one option: "B", "(B)", "B. red", "option B: red"."""
     text = _normalise(re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text))  # B (red)
-    if choice := _CHOICE.fullmatch(re.sub("^(?:option|choice|answer) ?(?=[A-Z(])", "", text, flags=re.I)):
+    if choice := _CHOICE.fullmatch(
+        re.sub("^(?:option|choice|answer) ?(?=[A-Z(])", "", text, flags=re.I)
+    ):
         return (choice[1] or choice[2]).lower(), ""
     if not (option := _OPTION.fullmatch(text)):
         return None
     letter, said = (option[1] or option[2]).lower(), option[3].strip(" -–:.")
-    listed = re.findall("[a-z]", said) if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", said) else []  # B: a, c
+    listed = (
+        re.findall("[a-z]", said) if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", said) else []
+    )  # B: a, c
     others = {x.lower() for x in [*_CAPITAL.findall(option[3]), *listed]}
     return None if others - {letter} else (letter, said)
 
@@ -655,17 +807,21 @@ def _letter(text: str) -> tuple[str, str] | None:
 def _yes_or_no(text: str) -> str | None:
     """ "yes" for "Yes, there are no gaps.", None for "yes or no" and "yes, but no"."""
     said = re.match(r"(yes|no)(?:$|(?=[,.;:!]))(.*)", _normalise(text).casefold(), re.S)
-    doubt = (
-        r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$|\b(?:maybe|mean|unless|false|true|wrong)\b"
-    )
+    doubt = r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$|\b(?:maybe|mean|unless|false|true|wrong)\b"
     return said[1] if said and not re.search(doubt, said[2]) else None
 
 
 def _compare(prediction: str, gold: str, choices: tuple[str, ...], how: How) -> bool:
     """The verdict on an answer; may take for ever where the algebra does."""
     found, wanted = parse(prediction), parse(gold)
-    letter = _letter(gold) if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold) else None
-    if choices and all(re.match(rf"\(?{chr(65 + i)}[.):]", choice) for i, choice in enumerate(choices)):
+    letter = (
+        _letter(gold)
+        if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold)
+        else None
+    )
+    if choices and all(
+        re.match(rf"\(?{chr(65 + i)}[.):]", choice) for i, choice in enumerate(choices)
+    ):
         choices = tuple(re.sub(r"^\(?[A-Z][.):]+ ?", "", choice) for choice in choices)  # "A. red"
     texts = [parse(choice) for choice in choices]
     index = texts.index(wanted) if wanted in texts else ord(letter[0]) - 97 if letter else -1
@@ -673,13 +829,17 @@ def _compare(prediction: str, gold: str, choices: tuple[str, ...], how: How) -> 
         return _same_choice(prediction, found, index, texts, how)
     if letter:  # the gold is a letter, or "B. red"
         if said := _letter(prediction):
-            return said[0] == letter[0] and ("" in (said[1], letter[1]) or parse(said[1]) == parse(letter[1]))
+            return said[0] == letter[0] and (
+                "" in (said[1], letter[1]) or parse(said[1]) == parse(letter[1])
+            )
         wanted = parse(letter[1] or gold)
     if found is None or wanted is None:
         return False
     if answer := _yes_or_no(gold):
         return _yes_or_no(prediction) == answer
-    if wanted.kind == "number" and found.kind == "formula" and found.raw.count("=") == 1:  # m + n = 23 is 23
+    if (
+        wanted.kind == "number" and found.kind == "formula" and found.raw.count("=") == 1
+    ):  # m + n = 23 is 23
         left, right = found.raw.split("=")
         letters = _COMMAND.sub(" ", left)  # of one variable it would say what that is
         if len(set(re.findall("[a-zA-Z]", letters))) > 1 and not _WORD.search(letters):
@@ -687,14 +847,20 @@ def _compare(prediction: str, gold: str, choices: tuple[str, ...], how: How) -> 
     return _same(found, wanted, how)
 
 
-def _same_choice(prediction: str, found: Parsed | None, index: int, texts: list[Parsed | None], how: How) -> bool:
+def _same_choice(
+    prediction: str, found: Parsed | None, index: int, texts: list[Parsed | None], how: How
+) -> bool:
     """Whether an answer is the index-th of the options: by its text, by its letter, or equal to it and to no other."""
     if found is not None and found in texts:
         return found == texts[index]
     if letter := _letter(prediction):
         said, own = parse(letter[1]), texts[index]
         others = [x.value for x in texts if x and x.kind == "text" and x != own]  # B. red or blue
-        if said and said != own and any(re.search(rf"\b{re.escape(x)}\b", _plain(letter[1])) for x in others):
+        if (
+            said
+            and said != own
+            and any(re.search(rf"\b{re.escape(x)}\b", _plain(letter[1])) for x in others)
+        ):
             return False
         return ord(letter[0]) - 97 == index and (said is None or said not in texts or said == own)
     if found is None or texts[index] is None:
@@ -712,9 +878,13 @@ def _check_gold(answer: str) -> str:
     found = extract_answer(answer)  # data sets box or tag some of their answers
     found = answer.strip() if found is None else found
     if parse(found) is None:
-        raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: empty, over {MAX_CHARS} characters, or 1/0")
+        raise ValueError(
+            f"gold answer {answer!r:.80} cannot be parsed: empty, over {MAX_CHARS} characters, or 1/0"
+        )
     if extract_answer(rf"\boxed{{{found}}}") != found:
-        raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: its braces or tags are not balanced")
+        raise ValueError(
+            f"gold answer {answer!r:.80} cannot be parsed: its braces or tags are not balanced"
+        )
     return found
 
 
@@ -743,17 +913,25 @@ def grade(
         try:
             answer = str(Fraction(str(answer)))  # through str, so that 0.1 is 1/10
         except ValueError as error:
-            raise ValueError(f"gold answer {type(answer).__name__} cannot be parsed: {error}") from error
+            raise ValueError(
+                f"gold answer {type(answer).__name__} cannot be parsed: {error}"
+            ) from error
     if not isinstance(answer, str):
-        raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: {type(answer).__name__} is no string or number")
+        raise ValueError(
+            f"gold answer {answer!r:.80} cannot be parsed: {type(answer).__name__} is no string or number"
+        )
     gold = _check_gold(answer)
     if prediction is None:
         return False
-    whole = _BOX.search(prediction) or prediction.lstrip().startswith("<")  # a completion; else what stood in its box
+    whole = _BOX.search(prediction) or prediction.lstrip().startswith(
+        "<"
+    )  # a completion; else what stood in its box
     found = extract_answer(prediction) if whole else None
     found = prediction.strip() if found is None else found
     try:
-        return len(found) <= MAX_CHARS and _verdict(found, gold, tuple(map(str, choices or ())), precision)
+        return len(found) <= MAX_CHARS and _verdict(
+            found, gold, tuple(map(str, choices or ())), precision
+        )
     except NoAnswer:
         return False
 
@@ -777,13 +955,17 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
         return False
     a, b = (re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text) for text in (a, b))
-    plain = NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none")
+    plain = NormalizationConfig(
+        basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none"
+    )
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
     found = [math_verify.parse(f"${text}$", config, parsing_timeout=None) for text in (a, b)]
     if not all(found) or any(isinstance(x[0], str) or x[0].has(sympy.Derivative) for x in found):
         return False
     x, y = (_plain_symbols(x[0], sympy) for x in found)
-    if isinstance(x, sympy.core.relational.Relational) and isinstance(y, sympy.core.relational.Relational):
+    if isinstance(x, sympy.core.relational.Relational) and isinstance(
+        y, sympy.core.relational.Relational
+    ):
         if not x.free_symbols or x.free_symbols != y.free_symbols:
             return False
         if not isinstance(x, sympy.Eq) and len(x.free_symbols) == 1:
@@ -798,7 +980,9 @@ def _plain_symbols(x, sympy):
     """One symbol for each letter, real but for the imaginary unit: the parser's i of 3 + 4i and of 3 + i*4 differ."""
     if not hasattr(x, "xreplace") or x.has(sympy.Sum, sympy.Product):
         return x
-    real = {s: sympy.I if s.name == "i" else sympy.Symbol(s.name, real=True) for s in x.free_symbols}
+    real = {
+        s: sympy.I if s.name == "i" else sympy.Symbol(s.name, real=True) for s in x.free_symbols
+    }
     return x.xreplace(real)
 
 
@@ -820,7 +1004,12 @@ def _answer_questions() -> None:
         if (child := os.fork()) == 0:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-            os.write(write, b"1" if _compare(prediction, gold, tuple(choices), How(precision, _sympy_equal)) else b"0")
+            os.write(
+                write,
+                b"1"
+                if _compare(prediction, gold, tuple(choices), How(precision, _sympy_equal))
+                else b"0",
+            )
             os._exit(0)
         os.close(write)
         if not select.select([read], [], [], WALL_SECONDS)[0]:
@@ -845,7 +1034,9 @@ class _Worker:
         self.process = subprocess.Popen(command, bufsize=0, **pipes)
         if self.read(seconds=60) != b"ready\n":
             self.stop()
-            raise RuntimeError(f"the process that compares formulas did not start: {' '.join(command)}")
+            raise RuntimeError(
+                f"the process that compares formulas did not start: {' '.join(command)}"
+            )
 
     def stop(self) -> None:
         if self.process is None:
@@ -873,7 +1064,9 @@ class _Worker:
                     self.stop()
                 except BrokenPipeError:
                     self.stop()
-                except BaseException:  # an interrupt: the next answer must not be taken for this one's
+                except (
+                    BaseException
+                ):  # an interrupt: the next answer must not be taken for this one's
                     self.stop()
                     raise
             raise NoAnswer
@@ -890,9 +1083,13 @@ os.register_at_fork(
 
 def _text(completion: Completion) -> str:
     """The text of a completion: of a conversational one, the content of its last message."""
-    text = completion if isinstance(completion, str) or not completion else completion[-1]["content"]
+    text = (
+        completion if isinstance(completion, str) or not completion else completion[-1]["content"]
+    )
     if not isinstance(text, str):
-        raise TypeError(f"a completion must be text or messages whose content is text, got {completion!r:.200}")
+        raise TypeError(
+            f"a completion must be text or messages whose content is text, got {completion!r:.200}"
+        )
     return text
 
 
@@ -909,10 +1106,16 @@ def accuracy_reward(
     choices, precision: columns of the data set, as `grade` takes them. prose: read unboxed answers too.
     """
     N = len(completions)
-    given = {"answer": answer, "choices": choices or [None] * N, "precision": precision or [None] * N}
+    given = {
+        "answer": answer,
+        "choices": choices or [None] * N,
+        "precision": precision or [None] * N,
+    }
     for name, column in given.items():
         if isinstance(column, str) or len(column) != N:
-            raise ValueError(f"{name} must be a list, one for each of {N} completions, got {column!r:.80}")
+            raise ValueError(
+                f"{name} must be a list, one for each of {N} completions, got {column!r:.80}"
+            )
     return [
         float(grade(extract_answer(_text(completion), prose), *row))
         for completion, *row in zip(completions, *given.values(), strict=True)
@@ -934,8 +1137,14 @@ def _well_formed(text: str) -> bool:
         return False
     if tags[2:] == ["<answer>", "</answer>"]:
         _, _, between, answer, after = parts
-        return bool(answer.strip()) and not between.strip() and not after and not _BOX.search(answer)
-    return len(tags) == 2 and len(_BOX.findall(parts[2])) == 1 and bool((_last_box(parts[2]) or "").strip())
+        return (
+            bool(answer.strip()) and not between.strip() and not after and not _BOX.search(answer)
+        )
+    return (
+        len(tags) == 2
+        and len(_BOX.findall(parts[2])) == 1
+        and bool((_last_box(parts[2]) or "").strip())
+    )
 
 
 def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
@@ -944,16 +1153,26 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
     -> a reward function of completion_ids, lists of token ids. Raises ValueError unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
-        raise ValueError(f"needs 0 < buffer <= max_tokens, got buffer={buffer}, max_tokens={max_tokens}")
+        raise ValueError(
+            f"needs 0 < buffer <= max_tokens, got buffer={buffer}, max_tokens={max_tokens}"
+        )
 
-    def penalty(completions: list[Completion], completion_ids: list[Sequence[int]], **columns) -> list[float]:
-        return [-min(1.0, max(0.0, (len(ids) - (max_tokens - buffer)) / buffer)) for ids in completion_ids]
+    def penalty(
+        completions: list[Completion], completion_ids: list[Sequence[int]], **columns
+    ) -> list[float]:
+        return [
+            -min(1.0, max(0.0, (len(ids) - (max_tokens - buffer)) / buffer))
+            for ids in completion_ids
+        ]
 
     return penalty
 
 
 Rewards = Mapping[str, tuple[Callable[..., list[float]], float]]
-REWARDS: Rewards = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  # second-hand
+REWARDS: Rewards = {
+    "accuracy": (accuracy_reward, 0.9),
+    "format": (format_reward, 0.1),
+}  # second-hand
 
 
 def load_reward(spec: str) -> tuple[str, Callable[..., list[float]], float]:
@@ -971,7 +1190,9 @@ def load_reward(spec: str) -> tuple[str, Callable[..., list[float]], float]:
             f"reward {spec!r}: the weight {weight!r} is no number; write file.py:function:weight"
         ) from None
     if not name or not os.path.isfile(path):
-        raise ValueError(f"reward {spec!r}: no file {path}; write file.py:function or file.py:function:weight")
+        raise ValueError(
+            f"reward {spec!r}: no file {path}; write file.py:function or file.py:function:weight"
+        )
     module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -989,19 +1210,29 @@ def total_reward(
     and with a column `row` its row of the data set: never a silent 0.
     """
     columns = columns | {"answer": answer}
-    parts = {name: _checked(name, function, completions, columns) for name, (function, _) in rewards.items()}
+    parts = {
+        name: _checked(name, function, completions, columns)
+        for name, (function, _) in rewards.items()
+    }
     weights = [weight for _, weight in rewards.values()]
-    totals = [sum(w * r for w, r in zip(weights, row, strict=True)) for row in zip(*parts.values(), strict=True)]
+    totals = [
+        sum(w * r for w, r in zip(weights, row, strict=True))
+        for row in zip(*parts.values(), strict=True)
+    ]
     return {"reward": totals, **parts}
 
 
-def _checked(name: str, function: Callable, completions: list[Completion], columns: dict[str, list]) -> list[float]:
+def _checked(
+    name: str, function: Callable, completions: list[Completion], columns: dict[str, list]
+) -> list[float]:
     """The values of one reward; an error says which completion it comes from."""
     try:
         values = list(function(completions, **columns))
         if len(values) != len(completions):
             raise ValueError(f"it returned {len(values)} values for {len(completions)} completions")
-        if bad := [v for v in values if not isinstance(v, Real) or not abs(float(v)) < float("inf")]:
+        if bad := [
+            v for v in values if not isinstance(v, Real) or not abs(float(v)) < float("inf")
+        ]:
             raise ValueError(f"it returned {bad[0]!r:.80}, which is no finite number")
         return [float(v) for v in values]
     except Exception as error:  # re-raised, with its place
@@ -1009,8 +1240,14 @@ def _checked(name: str, function: Callable, completions: list[Completion], colum
             for i, completion in enumerate(completions):
                 _checked(name, function, [completion], {k: [v[i]] for k, v in columns.items()})
         row = f"row {columns['row'][0]}, " if "row" in columns and len(completions) == 1 else ""
-        where = f"{row}completion {completions[0]!r:.200}" if len(completions) == 1 else "the whole batch"
-        raise RuntimeError(f"the reward {name!r} failed on {where}: {type(error).__name__}: {error}") from error
+        where = (
+            f"{row}completion {completions[0]!r:.200}"
+            if len(completions) == 1
+            else "the whole batch"
+        )
+        raise RuntimeError(
+            f"the reward {name!r} failed on {where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -1019,14 +1256,24 @@ def _checked(name: str, function: Callable, completions: list[Completion], colum
 def explain(completion: str, gold: str, choices: Sequence[str] | None = None) -> str:
     """What is extracted, how both answers are read, how they are compared, the verdict: four lines."""
     extracted, wanted = extract_answer(completion, prose=True), _check_gold(gold)
-    prose = " (from prose: a reward reads it only with prose=True)" if extract_answer(completion) is None else ""
+    prose = (
+        " (from prose: a reward reads it only with prose=True)"
+        if extract_answer(completion) is None
+        else ""
+    )
     try:
         readable = extracted is not None and len(extracted) <= MAX_CHARS
-        verdict, how = readable and _compare(extracted, wanted, tuple(choices or ()), How()), "by rule"
+        verdict, how = (
+            readable and _compare(extracted, wanted, tuple(choices or ()), How()),
+            "by rule",
+        )
     except NeedsAlgebra:
         verdict, how = grade(extracted, gold, choices), "by algebra (math-verify)"
     lines = [f"extracted  {extracted!r}{prose if extracted is not None else ''}"]
-    lines += [f"read as    {parse(extracted) if extracted else None}", f"gold       {parse(wanted)}"]
+    lines += [
+        f"read as    {parse(extracted) if extracted else None}",
+        f"gold       {parse(wanted)}",
+    ]
     return "\n".join([*lines, f"{how}: {'right' if verdict else 'wrong'}"])
 
 
@@ -1037,10 +1284,18 @@ def regrade(path: str) -> str:
     with open(path) as file:
         for number, line in enumerate(file, 1):
             record = json.loads(line)
-            texts = record.get("responses") or [record[k] for k in ("completion", "prediction") if k in record]
+            texts = record.get("responses") or [
+                record[k] for k in ("completion", "prediction") if k in record
+            ]
             if not texts or "answer" not in record:
-                raise ValueError(f"{path}, line {number}: needs answer and one of responses, completion, prediction")
-            extra = {name: [record[name]] * len(texts) for name in ("choices", "precision") if record.get(name)}
+                raise ValueError(
+                    f"{path}, line {number}: needs answer and one of responses, completion, prediction"
+                )
+            extra = {
+                name: [record[name]] * len(texts)
+                for name in ("choices", "precision")
+                if record.get(name)
+            }
             found = accuracy_reward(texts, [record["answer"]] * len(texts), **extra)
             before = record.get("right", found)
             n, right = n + len(texts), right + sum(found)
@@ -1049,7 +1304,9 @@ def regrade(path: str) -> str:
                 for x, f, b in zip(texts, found, before, strict=True)
                 if f != b
             ]
-    return "\n".join([*changed, f"{n} answers, {right / max(1, n):.4f} right, {len(changed)} verdicts changed"])
+    return "\n".join(
+        [*changed, f"{n} answers, {right / max(1, n):.4f} right, {len(changed)} verdicts changed"]
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -1058,7 +1315,9 @@ def main(arguments: list[str]) -> None:
     if len(arguments) == 2 and arguments[0] == "--file":
         return print(regrade(arguments[1]))
     if len(arguments) != 2:
-        sys.exit('usage: python rewards.py "completion" "gold" | python rewards.py --file predictions.jsonl')
+        sys.exit(
+            'usage: python rewards.py "completion" "gold" | python rewards.py --file predictions.jsonl'
+        )
     print(explain(*arguments))
 
 

@@ -35,7 +35,7 @@ demo)
     done
     launch eval.py --model demo/confident --splits "${splits[@]}" --problems 500 --output out/demo/eval/before
     cp out/demo/eval/before.json* out/demo-grpo/eval/
-    .venv/bin/python report.py out/demo out/demo-grpo
+    .venv/bin/python -m runtime.report out/demo out/demo-grpo
     ;;
 test)
     setup requirements-dev.txt

@@ -39,16 +39,15 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import HfArgumentParser
 
-import data
 import egas
-import entropy_controls as controls
 import grpo
-import memory
-import plan
 import rewards
-import runs
 import tsec
-from policy import Policy, Prompts, Responses
+from extras import entropy_controls as controls
+from runtime import data, plan
+from runtime import run as runs
+from vlm import adapt as memory
+from vlm.policy import Policy, Prompts, Responses
 
 CONTROLS = "none bonus skywork aer ecvgpo vogue top_entropy clip_cov kl_cov sent".split()
 CLEAN, ATTACK, FRESH, CONTROL = range(4)  # what a step draws random numbers for: each has its own
@@ -63,36 +62,82 @@ def opt(default, mark: str, text: str):
 
 @dataclass
 class Config:
-    model: str = opt("demo/confident", "ours", "hub id or folder of a vision-language model and its processor")
-    dtype: str = opt("float32", "ours", "parameters' dtype: float32 | bfloat16; autocast is accelerate's to set")
-    attention: str = opt("sdpa", "ours", "attention implementation: sdpa | eager | flash_attention_2")
-    min_pixels: int | None = opt(None, "ours", "smallest area of a picture, Qwen families; unset: the processor's own")
-    max_pixels: int | None = opt(None, "ours", "largest area of a picture, Qwen families: image tokens, memory")
-    freeze: str = opt("none", "ours", "what is not trained: none | vision (the tower) | vision+projector")
-    lora_rank: int = opt(0, "ours", "LoRA on the language model's projections, nothing else trained; 0: none")
+    model: str = opt(
+        "demo/confident", "ours", "hub id or folder of a vision-language model and its processor"
+    )
+    dtype: str = opt(
+        "float32", "ours", "parameters' dtype: float32 | bfloat16; autocast is accelerate's to set"
+    )
+    attention: str = opt(
+        "sdpa", "ours", "attention implementation: sdpa | eager | flash_attention_2"
+    )
+    min_pixels: int | None = opt(
+        None, "ours", "smallest area of a picture, Qwen families; unset: the processor's own"
+    )
+    max_pixels: int | None = opt(
+        None, "ours", "largest area of a picture, Qwen families: image tokens, memory"
+    )
+    freeze: str = opt(
+        "none", "ours", "what is not trained: none | vision (the tower) | vision+projector"
+    )
+    lora_rank: int = opt(
+        0, "ours", "LoRA on the language model's projections, nothing else trained; 0: none"
+    )
     lora_alpha: float = opt(32.0, "ours", "LoRA's scale is lora_alpha / lora_rank")
-    checkpointing: bool = opt(False, "ours", "keep each layer's input alone, compute the layer again in the backward")
-    self_check: bool = opt(True, "ours", "compare pixel_values and logits with the library's own before the first step")
-    dataset: str = opt("demo", "ours", "demo, a preset's name, a .jsonl/.json/.parquet/.csv file, a folder, a hub id")
-    preset: str | None = opt(None, "ours", "read the data set as this entry of presets.py; alone: the set it names")
-    dataset_config: str | None = opt(None, "ours", "the hub set's configuration; unset: the preset's, or none")
+    checkpointing: bool = opt(
+        False, "ours", "keep each layer's input alone, compute the layer again in the backward"
+    )
+    self_check: bool = opt(
+        True, "ours", "compare pixel_values and logits with the library's own before the first step"
+    )
+    dataset: str = opt(
+        "demo",
+        "ours",
+        "demo, a preset's name, a .jsonl/.json/.parquet/.csv file, a folder, a hub id",
+    )
+    preset: str | None = opt(
+        None, "ours", "read the data set as this entry of presets.py; alone: the set it names"
+    )
+    dataset_config: str | None = opt(
+        None, "ours", "the hub set's configuration; unset: the preset's, or none"
+    )
     split: str | None = opt(
-        None, "ours", "the split to train on; unset: the preset's, train, or the demo's shifted/train"
+        None,
+        "ours",
+        "the split to train on; unset: the preset's, train, or the demo's shifted/train",
     )
-    image_column: str | None = opt(None, "ours", "unset: images, image; none: text alone, or pictures within messages")
-    problem_column: str | None = opt(None, "ours", "text or messages; unset: problem, question, prompt")
+    image_column: str | None = opt(
+        None, "ours", "unset: images, image; none: text alone, or pictures within messages"
+    )
+    problem_column: str | None = opt(
+        None, "ours", "text or messages; unset: problem, question, prompt"
+    )
     answer_column: str | None = opt(None, "ours", "unset: answer, solution, ground_truth")
-    choices_column: str | None = opt(None, "ours", "list of options; unset: choices, options, or there are none")
-    template: str | None = opt(
-        None, "ours", "boxed | tags | none | a YAML file with user, system; unset: the preset's, none"
+    choices_column: str | None = opt(
+        None, "ours", "list of options; unset: choices, options, or there are none"
     )
-    streaming: bool = opt(False, "ours", "do not store the set: rows are read, and checked, as they come")
-    bad_rows: str = opt("refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named")
-    order: str | None = opt(None, "ours", "JSON list of row numbers to train in this order; unset: shuffled each epoch")
-    max_prompt_tokens: int = opt(2048, "ours", "longer prompts are filtered out and counted, never truncated")
+    template: str | None = opt(
+        None,
+        "ours",
+        "boxed | tags | none | a YAML file with user, system; unset: the preset's, none",
+    )
+    streaming: bool = opt(
+        False, "ours", "do not store the set: rows are read, and checked, as they come"
+    )
+    bad_rows: str = opt(
+        "refuse", "ours", "a row that cannot be used: refuse it at start | skip, counted and named"
+    )
+    order: str | None = opt(
+        None, "ours", "JSON list of row numbers to train in this order; unset: shuffled each epoch"
+    )
+    max_prompt_tokens: int = opt(
+        2048, "ours", "longer prompts are filtered out and counted, never truncated"
+    )
     output: str = opt("out/demo", "ours", "the run's folder")
     overwrite: bool = opt(False, "ours", "replace a run that the folder already holds")
-    dry_run: bool = opt(False, "ours", "print the resolved plan, its memory estimated, and stop; reads no weights")
+    dry_run: bool = opt(
+        False, "ours", "print the resolved plan, its memory estimated, and stop; reads no weights"
+    )
     resume: bool = opt(False, "ours", "go on from the folder's newest complete checkpoint, exactly")
     seed: int = opt(0, "ours", "decides data order, rollouts and random images")
     steps: int = opt(100, "ours", "batches of rollouts")
@@ -100,68 +145,147 @@ class Config:
     keep_last: int = opt(0, "ours", "complete checkpoints that are kept, the newest; 0: all")
     report_to: str = opt("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
     profile: bool = opt(
-        False, "ours", "trace the second step: trace.json (for chrome://tracing), top operators printed"
+        False,
+        "ours",
+        "trace the second step: trace.json (for chrome://tracing), top operators printed",
     )
-    log_prompts: int = opt(1, "ours", "prompts a step whose responses and pictures go to samples.jsonl")
+    log_prompts: int = opt(
+        1, "ours", "prompts a step whose responses and pictures go to samples.jsonl"
+    )
 
     prompts_per_step: int = opt(16, "ours", "P, over all processes")
-    rollouts: int = opt(8, "ours", "G responses per prompt, clean and adversarial together: the budget of every arm")
-    adversarial_rollouts: int = opt(4, "ours", "G_adv, how many of them are sampled on the intervened image")
+    rollouts: int = opt(
+        8, "ours", "G responses per prompt, clean and adversarial together: the budget of every arm"
+    )
+    adversarial_rollouts: int = opt(
+        4, "ours", "G_adv, how many of them are sampled on the intervened image"
+    )
     max_new_tokens: int = opt(64, "ours", "longest response")
-    temperature: float = opt(1.0, "ours", "of sampling, of the scored distribution and of the entropy")
-    intervention: str = opt("egas", "paper", "none (plain GRPO) | random (signs) | noise (NoisyRollout's) | egas")
-    condition: str = opt("clean", "ours, by the study", "image the update is conditioned on: clean | sampled")
+    temperature: float = opt(
+        1.0, "ours", "of sampling, of the scored distribution and of the entropy"
+    )
+    intervention: str = opt(
+        "egas", "paper", "none (plain GRPO) | random (signs) | noise (NoisyRollout's) | egas"
+    )
+    condition: str = opt(
+        "clean", "ours, by the study", "image the update is conditioned on: clean | sampled"
+    )
 
-    tsec_low: float = opt(0.2, "ours", "TsEC's low cut, a quantile; 0: none. That there is a low cut: inferred")
-    tsec_high: float = opt(0.8, "ours", "TsEC's high cut, a quantile; 1: none. That there is a high cut: inferred")
-    tsec_scope: str = opt("response", "ours", "what the quantiles are taken over: response | batch (a process's)")
-    tsec_keep: str = opt("moderate", "ours", "tokens within the cuts, or, as a control, the extreme ones outside them")
-    eps: float = opt(2 / 255, "ours, by the study", "L-infinity radius of the attack, in [0, 1] pixel units")
+    tsec_low: float = opt(
+        0.2, "ours", "TsEC's low cut, a quantile; 0: none. That there is a low cut: inferred"
+    )
+    tsec_high: float = opt(
+        0.8, "ours", "TsEC's high cut, a quantile; 1: none. That there is a high cut: inferred"
+    )
+    tsec_scope: str = opt(
+        "response", "ours", "what the quantiles are taken over: response | batch (a process's)"
+    )
+    tsec_keep: str = opt(
+        "moderate",
+        "ours",
+        "tokens within the cuts, or, as a control, the extreme ones outside them",
+    )
+    eps: float = opt(
+        2 / 255, "ours, by the study", "L-infinity radius of the attack, in [0, 1] pixel units"
+    )
     pgd_steps: int = opt(3, "ours", "number of PGD steps")
-    step_size: float | None = opt(None, "ours", "PGD's step, in pixel units; unset: 2.5 * eps / steps, at most eps")
+    step_size: float | None = opt(
+        None, "ours", "PGD's step, in pixel units; unset: 2.5 * eps / steps, at most eps"
+    )
     random_start: bool = opt(False, "ours", "PGD begins at a random point of the ball")
-    anneal: bool = opt(False, "ours", "eps follows NoisyRollout's schedule instead of staying constant")
-    noise_t: float = opt(500.0, "ours", "noise: diffusion step of 1,000 at the start, annealed (NoisyRollout's value)")
+    anneal: bool = opt(
+        False, "ours", "eps follows NoisyRollout's schedule instead of staying constant"
+    )
+    noise_t: float = opt(
+        500.0,
+        "ours",
+        "noise: diffusion step of 1,000 at the start, annealed (NoisyRollout's value)",
+    )
 
-    advantage_scale: str = opt("std", "ours", "divide the centred rewards of a group by their std: std | none")
-    zero_variance: str = opt("keep", "ours", "groups of equal accuracy: keep | drop from loss and normaliser")
+    advantage_scale: str = opt(
+        "std", "ours", "divide the centred rewards of a group by their std: std | none"
+    )
+    zero_variance: str = opt(
+        "keep", "ours", "groups of equal accuracy: keep | drop from loss and normaliser"
+    )
     clip_low: float = opt(0.2, "ours", "the ratio is clipped below 1 - clip_low")
     clip_high: float = opt(0.28, "ours", "and above 1 + clip_high (DAPO's clip-higher)")
     kl_coef: float = opt(0.0, "ours", "weight of k3 to the initial policy; 0 loads no reference")
-    accuracy_weight: float = opt(0.9, "ours", "weight of the accuracy reward (NoisyRollout's, EasyR1's value)")
+    accuracy_weight: float = opt(
+        0.9, "ours", "weight of the accuracy reward (NoisyRollout's, EasyR1's value)"
+    )
     format_weight: float = opt(0.1, "ours", "weight of the format reward")
-    length_weight: float = opt(0.0, "ours", "weight of DAPO's overlong penalty, from 0 to -1; 0 leaves it out")
-    length_buffer: int = opt(16, "ours", "tokens before max_new_tokens over which that penalty grows")
-    reward: list[str] = opt([], "ours", "further rewards, each file.py:function or file.py:function:weight")
-    update_control: str = opt("none", "ours", "entropy control in the update, in any arm: " + " | ".join(CONTROLS))
-    entropy_coef: float = opt(1e-3, "ours", "weight of the entropy bonus (EasyR1's); skywork, aer: where it begins")
-    skywork_target: float = opt(0.2, "known", "skywork: the bonus acts while the entropy, in nats, is not above")
-    skywork_step: float = opt(1e-4, "known", "skywork: what a step adds to the coefficient or takes away")
+    length_weight: float = opt(
+        0.0, "ours", "weight of DAPO's overlong penalty, from 0 to -1; 0 leaves it out"
+    )
+    length_buffer: int = opt(
+        16, "ours", "tokens before max_new_tokens over which that penalty grows"
+    )
+    reward: list[str] = opt(
+        [], "ours", "further rewards, each file.py:function or file.py:function:weight"
+    )
+    update_control: str = opt(
+        "none", "ours", "entropy control in the update, in any arm: " + " | ".join(CONTROLS)
+    )
+    entropy_coef: float = opt(
+        1e-3, "ours", "weight of the entropy bonus (EasyR1's); skywork, aer: where it begins"
+    )
+    skywork_target: float = opt(
+        0.2, "known", "skywork: the bonus acts while the entropy, in nats, is not above"
+    )
+    skywork_step: float = opt(
+        1e-4, "known", "skywork: what a step adds to the coefficient or takes away"
+    )
     skywork_max: float = opt(5e-3, "known", "skywork: the coefficient's upper limit")
-    aer_target: float = opt(0.4, "second-hand", "aer: the target, a share of the first step's entropy")
-    aer_rate: float = opt(0.01, "ours", "aer: what a nat below the target adds to the coefficient in a step")
+    aer_target: float = opt(
+        0.4, "second-hand", "aer: the target, a share of the first step's entropy"
+    )
+    aer_rate: float = opt(
+        0.01, "ours", "aer: what a nat below the target adds to the coefficient in a step"
+    )
     aer_threshold: float = opt(1.0, "ours", "aer: prompts of this accuracy or more get no bonus")
-    ecvgpo_power: float = opt(1.0, "inferred", "ecvgpo: power of the self-information; larger favours the unlikely")
-    vogue_visual: float = opt(1.0, "known", "vogue: advantage that a nat of divergence between the images adds")
+    ecvgpo_power: float = opt(
+        1.0, "inferred", "ecvgpo: power of the self-information; larger favours the unlikely"
+    )
+    vogue_visual: float = opt(
+        1.0, "known", "vogue: advantage that a nat of divergence between the images adds"
+    )
     vogue_entropy: float = opt(0.4, "known", "vogue: advantage that a nat of entropy adds")
     vogue_cap: float = opt(2.0, "known", "vogue: each adds at most |advantage| / vogue_cap")
-    top_entropy: float = opt(0.2, "known", "top_entropy: share of the tokens that the policy gradient keeps")
-    cov_share: float = opt(2e-4, "known", "clip_cov, kl_cov, sent: share of the tokens that is chosen; at least 1")
-    penalty_coef: float | None = opt(None, "known", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent")
-    updates_per_step: int = opt(1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1")
-    micro_prompts: int = opt(16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient")
+    top_entropy: float = opt(
+        0.2, "known", "top_entropy: share of the tokens that the policy gradient keeps"
+    )
+    cov_share: float = opt(
+        2e-4, "known", "clip_cov, kl_cov, sent: share of the tokens that is chosen; at least 1"
+    )
+    penalty_coef: float | None = opt(
+        None, "known", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent"
+    )
+    updates_per_step: int = opt(
+        1, "ours", "optimiser steps per batch of rollouts; 1 is on-policy, its ratios are 1"
+    )
+    micro_prompts: int = opt(
+        16, "ours", "prompts a device attacks and updates at a time: memory, not the gradient"
+    )
     sample_prompts: int = opt(
         0, "ours", "prompts a device samples at a time: memory, not the responses; 0: all its share"
     )
-    micro_responses: int = opt(0, "ours", "responses the backward holds at a time, computed twice for it; 0: all")
+    micro_responses: int = opt(
+        0, "ours", "responses the backward holds at a time, computed twice for it; 0: all"
+    )
     lr: float = opt(1e-6, "ours", "AdamW's learning rate")
     warmup_steps: int = opt(0, "ours", "batches of rollouts over which lr grows to its value")
     weight_decay: float = opt(0.01, "ours", "AdamW's weight decay")
     max_grad_norm: float = opt(1.0, "ours", "gradients are scaled down to this norm")
 
     def __post_init__(self):
-        for name, kind in Config.__annotations__.items():  # a recipe's values are what YAML makes of them
-            kind = list if name == "reward" else kind | int if kind in (float, float | None) else kind
+        for (
+            name,
+            kind,
+        ) in Config.__annotations__.items():  # a recipe's values are what YAML makes of them
+            kind = (
+                list if name == "reward" else kind | int if kind in (float, float | None) else kind
+            )
             if not isinstance(value := getattr(self, name), kind):
                 raise ValueError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}")
         choices = {
@@ -178,7 +302,9 @@ class Config:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
         if self.intervention == "none":
             self.adversarial_rollouts = 0
         rules = {
@@ -194,7 +320,8 @@ class Config:
             "updates_per_step >= 2 with kl_cov or sent": self.updates_per_step >= 2
             or self.update_control not in UNCLIPPED,
             "order needs a stored data set, without streaming": not (self.order and self.streaming),
-            "vogue needs an intervention": self.update_control != "vogue" or self.intervention != "none",
+            "vogue needs an intervention": self.update_control != "vogue"
+            or self.intervention != "none",
             "0 <= clip_low <= 1": 0 <= self.clip_low <= 1,
             "0 <= noise_t <= 1000": 0 <= self.noise_t <= 1000,
             "step_size >= 0": self.step_size is None or self.step_size >= 0,
@@ -231,23 +358,31 @@ def main(cfg: Config) -> None:
     reference = load_reference(cfg, accelerator, first_step) if cfg.kl_coef else None
     rows = load_rows(cfg, accelerator, policy, first_step)
     reward_functions = load_rewards(cfg, rows[0])
-    wrapped, optimizer = prepare(cfg, accelerator, policy, source, first_step)  # `wrapped` is differentiated
+    wrapped, optimizer = prepare(
+        cfg, accelerator, policy, source, first_step
+    )  # `wrapped` is differentiated
     if cfg.self_check:
         with accelerator.autocast(), gathered(policy):
             errors = policy.self_check()
-        accelerator.print("self-check: largest difference to the library's own: " + json.dumps(errors))
+        accelerator.print(
+            "self-check: largest difference to the library's own: " + json.dumps(errors)
+        )
     log, stop = runs.Log(cfg, accelerator, first_step), runs.Stop(accelerator)
 
     for step in log.progress(range(first_step, cfg.steps)):
         n = None if cfg.streaming else len(rows)
         indices = my_rows(cfg, step, n, accelerator)
         batch = [rows[i % n if n else i] for i in indices]
-        prompts = policy.encode([r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens)
+        prompts = policy.encode(
+            [r["problem"] for r in batch], [r["images"] for r in batch], cfg.max_prompt_tokens
+        )
         clock = runs.Clock(accelerator.device)
 
         with accelerator.autocast(), gathered(policy):
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            clean = sample(cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, CLEAN))
+            clean = sample(
+                cfg, policy, prompts, cfg.clean_rollouts, seeds_of(cfg, step, indices, CLEAN)
+            )
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
@@ -271,7 +406,9 @@ def main(cfg: Config) -> None:
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         rollouts = Rollouts(batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
         with accelerator.autocast(), gathered(policy):
-            metrics = sampling_metrics(cfg, policy, rollouts, micro)  # before the update: all of it is about pi_old
+            metrics = sampling_metrics(
+                cfg, policy, rollouts, micro
+            )  # before the update: all of it is about pi_old
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
@@ -311,12 +448,26 @@ def sample(cfg: Config, policy: Policy, prompts: Prompts, n: int, seeds: list[in
     width, parts = cfg.sample_prompts or len(prompts), []
     for i in range(0, len(prompts), width):
         part = slice(i, i + width)
-        parts.append(policy.sample(prompts[part], n, seeds[part], cfg.max_new_tokens, cfg.temperature))
+        parts.append(
+            policy.sample(prompts[part], n, seeds[part], cfg.max_new_tokens, cfg.temperature)
+        )
     # two at least: each layer then runs as often in every process's update, and FSDP gathers it as often
     longest, fields = max(2, *(r.tokens.shape[1] for r in parts)), []
-    for name, value in (("tokens", policy.pad_id), ("mask", False), ("logprobs", 0.0), ("entropy", 0.0)):
+    for name, value in (
+        ("tokens", policy.pad_id),
+        ("mask", False),
+        ("logprobs", 0.0),
+        ("entropy", 0.0),
+    ):
         columns = [getattr(r, name) for r in parts]
-        fields.append(torch.cat([torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=value) for x in columns]))
+        fields.append(
+            torch.cat(
+                [
+                    torch.nn.functional.pad(x, (0, longest - x.shape[1]), value=value)
+                    for x in columns
+                ]
+            )
+        )
     return Responses(*fields)
 
 
@@ -344,7 +495,11 @@ def intervene(
     images = []
     if cfg.intervention == "egas":
         for part in parts:
-            own = [g for g, count in zip(generators[part], prompts.counts[part], strict=True) for _ in range(count)]
+            own = [
+                g
+                for g, count in zip(generators[part], prompts.counts[part], strict=True)
+                for _ in range(count)
+            ]
             pgd = (eps, cfg.step_size, cfg.pgd_steps, cfg.random_start, own)
             if own:  # else text alone: nothing to attack
                 objective = entropy_objective(policy, prompts, clean, keep, cfg.temperature, part)
@@ -372,10 +527,14 @@ def entropy_objective(
     A function of the images of prompts[part].   -> (P,), differentiable in the images
     """
     P, prompts = len(prompts), prompts[part]
-    tokens, mask, keep = (by_prompt(x, P)[part].flatten(0, 1) for x in (responses.tokens, responses.mask, keep))
+    tokens, mask, keep = (
+        by_prompt(x, P)[part].flatten(0, 1) for x in (responses.tokens, responses.mask, keep)
+    )
 
     def objective(images: list[Tensor]) -> Tensor:
-        _, entropy = policy.score(prompts.with_images(images), tokens, mask, temperature)  # (P * n, T)
+        _, entropy = policy.score(
+            prompts.with_images(images), tokens, mask, temperature
+        )  # (P * n, T)
         return by_prompt(tsec.selective_entropy(entropy, keep), len(prompts)).mean(dim=1)
 
     return objective
@@ -403,15 +562,26 @@ def reward(
     A reward gets TRL's arguments: completions, completion_ids, the rows' columns, of which `row` is their number.
     """
     P, halves = len(batch), [r for r in (clean, fresh) if r]
-    ids = [[tokens[mask].tolist() for tokens, mask in zip(r.tokens, r.mask, strict=True)] for r in halves]
-    both = [[np.fromiter(x, dtype=object).reshape(P, -1) for x in part] for part in (map(policy.decode, halves), ids)]
+    ids = [
+        [tokens[mask].tolist() for tokens, mask in zip(r.tokens, r.mask, strict=True)]
+        for r in halves
+    ]
+    both = [
+        [np.fromiter(x, dtype=object).reshape(P, -1) for x in part]
+        for part in (map(policy.decode, halves), ids)
+    ]
     texts, ids = (np.concatenate(part, axis=1) for part in both)  # (P, G)
     repeated = [row for row in batch for _ in range(texts.shape[1])]
     columns = {name: [row[name] for row in repeated] for name in repeated[0] if name != "images"}
     scores = rewards.total_reward(
-        texts.flatten().tolist(), rewards=functions, completion_ids=ids.flatten().tolist(), **columns
+        texts.flatten().tolist(),
+        rewards=functions,
+        completion_ids=ids.flatten().tolist(),
+        **columns,
     )
-    return texts.tolist(), {name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()}
+    return texts.tolist(), {
+        name: by_prompt(torch.tensor(x, device=policy.device), P) for name, x in scores.items()
+    }
 
 
 class Part(NamedTuple):
@@ -450,18 +620,25 @@ def update(
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         refuse_text_alone(cfg, rollouts.prompts, micro, step)
-    parts = update_parts(cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step))
+    parts = update_parts(
+        cfg, rollouts, controlled(cfg, accelerator, wrapped, optimizer, rollouts, micro, step)
+    )
     P, lr = len(rollouts.prompts), cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
     old = None
     if cfg.updates_per_step > 1:
         with torch.no_grad():
-            old = [[p.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for p in parts] for i in range(0, P, micro)]
+            old = [
+                [p.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for p in parts]
+                for i in range(0, P, micro)
+            ]
     sums, norms, size = Counter(), [], P // cfg.updates_per_step
     for start in range(0, P, size):
         tokens = sum(part.mask[start : start + size].sum() for part in parts)
-        tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # of the optimiser step, over all processes
+        tokens = accelerator.reduce(tokens, "sum").clamp(
+            min=1
+        )  # of the optimiser step, over all processes
         for i in range(start, start + size, micro):
             with accelerator.accumulate(wrapped):
                 loss = 0.0
@@ -470,29 +647,49 @@ def update(
                     mask = part.mask.flatten(0, 1)
                     before = old[i // micro][k] if old else logprobs.detach()
                     advantages, keep = part.advantages.flatten(), part.keep.flatten(0, 1)
-                    clip = (1.0, math.inf) if cfg.update_control in UNCLIPPED else (cfg.clip_low, cfg.clip_high)
-                    part_loss, metrics = grpo.policy_loss(logprobs, before, advantages, keep, *clip, tokens)
+                    clip = (
+                        (1.0, math.inf)
+                        if cfg.update_control in UNCLIPPED
+                        else (cfg.clip_low, cfg.clip_high)
+                    )
+                    part_loss, metrics = grpo.policy_loss(
+                        logprobs, before, advantages, keep, *clip, tokens
+                    )
                     if cfg.update_control != "none":
                         metrics |= control_terms(part, logprobs, before, entropy, tokens)
                         part_loss = part_loss + metrics["control/loss"]
                     if reference is not None:
-                        with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
+                        with (
+                            torch.no_grad(),
+                            accelerator.autocast(),
+                        ):  # as accelerate does for `wrapped`
                             anchor = part.score(reference, cfg.temperature)[0]
-                        pair = (x.masked_fill(~mask, 0.0) for x in (logprobs, anchor))  # padding: k3(0, 0) = 0
+                        pair = (
+                            x.masked_fill(~mask, 0.0) for x in (logprobs, anchor)
+                        )  # padding: k3(0, 0) = 0
                         metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
                         part_loss = part_loss + cfg.kl_coef * metrics["kl"]
                     loss = loss + part_loss
-                    sums.update({name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()})
+                    sums.update(
+                        {name: v.detach() for name, v in (metrics | {"loss": part_loss}).items()}
+                    )
                 # DDP averages over processes and accelerate divides by the micro-batches: the normaliser did both
-                accelerator.backward(loss * accelerator.num_processes * accelerator.gradient_accumulation_steps)
+                accelerator.backward(
+                    loss * accelerator.num_processes * accelerator.gradient_accumulation_steps
+                )
                 if accelerator.sync_gradients:
-                    norms.append(float(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm)))
+                    norms.append(
+                        float(accelerator.clip_grad_norm_(wrapped.parameters(), cfg.max_grad_norm))
+                    )
                     stop_unless_finite(cfg, norms[-1], rollouts, accelerator, step)
                 optimizer.step()
                 optimizer.zero_grad()
     losses = torch.stack([sums[name] for name in sorted(sums)]) / cfg.updates_per_step
     losses = accelerator.reduce(losses, "sum").tolist()
-    return dict(zip(sorted(sums), losses, strict=True)) | {"grad_norm": float(np.mean(norms)), "lr": lr}
+    return dict(zip(sorted(sums), losses, strict=True)) | {
+        "grad_norm": float(np.mean(norms)),
+        "lr": lr,
+    }
 
 
 def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
@@ -500,12 +697,18 @@ def joined(cfg: Config, x: Rollouts) -> tuple[Part, Tensor, Tensor]:
     halves = [(r.tokens, r.mask, r.logprobs, r.entropy) for r in (x.clean, x.fresh) if r]
     halves = [[by_prompt(y, len(x.prompts)) for y in half] for half in halves]
     longest = max(half[0].shape[2] for half in halves)
-    padded = [[torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves]
+    padded = [
+        [torch.nn.functional.pad(y, (0, longest - y.shape[2])) for y in half] for half in halves
+    ]
     tokens, mask, logprobs, entropy = (torch.cat(y, dim=1) for y in zip(*padded, strict=True))
     if cfg.zero_variance == "drop":
         mask = mask & ~grpo.equal_groups(x.scores["accuracy"])[:, None, None]
     no_weights, no_bonus = torch.zeros_like(logprobs), torch.zeros_like(x.advantages)
-    return Part(x.prompts, tokens, mask, mask, no_weights, x.advantages, no_bonus), logprobs, entropy
+    return (
+        Part(x.prompts, tokens, mask, mask, no_weights, x.advantages, no_bonus),
+        logprobs,
+        entropy,
+    )
 
 
 def controlled(
@@ -525,24 +728,50 @@ def controlled(
     if cfg.update_control == "none":
         return part
     P = len(x.prompts)
-    tensors = {"mask": part.mask, "logprobs": logprobs, "entropy": entropy, "advantages": x.advantages}
+    tensors = {
+        "mask": part.mask,
+        "logprobs": logprobs,
+        "entropy": entropy,
+        "advantages": x.advantages,
+    }
     tensors |= {"accuracy": x.scores["accuracy"]}
-    if cfg.update_control == "vogue":  # what was sampled on the intervened image, scored on the clean one
+    if (
+        cfg.update_control == "vogue"
+    ):  # what was sampled on the intervened image, scored on the clean one
         tokens, mask = (by_prompt(y, P) for y in (x.fresh.tokens, x.fresh.mask))
         noisy = part._replace(tokens=tokens, mask=mask)
         with torch.no_grad():
-            raw = [noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0] for i in range(0, P, micro)]
-        tensors["divergence"] = by_prompt(controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P)
-    own = {"clean_mask": x.clean.mask, "clean_entropy": x.clean.entropy}  # dropped groups too: the policy's own entropy
+            raw = [
+                noisy.rows(i, i + micro).score(wrapped, cfg.temperature)[0]
+                for i in range(0, P, micro)
+            ]
+        tensors["divergence"] = by_prompt(
+            controls.symmetric_kl(x.fresh.logprobs, torch.cat(raw)), P
+        )
+    own = {
+        "clean_mask": x.clean.mask,
+        "clean_entropy": x.clean.entropy,
+    }  # dropped groups too: the policy's own entropy
     tensors |= {name: by_prompt(y, P) for name, y in own.items()}
     if accelerator.num_processes > 1:  # the controls choose among all of the step's tokens
-        wide = {k: accelerator.pad_across_processes(y, dim=2).to(y.dtype).contiguous() for k, y in tensors.items()}
-        apart = {k: y.unflatten(0, (-1, P)) for k, y in accelerator.gather(wide).items()}  # (processes, P, ...)
-        tensors = {k: y.transpose(0, 1).flatten(0, 1) for k, y in apart.items()}  # as my_rows dealt them out
+        wide = {
+            k: accelerator.pad_across_processes(y, dim=2).to(y.dtype).contiguous()
+            for k, y in tensors.items()
+        }
+        apart = {
+            k: y.unflatten(0, (-1, P)) for k, y in accelerator.gather(wide).items()
+        }  # (processes, P, ...)
+        tensors = {
+            k: y.transpose(0, 1).flatten(0, 1) for k, y in apart.items()
+        }  # as my_rows dealt them out
     mean_entropy = float(tensors.pop("clean_entropy")[tensors.pop("clean_mask")].mean())
     generator = torch.Generator().manual_seed(seeds_of(cfg, step, [0], CONTROL)[0])
     treated = controls.treat(
-        cfg, **tensors, mean_entropy=mean_entropy, state=optimizer.param_groups[0], generator=generator
+        cfg,
+        **tensors,
+        mean_entropy=mean_entropy,
+        state=optimizer.param_groups[0],
+        generator=generator,
     )
     own, T = slice(accelerator.process_index, None, accelerator.num_processes), part.mask.shape[2]
     mine = {name: y[own, :, :T] if y.ndim == 3 else y[own] for name, y in treated._asdict().items()}
@@ -554,18 +783,28 @@ def update_parts(cfg: Config, x: Rollouts, whole: Part) -> list[Part]:
     if cfg.condition == "clean" or x.fresh is None:
         return [whole]
     n, parts = cfg.clean_rollouts, []
-    for prompts, own, half in ((x.prompts, slice(n), x.clean), (x.attacked, slice(n, None), x.fresh)):
+    for prompts, own, half in (
+        (x.prompts, slice(n), x.clean),
+        (x.attacked, slice(n, None), x.fresh),
+    ):
         T = half.tokens.shape[1]
-        parts.append(Part(prompts, *(y[:, own, :T] if y.ndim == 3 else y[:, own] for y in whole[1:])))
+        parts.append(
+            Part(prompts, *(y[:, own, :T] if y.ndim == 3 else y[:, own] for y in whole[1:]))
+        )
     return parts
 
 
-def control_terms(part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+def control_terms(
+    part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor, tokens: Tensor
+) -> dict[str, Tensor]:
     """The control's own term of the loss, the share of tokens that it treats, the entropy's mean coefficient."""
-    mask, keep, weights = (x.flatten(0, 1) for x in (part.mask, part.keep, part.weights))  # (P * n, T)
+    mask, keep, weights = (
+        x.flatten(0, 1) for x in (part.mask, part.keep, part.weights)
+    )  # (P * n, T)
     penalty = controls.log_ratio_penalty(logprobs, before, weights, mask, tokens)
     return {
-        "control/loss": penalty + controls.entropy_bonus(entropy, mask, part.bonus.flatten(), tokens),
+        "control/loss": penalty
+        + controls.entropy_bonus(entropy, mask, part.bonus.flatten(), tokens),
         "control/tokens": (mask & (~keep | (weights > 0))).sum() / tokens,
         "control/bonus": (part.bonus.flatten()[:, None] * mask).sum() / tokens,
     }
@@ -573,7 +812,9 @@ def control_terms(part: Part, logprobs: Tensor, before: Tensor, entropy: Tensor,
 
 def refuse_text_alone(cfg: Config, prompts: Prompts, micro: int, step: int) -> None:
     """ZeRO-2 sums the processes' gradients in the order in which they come: each micro-batch must reach all of them."""
-    if cfg.freeze == "vision+projector" or cfg.lora_rank:  # nothing that only pictures reach is trained
+    if (
+        cfg.freeze == "vision+projector" or cfg.lora_rank
+    ):  # nothing that only pictures reach is trained
         return
     if not all(any(prompts.counts[i : i + micro]) for i in range(0, len(prompts), micro)):
         raise ValueError(
@@ -582,7 +823,9 @@ def refuse_text_alone(cfg: Config, prompts: Prompts, micro: int, step: int) -> N
         )
 
 
-def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int) -> None:
+def stop_unless_finite(
+    cfg: Config, norm: float, rollouts: Rollouts, accelerator: Accelerator, step: int
+) -> None:
     """All processes have the same norm, and stop together, before the parameters are touched (under ZeRO-2: after)."""
     if not math.isfinite(norm):
         path = Path(cfg.output) / f"failed-step-{step:06d}-process-{accelerator.process_index}.pt"
@@ -594,7 +837,7 @@ def stop_unless_finite(cfg: Config, norm: float, rollouts: Rollouts, accelerator
 
 
 def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> dict[str, float]:
-    """What this process's rollouts look like; every value a mean over its prompts. METRICS.md defines each name."""
+    """What this process's rollouts look like; every value a mean over its prompts. docs/metrics.md defines each name."""
     n, halves = cfg.clean_rollouts, [r for r in (x.clean, x.fresh) if r]
     quantile = lambda q: tsec.entropy_quantile(x.clean.entropy, x.clean.mask, q, cfg.tsec_scope)  # noqa: E731
     tensors = x.scores | {
@@ -610,21 +853,34 @@ def sampling_metrics(cfg: Config, policy: Policy, x: Rollouts, micro: int) -> di
     }
     if x.fresh is not None:
         P = range(len(x.prompts))
-        pairs = [list(zip(x.attacked[i : i + 1].images, x.prompts[i : i + 1].images, strict=True)) for i in P]
+        pairs = [
+            list(zip(x.attacked[i : i + 1].images, x.prompts[i : i + 1].images, strict=True))
+            for i in P
+        ]
         parts = [slice(i, i + micro) for i in range(0, len(x.prompts), micro)]
-        at = lambda part: entropy_objective(policy, x.prompts, x.clean, x.keep, cfg.temperature, part)  # noqa: E731
+        at = lambda part: entropy_objective(
+            policy, x.prompts, x.clean, x.keep, cfg.temperature, part
+        )  # noqa: E731
         with torch.no_grad():
-            tensors["entropy/attacked"] = torch.cat([at(part)(x.attacked[part].images) for part in parts])
+            tensors["entropy/attacked"] = torch.cat(
+                [at(part)(x.attacked[part].images) for part in parts]
+            )
         tensors |= {
             "entropy/fresh": tsec.selective_entropy(x.fresh.entropy, x.fresh.mask),
             # a value a prompt, 0 and 99 of text alone or unchanged: then the mean over processes is that over prompts
-            "attack/linf": torch.tensor([max([(a - b).abs().max() for a, b in pair], default=0.0) for pair in pairs]),
-            "attack/psnr": torch.tensor([min([99.0, *(egas.psnr(a, b) for a, b in pair)]) for pair in pairs]),
+            "attack/linf": torch.tensor(
+                [max([(a - b).abs().max() for a, b in pair], default=0.0) for pair in pairs]
+            ),
+            "attack/psnr": torch.tensor(
+                [min([99.0, *(egas.psnr(a, b) for a, b in pair)]) for pair in pairs]
+            ),
         }
         for name in ("reward", "accuracy"):
             scores = x.scores[name]
             tensors |= {f"{name}/clean": scores[:, :n], f"{name}/adversarial": scores[:, n:]}
-        found, found_fresh = (tensors[f"accuracy/{half}"].any(dim=1) for half in ("clean", "adversarial"))  # (P,)
+        found, found_fresh = (
+            tensors[f"accuracy/{half}"].any(dim=1) for half in ("clean", "adversarial")
+        )  # (P,)
         tensors |= {"rescued": found_fresh & ~found, "lost": found & ~found_fresh}
     return {name: values.float().mean().item() for name, values in tensors.items()}
 
@@ -648,24 +904,32 @@ def make_accelerator(cfg: Config) -> Accelerator:
     )
     # FSDP warns of a view that is written to in place: log-probs and entropy are views, and not written to
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:  # it takes DDP there, without a word
+    if (
+        sharded and accelerator.distributed_type == DistributedType.MULTI_CPU
+    ):  # it takes DDP there, without a word
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
         if accelerator.mixed_precision != "no":
             accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    if accelerator.mixed_precision == "fp16":  # its scale grows until a gradient overflows, which ends the run here
+    if (
+        accelerator.mixed_precision == "fp16"
+    ):  # its scale grows until a gradient overflows, which ends the run here
         raise ValueError("fp16 is not supported: take --mixed_precision bf16 or no")
     if tracker and not accelerator.log_with:  # accelerate leaves out what is not installed, quietly
         raise ValueError(f"the tracker {tracker} is not installed: pip install {tracker}")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
-        raise ValueError("FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml")
+        raise ValueError(
+            "FSDP's first version is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml"
+        )
     if accelerator.is_fsdp2 and (precision := accelerator.state.fsdp_plugin.mixed_precision_policy):
         # as accelerate sets it, FSDP rounds pixels, log-probs, entropies and the gradients' sums to bfloat16
         exact = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
         accelerator.state.fsdp_plugin.mixed_precision_policy = replace(precision, **exact)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError("ZeRO-3 gathers at every token, and would wait for ever: recipes/accelerate/fsdp2.yaml")
+            raise ValueError(
+                "ZeRO-3 gathers at every token, and would wait for ever: recipes/accelerate/fsdp2.yaml"
+            )
         # its engine clips, and steps, within accelerator.backward
         accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] = cfg.max_grad_norm
     return accelerator
@@ -677,7 +941,9 @@ def load_policy(cfg: Config, source: str, first_step: int) -> Policy:
     policy = Policy.from_pretrained(start, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels)
     memory.freeze(policy, cfg.freeze)
     if cfg.lora_rank:
-        memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed, source if first_step else None)
+        memory.add_lora(
+            policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed, source if first_step else None
+        )
     if cfg.checkpointing:
         memory.checkpoint_layers(policy)
     policy.micro_responses = cfg.micro_responses
@@ -701,19 +967,28 @@ def prepare(
         text = "bfloat16 parameters lose most updates of a small lr: take --dtype float32 with --mixed_precision bf16, "
         warnings.warn(text + "or --lora_rank, whose adapters are float32", stacklevel=2)
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    if cfg.update_control in ("skywork", "aer"):  # before anything is loaded: FSDP loads the keys that are there
+    if cfg.update_control in (
+        "skywork",
+        "aer",
+    ):  # before anything is loaded: FSDP loads the keys that are there
         optimizer.param_groups[0] |= {"entropy_coef": cfg.entropy_coef, "entropy_start": 0.0}
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
-    if isinstance(wrapped, FSDPModule):  # a process whose prompts are text alone has no gradient of the vision tower
+    if isinstance(
+        wrapped, FSDPModule
+    ):  # a process whose prompts are text alone has no gradient of the vision tower
         wrapped.set_reduce_scatter_unused_params(True)
     runs.weights_apart(accelerator)
     if first_step:
         accelerator.load_state(str(Path(source) / "state"))
-        accelerator.step = 0  # micro-batches so far: other processes or micro_prompts count otherwise
+        accelerator.step = (
+            0  # micro-batches so far: other processes or micro_prompts count otherwise
+        )
     return wrapped, optimizer
 
 
-def load_rows(cfg: Config, accelerator: Accelerator, policy: Policy, first_step: int) -> data.Rows | data.Stream:
+def load_rows(
+    cfg: Config, accelerator: Accelerator, policy: Policy, first_step: int
+) -> data.Rows | data.Stream:
     """The rows to train on, checked; on resume, those that the run began with."""
     options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
     options |= {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": cfg.max_prompt_tokens}
@@ -732,20 +1007,29 @@ def load_rewards(cfg: Config, row: dict) -> rewards.Rewards:
         "format": (rewards.format_reward, cfg.format_weight),
     }
     if cfg.length_weight:
-        parts["length_penalty"] = rewards.length_penalty(cfg.max_new_tokens, cfg.length_buffer), cfg.length_weight
+        parts["length_penalty"] = (
+            rewards.length_penalty(cfg.max_new_tokens, cfg.length_buffer),
+            cfg.length_weight,
+        )
     for spec in cfg.reward:
         name, function, weight = rewards.load_reward(spec)
         if name in parts:
-            raise ValueError(f"reward {spec!r}: there is a reward called {name} already; rename the function")
+            raise ValueError(
+                f"reward {spec!r}: there is a reward called {name} already; rename the function"
+            )
         parts[name] = function, weight
-    columns = {name: [value] for name, value in row.items() if name != "images"} | {"completion_ids": [[0]]}
+    columns = {name: [value] for name, value in row.items() if name != "images"} | {
+        "completion_ids": [[0]]
+    }
     rewards.total_reward(["<think>a synthetic call</think> \\boxed{0}"], rewards=parts, **columns)
     return parts
 
 
 def seeds_of(cfg: Config, step: int, rows: list[int], branch: int) -> list[int]:
     """A seed from (run, step, row, branch): every prompt of every step has random numbers of its own."""
-    words = [np.random.SeedSequence((cfg.seed, step, row, branch)).generate_state(2) for row in rows]
+    words = [
+        np.random.SeedSequence((cfg.seed, step, row, branch)).generate_state(2) for row in rows
+    ]
     return [int(high) << 31 ^ int(low) for high, low in words]
 
 
@@ -760,7 +1044,7 @@ def given_order(path: str, n: int) -> list[int]:
     rows = json.loads(Path(path).read_text())
     if not rows or not all(isinstance(row, int) and 0 <= row < n for row in rows):
         raise ValueError(
-            f"{path} must be a JSON list of row numbers from 0 to {n - 1}, as examples/curriculum.py writes"
+            f"{path} must be a JSON list of row numbers from 0 to {n - 1}, as extras/curriculum.py writes"
         )
     return rows
 
@@ -768,8 +1052,12 @@ def given_order(path: str, n: int) -> list[int]:
 def check_order(path: str, rows: data.Rows) -> None:
     """Raises ValueError, before anything is trained, for a file that is no such list or counts other rows."""
     given_order(path, len(rows))
-    if dropped := rows.keep[-1] + 1 - len(rows):  # those after the last one that is kept shift no number
-        raise ValueError(f"{path} counts all rows of the set, of which {dropped} are left out here: too long, or bad")
+    if (
+        dropped := rows.keep[-1] + 1 - len(rows)
+    ):  # those after the last one that is kept shift no number
+        raise ValueError(
+            f"{path} counts all rows of the set, of which {dropped} are left out here: too long, or bad"
+        )
 
 
 def my_rows(cfg: Config, step: int, n: int | None, accelerator: Accelerator) -> list[int]:

@@ -46,11 +46,18 @@ def entropy_quantile(entropy: Tensor, mask: Tensor, q: float, scope: str = "resp
     rows = entropy.shape[0]
     if scope == "batch":
         entropy, mask = entropy.reshape(1, -1), mask.reshape(1, -1)
-    values = entropy.double().masked_fill(~mask, torch.inf).sort(dim=1).values  # (R, T) the row's tokens come first
+    values = (
+        entropy.double().masked_fill(~mask, torch.inf).sort(dim=1).values
+    )  # (R, T) the row's tokens come first
     count = mask.sum(dim=1, keepdim=True)  # (R, 1)
     position = q * (count - 1).clamp(min=0).double()
-    below, above = values.gather(1, position.floor().long()), values.gather(1, position.ceil().long())
-    quantile = torch.where(count > 0, below + (above - below) * (position - position.floor()), torch.nan)
+    below, above = (
+        values.gather(1, position.floor().long()),
+        values.gather(1, position.ceil().long()),
+    )
+    quantile = torch.where(
+        count > 0, below + (above - below) * (position - position.floor()), torch.nan
+    )
     # Back to the entropy's own precision: a position such as 0.14 * 50 = 7.000000000000001 must not exclude its token.
     return quantile.to(entropy.dtype).squeeze(1).expand(rows)
 

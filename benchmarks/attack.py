@@ -1,7 +1,7 @@
 """Does the attack work? Entropy and accuracy of a policy on clean, randomly changed and attacked images.
 
-    python benchmarks/attack.py                                   # the demo's policy, data and eps
-    python benchmarks/attack.py --model demo/mixed --split plain/test --sweep 0.5 1 2 4 8 16
+    python -m benchmarks.attack                                   # the demo's policy, data and eps
+    python -m benchmarks.attack --model demo/mixed --split plain/test --sweep 0.5 1 2 4 8 16
 
 For each image: the teacher-forced entropy of the clean responses' tokens (those that TsEC chose; all of them), then
 entropy and accuracy of fresh responses; all of it again after the image went through an 8-bit PNG. Intervals are 95%
@@ -21,14 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data  # noqa: E402
 import egas  # noqa: E402
 import rewards  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
 from eval import bootstrap_interval  # noqa: E402
-from policy import Policy, Prompts, Responses  # noqa: E402
+from runtime import data  # noqa: E402
+from vlm.policy import Policy, Prompts, Responses  # noqa: E402
 
 SAMPLES = 4  # responses per prompt, clean ones and fresh ones
 
@@ -40,7 +39,9 @@ def png_round_trip(image: Tensor) -> Tensor:
     return to_tensor(Image.open(file))
 
 
-def attacks(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, eps: float, seed: int) -> dict:
+def attacks(
+    policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, eps: float, seed: int
+) -> dict:
     """name -> a function that makes the changed images"""
     x = prompts.images
     chosen = train_saei.entropy_objective(policy, prompts, clean, keep, 1.0)
@@ -60,12 +61,22 @@ def attacks(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, ep
 
 
 @torch.no_grad()
-def look(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, rows: list[dict], seeds: list[int]) -> dict:
+def look(
+    policy: Policy,
+    prompts: Prompts,
+    clean: Responses,
+    keep: Tensor,
+    rows: list[dict],
+    seeds: list[int],
+) -> dict:
     """What the policy does on the prompts' images, one value a prompt."""
     P, answers = len(rows), [row["answer"] for row in rows for _ in range(SAMPLES)]
     _, entropy = policy.score(prompts, clean.tokens, clean.mask)  # teacher-forced, (P * n, T)
     tokens = {"chosen": keep, "all": clean.mask}
-    table = {name: tsec.selective_entropy(entropy, chosen).view(P, -1).mean(1) for name, chosen in tokens.items()}
+    table = {
+        name: tsec.selective_entropy(entropy, chosen).view(P, -1).mean(1)
+        for name, chosen in tokens.items()
+    }
     fresh = policy.sample(prompts, SAMPLES, seeds, max_new_tokens=64)
     right = torch.tensor(rewards.accuracy_reward(policy.decode(fresh), answers))
     table |= {"fresh": tsec.selective_entropy(fresh.entropy, fresh.mask).view(P, -1).mean(1)}
@@ -73,7 +84,9 @@ def look(policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, rows:
     return table
 
 
-def measure(policy: Policy, rows: list[dict], eps: float, names: list[str] | None, batch: int = 32) -> dict:
+def measure(
+    policy: Policy, rows: list[dict], eps: float, names: list[str] | None, batch: int = 32
+) -> dict:
     """name of the image -> column -> one value a prompt"""
     found = {}
     for start in range(0, len(rows), batch):
@@ -90,12 +103,17 @@ def measure(policy: Policy, rows: list[dict], eps: float, names: list[str] | Non
             table = look(policy, prompts.with_images(images), clean, keep, part, list(seeds))
             if names is None:
                 saved = prompts.with_images([png_round_trip(i) for i in images])
-                table |= {f"{k} (PNG)": v for k, v in look(policy, saved, clean, keep, part, list(seeds)).items()}
+                table |= {
+                    f"{k} (PNG)": v
+                    for k, v in look(policy, saved, clean, keep, part, list(seeds)).items()
+                }
             pairs = list(zip(images, prompts.images, strict=True))
             table["psnr"] = torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs])
             for column, values in table.items():
                 found.setdefault(name, {}).setdefault(column, []).extend(values.tolist())
-        print(f"eps {255 * eps:.2g}/255: {start + len(part)} of {len(rows)} prompts", file=sys.stderr)
+        print(
+            f"eps {255 * eps:.2g}/255: {start + len(part)} of {len(rows)} prompts", file=sys.stderr
+        )
     return found
 
 
@@ -108,7 +126,11 @@ def summarise(found: dict) -> dict:
             base = np.array(found["clean"][column])
             low, high = bootstrap_interval(np.array(columns[column]) - base)
             mean = float(base.mean())
-            rows[name][f"change of {column}"] = [(rows[name][column] - mean) / mean, low / mean, high / mean]
+            rows[name][f"change of {column}"] = [
+                (rows[name][column] - mean) / mean,
+                low / mean,
+                high / mean,
+            ]
     return rows
 
 
@@ -120,34 +142,64 @@ def print_table(eps: float, rows: dict) -> None:
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for name, x in rows.items():
-        cells = [name, f"{x['chosen']:.4f}", percent(x["change of chosen"]), f"{x['all']:.4f}", f"{x['fresh']:.4f}"]
-        cells += [percent(x["change of fresh"]), f"{x['accuracy']:.3f}", f"{x['psnr']:.1f}" if x["psnr"] < 99 else "-"]
-        cells += [f"{x['chosen (PNG)']:.4f}", f"{x['accuracy (PNG)']:.3f}"] if "chosen (PNG)" in x else ["", ""]
+        cells = [
+            name,
+            f"{x['chosen']:.4f}",
+            percent(x["change of chosen"]),
+            f"{x['all']:.4f}",
+            f"{x['fresh']:.4f}",
+        ]
+        cells += [
+            percent(x["change of fresh"]),
+            f"{x['accuracy']:.3f}",
+            f"{x['psnr']:.1f}" if x["psnr"] < 99 else "-",
+        ]
+        cells += (
+            [f"{x['chosen (PNG)']:.4f}", f"{x['accuracy (PNG)']:.3f}"]
+            if "chosen (PNG)" in x
+            else ["", ""]
+        )
         print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
-    recipe = train_saei.load_config(["--config", str(Path(train_saei.__file__).parent / "recipes" / "demo.yaml")])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    recipe = train_saei.load_config(
+        ["--config", str(Path(train_saei.__file__).parent / "recipes" / "demo.yaml")]
+    )
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default=recipe.model)
     parser.add_argument("--split", default=recipe.split.replace("/train", "/test"))
     parser.add_argument("--eps", type=float, default=255 * recipe.eps, help="in 1/255")
-    parser.add_argument("--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255")
+    parser.add_argument(
+        "--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255"
+    )
     parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument("--sweep_problems", type=int, default=128, help="so many of them for each further eps")
+    parser.add_argument(
+        "--sweep_problems", type=int, default=128, help="so many of them for each further eps"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     policy, start = Policy.from_pretrained(args.model), time.time()
     problems = data.load_rows("demo", args.split, limit=args.problems)
     rows = [problems[i] for i in range(len(problems))]
-    result = {"model": args.model, "split": args.split, "problems": len(rows), "eps": args.eps, "sweep": {}}
+    result = {
+        "model": args.model,
+        "split": args.split,
+        "problems": len(rows),
+        "eps": args.eps,
+        "sweep": {},
+    }
     result["sweep_problems"] = args.sweep_problems
     result["table"] = summarise(measure(policy, rows, args.eps / 255, None))
     print_table(args.eps / 255, result["table"])
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     for eps in args.sweep:
         names = ["clean", "random signs", "EgAS + TsEC, 5 steps"]
-        result["sweep"][str(eps)] = summarise(measure(policy, rows[: args.sweep_problems], eps / 255, names))
+        result["sweep"][str(eps)] = summarise(
+            measure(policy, rows[: args.sweep_problems], eps / 255, names)
+        )
         print_table(eps / 255, result["sweep"][str(eps)])
     result["seconds"] = round(time.time() - start, 1)
     args.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,8 +1,8 @@
 r"""rewards.py beside two public graders, math-verify and mathruler, on the tables of tests/grading_cases.py.
 
     pip install math-verify==0.9.0 mathruler==0.1.0 pylatexenc tqdm
-    python benchmarks/graders.py          # prints the table, writes benchmarks/graders.json; minutes on one core
-    python benchmarks/tables.py           # then writes docs/grading.md anew
+    python -m benchmarks.graders          # prints the table, writes benchmarks/graders.json; minutes on one core
+    python -m benchmarks.tables           # then writes docs/grading.md anew
 
 Each grader gets a gold and a prediction as its users give them: math-verify both in \boxed{}, with its own extraction
 and time limits; mathruler (`grade_answer`) the bare strings. The public ones run in a process of their own, which is
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 from grading_cases import CHOICES, GRADES, PRECISION  # noqa: E402
 from hostile_cases import HOSTILE  # noqa: E402
 
@@ -45,7 +45,9 @@ def mathruler_bare(gold: str, prediction: str) -> bool:
 
 def serve(compare, pipe) -> None:
     """A child: a verdict for each pair that comes."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # math-verify logs each of its own timeouts, with the whole text
+    os.dup2(
+        os.open(os.devnull, os.O_WRONLY), 2
+    )  # math-verify logs each of its own timeouts, with the whole text
     compare("1", "1")  # imports
     pipe.send(None)
     while True:
@@ -78,9 +80,19 @@ def judge(compare, pairs: list[tuple[str, str]]) -> list[tuple[bool | str, float
 
 def cases() -> list[tuple]:
     """(kind, gold, prediction, choices, precision, verdict of the table) of every case."""
-    rows = [(kind, gold, None, None, *answers) for kind, table in GRADES.items() for gold, *answers in table]
-    rows += [("with a choices list", gold, choices, None, *answers) for gold, choices, *answers in CHOICES]
-    rows += [("with a precision", gold, None, precision, *answers) for gold, precision, *answers in PRECISION]
+    rows = [
+        (kind, gold, None, None, *answers)
+        for kind, table in GRADES.items()
+        for gold, *answers in table
+    ]
+    rows += [
+        ("with a choices list", gold, choices, None, *answers)
+        for gold, choices, *answers in CHOICES
+    ]
+    rows += [
+        ("with a precision", gold, None, precision, *answers)
+        for gold, precision, *answers in PRECISION
+    ]
     return [
         (kind, gold, prediction, choices, precision, verdict)
         for kind, gold, choices, precision, right, wrong in rows
@@ -105,7 +117,9 @@ def hostile() -> dict:
         start = time.monotonic()
         try:
             verdict = rewards.grade(rewards.extract_answer(completion), gold)
-        except ValueError:  # a gold longer than any answer may be is an error in the data, whatever the prediction
+        except (
+            ValueError
+        ):  # a gold longer than any answer may be is an error in the data, whatever the prediction
             verdict = False
         verdicts.append((verdict, time.monotonic() - start))
     return {"n": len(HOSTILE), "graders": {"rewards.py": count([False] * len(HOSTILE), verdicts)}}
@@ -127,7 +141,9 @@ def count(table: list[bool], verdicts: list[tuple[bool | str, float]]) -> dict:
 
 # Why a public grader and ours disagree, the first that fits: name, kinds of case ("": any), pattern of the prediction
 # (None: any), and our verdict (None: either).
-_ALGEBRA = "latex roots, latex powers, latex trig and logs, latex pi and e, latex polynomial, latex other"
+_ALGEBRA = (
+    "latex roots, latex powers, latex trig and logs, latex pi and e, latex polynomial, latex other"
+)
 REASONS = [
     ("decimals for an exact value", "", r"-?[0-9]*\.[0-9]{5,}", False),
     ("characters instead of commands", "", r".*[−×÷·√π∞≤≥≠½²³⁰-⁻₀-₉∪∠△θαβ∈∅].*", True),
@@ -170,10 +186,18 @@ def reason(kind: str, prediction: str, verdict: bool) -> str:
 def report(table: list[tuple], verdicts: dict[str, list], of_hostile: dict) -> dict:
     """What goes into the json."""
     versions = {name: importlib.metadata.version(name) for name in NAMES[1:]}
-    out = {"versions": versions, "limit": LIMIT, "kinds": {}, "reasons": {}, "hostile": of_hostile, "disagreements": []}
+    out = {
+        "versions": versions,
+        "limit": LIMIT,
+        "kinds": {},
+        "reasons": {},
+        "hostile": of_hostile,
+        "disagreements": [],
+    }
     plain = [i for i, case in enumerate(table) if case[0] in GRADES]
     groups = {
-        kind: [i for i, case in enumerate(table) if case[0] == kind] for kind in dict.fromkeys(c[0] for c in table)
+        kind: [i for i, case in enumerate(table) if case[0] == kind]
+        for kind in dict.fromkeys(c[0] for c in table)
     }
     for kind, rows in ({"all": plain} | groups).items():
         expected = [table[i][-1] for i in rows]
@@ -214,7 +238,9 @@ def main() -> None:
     result = report(table, verdicts, hostile())
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result.pop("disagreements"))
     text = json.dumps(result, indent=1, ensure_ascii=False)[:-2]
-    (ROOT / "benchmarks/graders.json").write_text(f'{text},\n "disagreements": [\n{lines}\n ]\n}}\n')
+    (ROOT / "benchmarks/graders.json").write_text(
+        f'{text},\n "disagreements": [\n{lines}\n ]\n}}\n'
+    )
     show(result)
     print(f"{time.monotonic() - start:.0f} s")
 

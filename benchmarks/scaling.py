@@ -1,4 +1,4 @@
-"""What a SaEI step costs on N GPUs, worked out from the model's shape: `python benchmarks/scaling.py`
+"""What a SaEI step costs on N GPUs, worked out from the model's shape: `python -m benchmarks.scaling`
 
 It writes the tables of docs/scaling.md. Nothing here was timed on a GPU: FLOPs are checked on a tiny model
 (tests/test_scaling.py), seconds follow from the peaks and efficiencies below, which are arguments (--help).
@@ -76,11 +76,15 @@ def response_flops(s: Shape, rows: int, L: int, T: int) -> int:
     return s.layers * rows * (T - 1) * (2 * s.layer + 4 * (L + T - 1) * s.q)
 
 
-def score_flops(s: Shape, prompts: int, rows: int, L: int, T: int, patches: int, backward: str) -> int:
+def score_flops(
+    s: Shape, prompts: int, rows: int, L: int, T: int, patches: int, backward: str
+) -> int:
     """Policy.score. backward: none | pixels (the inputs' gradients) | all. The head is computed again in a backward."""
     body = sum(prompt_flops(s, prompts, L, patches)) + response_flops(s, rows, L, T)
     head = 2 * rows * T * s.head
-    return {"none": body + head, "pixels": 2 * body + 3 * head, "all": 3 * body + 4 * head}[backward]
+    return {"none": body + head, "pixels": 2 * body + 3 * head, "all": 3 * body + 4 * head}[
+        backward
+    ]
 
 
 def step(s: Shape, a: argparse.Namespace, N: int) -> dict[str, float]:
@@ -93,7 +97,9 @@ def step(s: Shape, a: argparse.Namespace, N: int) -> dict[str, float]:
     prefill = sum(prompt_flops(s, prompts, L, patches))
     out["sample FLOPs"] = 2 * (prefill + response_flops(s, rows, L, T) + 2 * rows * T * s.head)
     out["attack FLOPs"] = a.pgd_steps * score_flops(s, prompts, rows, *common, "pixels")
-    out["attack FLOPs"] += score_flops(s, prompts, rows, *common, "none")  # entropy/attacked, measured
+    out["attack FLOPs"] += score_flops(
+        s, prompts, rows, *common, "none"
+    )  # entropy/attacked, measured
     out["update FLOPs"] = score_flops(s, prompts, 2 * rows, *common, "all")
     cache = rows * 2 * s.kv * s.layers * c  # a token of all rows
     read = c * (s.layers * s.layer + s.head)
@@ -110,8 +116,13 @@ def step(s: Shape, a: argparse.Namespace, N: int) -> dict[str, float]:
     host = 2 * T * s.layers * a.layer_us * 1e-6
     out["engine seconds"] = floor + 2 * prefill / compute
     out["sample seconds"] = max(floor, host) + 2 * prefill / compute
-    out["attack seconds"], out["update seconds"] = out["attack FLOPs"] / compute, out["update FLOPs"] / compute
-    out["DDP seconds"], out["FSDP2 seconds"] = (out[f"{x} bytes"] / (a.link * GB) for x in ("DDP", "FSDP2"))
+    out["attack seconds"], out["update seconds"] = (
+        out["attack FLOPs"] / compute,
+        out["update FLOPs"] / compute,
+    )
+    out["DDP seconds"], out["FSDP2 seconds"] = (
+        out[f"{x} bytes"] / (a.link * GB) for x in ("DDP", "FSDP2")
+    )
     return out
 
 
@@ -142,7 +153,9 @@ def tables(a: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--rollouts", type=int, default=8)
     parser.add_argument("--image_tokens", type=int, default=1024)
@@ -151,10 +164,16 @@ def main() -> None:
     parser.add_argument("--pgd_steps", type=int, default=3)
     parser.add_argument("--micro_prompts", type=int, default=2)
     parser.add_argument("--tflops", type=float, default=312, help="peak in bfloat16: A100")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached: assumed")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="share of the peak that is reached: assumed"
+    )
     parser.add_argument("--bandwidth", type=float, default=2000, help="GB/s of memory: A100 80 GB")
-    parser.add_argument("--link", type=float, default=200, help="GB/s between GPUs: assumed; a network is slower")
-    parser.add_argument("--layer_us", type=float, default=300, help="host's time for a layer of one token: assumed")
+    parser.add_argument(
+        "--link", type=float, default=200, help="GB/s between GPUs: assumed; a network is slower"
+    )
+    parser.add_argument(
+        "--layer_us", type=float, default=300, help="host's time for a layer of one token: assumed"
+    )
     text = tables(parser.parse_args())
     before, rest = PAGE.read_text().split("<!-- tables -->\n")
     after = rest.split("<!-- /tables -->")[1]

@@ -1,7 +1,7 @@
 """What does a step cost? Our plain GRPO, our SaEI, and TRL's GRPOTrainer, on the same work.
 
-    python benchmarks/step.py --quick     # 256 image tokens, G = 8, T = 48
-    python benchmarks/step.py             # the grid: Ctrl-C stops it, the same command goes on
+    python -m benchmarks.step --quick     # 256 image tokens, G = 8, T = 48
+    python -m benchmarks.step             # the grid: Ctrl-C stops it, the same command goes on
 
 The same tiny Qwen2.5-VL (real patch, merge and window sizes; tower, language model and head share the arithmetic about
 as in the 3B one), the same weights, pictures, questions, group size, response length, AdamW, clipping and float32. In
@@ -32,7 +32,7 @@ from statistics import median
 
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
@@ -42,10 +42,10 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
 
 import grpo  # noqa: E402
-import runs  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
-from policy import Policy  # noqa: E402
+from runtime import run as runs  # noqa: E402
+from vlm.policy import Policy  # noqa: E402
 
 ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.Config.pgd_steps} PGD steps"]
 QUESTION = "how many dots of the two pictures shows red"
@@ -55,14 +55,21 @@ VOCABULARY, LR = 1024, 1e-6
 def build_model():
     """Qwen2.5-VL of 4 + 4 layers from a seed.   -> (model, processor)"""
     config, processor = tiny.qwen("qwen2_5_vl")
-    processor.tokenizer.add_tokens([f"filler{i}" for i in range(VOCABULARY - len(processor.tokenizer))])
+    processor.tokenizer.add_tokens(
+        [f"filler{i}" for i in range(VOCABULARY - len(processor.tokenizer))]
+    )
     ip = processor.image_processor
     ip.patch_size, ip.size = 14, type(ip.size)(shortest_edge=56 * 56, longest_edge=1792 * 1792)
-    text = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=4, max_position_embeddings=4096)
-    text |= dict(
-        vocab_size=VOCABULARY, rope_parameters=config["text_config"]["rope_parameters"] | {"mrope_section": [8, 12, 12]}
+    text = dict(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, max_position_embeddings=4096
     )
-    tower = dict(hidden_size=128, intermediate_size=344, depth=4, num_heads=4, patch_size=14, window_size=112)
+    text |= dict(
+        vocab_size=VOCABULARY,
+        rope_parameters=config["text_config"]["rope_parameters"] | {"mrope_section": [8, 12, 12]},
+    )
+    tower = dict(
+        hidden_size=128, intermediate_size=344, depth=4, num_heads=4, patch_size=14, window_size=112
+    )
     tower |= dict(out_hidden_size=256, fullatt_block_indexes=[3])
     config |= dict(text_config=config["text_config"] | text, vision_config=tower)
     torch.manual_seed(0)
@@ -73,7 +80,9 @@ def build_model():
 
 def pictures(P: int, tokens: int) -> list[Image.Image]:
     side, rng = 28 * int(tokens**0.5), np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(P)]
+    return [
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(P)
+    ]
 
 
 def parity(completions, completion_ids, **columns) -> list[float]:
@@ -85,35 +94,58 @@ class Ours:
     """One of our arms; step() -> {phase: seconds}, and `tokens` of the last one."""
 
     def __init__(self, P: int, image_tokens: int, G: int, T: int, pgd_steps: int):
-        kind = dict(intervention="egas", adversarial_rollouts=G // 2, pgd_steps=pgd_steps) if pgd_steps else {}
+        kind = (
+            dict(intervention="egas", adversarial_rollouts=G // 2, pgd_steps=pgd_steps)
+            if pgd_steps
+            else {}
+        )
         kind = kind or dict(intervention="none")
-        sizes = dict(prompts_per_step=P, micro_prompts=P, rollouts=G, max_new_tokens=T, length_buffer=1)
+        sizes = dict(
+            prompts_per_step=P, micro_prompts=P, rollouts=G, max_new_tokens=T, length_buffer=1
+        )
         self.cfg = train_saei.Config(lr=LR, **sizes, **kind)
         self.accelerator = Accelerator(cpu=True)
         self.policy = Policy(*build_model())
         self.policy.banned[self.policy.eos_ids] = True  # no response ends early
-        optimizer = torch.optim.AdamW(self.policy.parameters(), lr=LR, weight_decay=self.cfg.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=LR, weight_decay=self.cfg.weight_decay
+        )
         self.wrapped, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
-        self.batch = [{"problem": QUESTION, "images": [x], "answer": "0"} for x in pictures(P, image_tokens)]
+        self.batch = [
+            {"problem": QUESTION, "images": [x], "answer": "0"} for x in pictures(P, image_tokens)
+        ]
         self.n = 0
 
     def spots(self) -> list[tuple[object, str]]:
         """Where the model's own time is spent: forward, head, backward, AdamW."""
         model = self.policy.model
         forward = [(model.model, "forward"), (model.lm_head, "forward")]
-        return [*forward, (torch.autograd, "grad"), (self.accelerator, "backward"), (self.optimizer.optimizer, "step")]
+        return [
+            *forward,
+            (torch.autograd, "grad"),
+            (self.accelerator, "backward"),
+            (self.optimizer.optimizer, "step"),
+        ]
 
     def step(self) -> dict[str, float]:
         """The body of train_saei.main's loop without its files."""
         cfg, policy, rows, step = self.cfg, self.policy, list(range(len(self.batch))), self.n
         clock = runs.Clock(self.accelerator.device)
-        prompts = policy.encode([r["problem"] for r in self.batch], [r["images"] for r in self.batch])
+        prompts = policy.encode(
+            [r["problem"] for r in self.batch], [r["images"] for r in self.batch]
+        )
         clock.lap("encode")
         clean = train_saei.sample(
-            cfg, policy, prompts, cfg.clean_rollouts, train_saei.seeds_of(cfg, step, rows, train_saei.CLEAN)
+            cfg,
+            policy,
+            prompts,
+            cfg.clean_rollouts,
+            train_saei.seeds_of(cfg, step, rows, train_saei.CLEAN),
         )
         clock.lap("sample")
-        keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope)
+        keep = tsec.select_tokens(
+            clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope
+        )
         seeds = train_saei.seeds_of(cfg, step, rows, train_saei.ATTACK)
         attacked = train_saei.intervene(cfg, policy, prompts, clean, keep, step, seeds, len(rows))
         clock.lap("attack")
@@ -125,10 +157,14 @@ class Ours:
         functions = {"accuracy": (parity, 1.0)}
         texts, scores = train_saei.reward(functions, policy, self.batch, clean, fresh)
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
-        rollouts = train_saei.Rollouts(self.batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages)
+        rollouts = train_saei.Rollouts(
+            self.batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages
+        )
         train_saei.sampling_metrics(cfg, policy, rollouts, len(rows))
         clock.lap("measure")
-        train_saei.update(cfg, self.accelerator, self.wrapped, None, self.optimizer, rollouts, len(rows), step)
+        train_saei.update(
+            cfg, self.accelerator, self.wrapped, None, self.optimizer, rollouts, len(rows), step
+        )
         clock.lap("update")
         self.last, self.n = (prompts, clean), step + 1
         self.tokens = sum(int(r.mask.sum()) for r in (clean, fresh) if r is not None)
@@ -167,9 +203,14 @@ class Trl:
             disable_tqdm=True,
             generation_kwargs={"min_new_tokens": T, "suppress_tokens": [*banned, 2]},
         )
-        self.rows = [{"prompt": [{"role": "user", "content": QUESTION}], "image": x} for x in pictures(P, image_tokens)]
+        self.rows = [
+            {"prompt": [{"role": "user", "content": QUESTION}], "image": x}
+            for x in pictures(P, image_tokens)
+        ]
         question = Dataset.from_list([{"prompt": self.rows[0]["prompt"]}] * P)
-        self.trainer = GRPOTrainer(model, self.reward, args, train_dataset=question, processing_class=processor)
+        self.trainer = GRPOTrainer(
+            model, self.reward, args, train_dataset=question, processing_class=processor
+        )
         self.trainer.current_gradient_accumulation_steps, self.G = 1, G
         self.model = self.trainer.accelerator.prepare(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
@@ -193,7 +234,9 @@ class Trl:
 
         trainer._generate = timed
         # copies: the trainer rewrites its rows
-        trainer.training_step(self.model, [dict(row) for row in self.rows for _ in range(self.G)], None)
+        trainer.training_step(
+            self.model, [dict(row) for row in self.rows for _ in range(self.G)], None
+        )
         trainer._generate = generate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -219,9 +262,15 @@ def measure(cell: dict, arms: list[str], turns: int) -> dict:
                 start, cpu = time.perf_counter(), time.process_time()
                 x = {"phases": runner.step()}
                 x |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-            print(f"{arm}: {x['seconds']:.2f} s, {x['cpu']:.2f} of the CPU", file=sys.stderr, flush=True)
+            print(
+                f"{arm}: {x['seconds']:.2f} s, {x['cpu']:.2f} of the CPU",
+                file=sys.stderr,
+                flush=True,
+            )
             if runner.tokens != cell["P"] * cell["G"] * cell["T"]:
-                raise RuntimeError(f"{arm} made {runner.tokens} tokens in {cell}: a response ended early")
+                raise RuntimeError(
+                    f"{arm} made {runner.tokens} tokens in {cell}: a response ended early"
+                )
             if arm != ARMS[0]:
                 x["outside"] = 1 - inside[0] / x["seconds"]
             if arm.startswith("SaEI"):
@@ -232,10 +281,14 @@ def measure(cell: dict, arms: list[str], turns: int) -> dict:
     for arm, steps in found.items():
         steps = steps[1:]  # the first is warm-up
         result[arm] = {name: [x[name] for x in steps] for name in steps[0] if name != "phases"}
-        result[arm]["phases"] = {name: median(x["phases"][name] for x in steps) for name in steps[0]["phases"]}
+        result[arm]["phases"] = {
+            name: median(x["phases"][name] for x in steps) for name in steps[0]["phases"]
+        }
         if ARMS[0] in arms:  # TRL's step of the same turn
             for name, of in (("ratio", "seconds"), ("cpu ratio", "cpu")):
-                result[arm][name] = [a[of] / b[of] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)]
+                result[arm][name] = [
+                    a[of] / b[of] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)
+                ]
         result[arm]["tokens/s"] = made[arm].tokens / median(result[arm]["seconds"])
     return result
 
@@ -243,7 +296,11 @@ def measure(cell: dict, arms: list[str], turns: int) -> dict:
 @contextlib.contextmanager
 def counted(spots: list[tuple[object, str]]):
     """Seconds inside the named functions; a call within a call counts once.   -> a list that holds them"""
-    total, depth, before = [0.0], [0], [(owner, name, getattr(owner, name)) for owner, name in spots]
+    total, depth, before = (
+        [0.0],
+        [0],
+        [(owner, name, getattr(owner, name)) for owner, name in spots],
+    )
 
     def wrap(function):
         def inner(*arguments, **options):
@@ -277,7 +334,9 @@ def arithmetic(arm: Ours) -> float:
     with train_saei.frozen(policy):
         start = time.perf_counter()
         vision = policy.to_pixel_values(images)
-        hidden = policy.model.model(input_ids=ids, position_ids=positions, use_cache=False, **vision).last_hidden_state
+        hidden = policy.model.model(
+            input_ids=ids, position_ids=positions, use_cache=False, **vision
+        ).last_hidden_state
         logits = policy.model.lm_head(hidden[:, -responses.shape[1] :])
         torch.autograd.grad(logits.logsumexp(-1).sum(), images)
         return time.perf_counter() - start
@@ -300,7 +359,11 @@ def peak(arm: str, cell: dict) -> float:
 def peak_apart(arm: str, cell: dict) -> float:
     """MiB, in a process of its own."""
     command = [sys.executable, __file__, "--peak", json.dumps([arm, cell])]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    return float(
+        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
+            -1
+        ]
+    )
 
 
 def linear(cell: dict, turns: int) -> dict:
@@ -308,13 +371,18 @@ def linear(cell: dict, turns: int) -> dict:
     found = {}
     for arm in (ARMS[1], ARMS[-1]):
         sizes = {"one": cell, "P": cell | {"P": 2 * cell["P"]}, "G": cell | {"G": 2 * cell["G"]}}
-        made, seconds = {name: make(arm, size) for name, size in sizes.items()}, {name: [] for name in sizes}
+        made, seconds = (
+            {name: make(arm, size) for name, size in sizes.items()},
+            {name: [] for name in sizes},
+        )
         for turn in range(turns + 1):
             for name, runner in made.items():
                 start = time.perf_counter()
                 runner.step()
                 seconds[name] += [time.perf_counter() - start] if turn else []
-        found[arm] = {k: [a / b for a, b in zip(seconds[k], seconds["one"], strict=True)] for k in ("P", "G")}
+        found[arm] = {
+            k: [a / b for a, b in zip(seconds[k], seconds["one"], strict=True)] for k in ("P", "G")
+        }
     return found
 
 
@@ -330,14 +398,25 @@ def show(entry: dict) -> None:
         line += f", of CPU time {spread(x['cpu ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
         line += f"  peak {x['peak']:.0f} MiB" if "peak" in x else ""
         line += f"  outside {median(x['outside']):.1%}" if "outside" in x else ""
-        line += f"  attack/arithmetic {spread(x['attack/arithmetic'])}" if "attack/arithmetic" in x else ""
-        print(line + "\n" + " " * 21 + ", ".join(f"{k} {v:.2f}" for k, v in x["phases"].items()), flush=True)
+        line += (
+            f"  attack/arithmetic {spread(x['attack/arithmetic'])}"
+            if "attack/arithmetic" in x
+            else ""
+        )
+        print(
+            line + "\n" + " " * 21 + ", ".join(f"{k} {v:.2f}" for k, v in x["phases"].items()),
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one cell: 256 image tokens, G = 8, T = 48")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="image tokens, squares")
+    parser.add_argument(
+        "--quick", action="store_true", help="one cell: 256 image tokens, G = 8, T = 48"
+    )
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[64, 256, 1024], help="image tokens, squares"
+    )
     parser.add_argument("--rollouts", type=int, nargs="+", default=[8, 16])
     parser.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
     parser.add_argument("--prompts", type=int, default=2)
@@ -345,7 +424,9 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="in this order")
     parser.add_argument("--no_memory", action="store_true", help="no peak memory")
     parser.add_argument("--no_linear", action="store_true", help="no runs of twice P and twice G")
-    parser.add_argument("--output", default=str(ROOT / "benchmarks/step.json"), help="cells that it has are not run")
+    parser.add_argument(
+        "--output", default=str(ROOT / "benchmarks/step.json"), help="cells that it has are not run"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(int(THREADS))
@@ -378,7 +459,9 @@ def main() -> None:
     if not args.no_linear:
         result["linear"] = linear(dict(P=args.prompts, image_tokens=256, G=8, T=48), args.steps)
         for arm, x in result["linear"].items():
-            print(f"{arm}: twice P costs {spread(x['P'])}, twice G costs {spread(x['G'])} times as much")
+            print(
+                f"{arm}: twice P costs {spread(x['P'])}, twice G costs {spread(x['G'])} times as much"
+            )
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -1,6 +1,6 @@
-"""Write the tables of the README and of docs/ from the results that benchmarks left: python benchmarks/tables.py
+"""Write the tables of the README and of docs/ from the results that benchmarks left: python -m benchmarks.tables
 
-Each stands between <!-- name --> and <!-- /name -->; of METRICS.md the column "on the demo". tests/test_readme.py and
+Each stands between <!-- name --> and <!-- /name -->; of docs/metrics.md the column "on the demo". tests/test_readme.py and
 tests/test_metrics_page.py check that the pages are what this writes.
 Links to lines and quoted code are found by their text, so that no line number is typed:
     [`text`](file.py#L12)                                   the one line of file.py that defines or contains text
@@ -9,7 +9,6 @@ Links to lines and quoted code are found by their text, so that no line number i
 
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Callable
 from functools import partial
@@ -18,54 +17,87 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import study_tables  # noqa: E402
-from study_tables import per_problem  # noqa: E402
+from study import tables as study_tables
+from study.tables import per_problem  # noqa: E402
 
 STEPS = [
-    (r"# 1  ", "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies"),
+    (
+        r"# 1  ",
+        "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies",
+    ),
     (r"# 2  ", "TsEC: choose the tokens of moderate entropy"),
-    (r"# 3  ", "EgAS: PGD on I, in [0, 1], upward on the entropy of the chosen tokens, parameters frozen"),
+    (
+        r"# 3  ",
+        "EgAS: PGD on I, in [0, 1], upward on the entropy of the chosen tokens, parameters frozen",
+    ),
     (r"# 4  ", "sample G_adv responses from pi_old(. | I_adv, Q)"),
-    (r"# 5  ", "reward all G = G_clean + G_adv responses; advantages within the group of one prompt"),
-    (r"# 6  ", "GRPO update, conditioned on the clean image or on the one a response was sampled from"),
+    (
+        r"# 5  ",
+        "reward all G = G_clean + G_adv responses; advantages within the group of one prompt",
+    ),
+    (
+        r"# 6  ",
+        "GRPO update, conditioned on the clean image or on the one a response was sampled from",
+    ),
 ]
 
 
 def algorithm() -> str:
     """The six steps, each linked to its line."""
     lines = (ROOT / "train_saei.py").read_text().splitlines()
-    numbers = [next(i for i, line in enumerate(lines, 1) if line.strip().startswith(mark)) for mark, _ in STEPS]
+    numbers = [
+        next(i for i, line in enumerate(lines, 1) if line.strip().startswith(mark))
+        for mark, _ in STEPS
+    ]
     rows = zip(numbers, STEPS, strict=True)
-    return "\n".join(f"{i}. {text} ([line {n}](train_saei.py#L{n}))" for i, (n, (_, text)) in enumerate(rows, 1))
+    return "\n".join(
+        f"{i}. {text} ([line {n}](train_saei.py#L{n}))" for i, (n, (_, text)) in enumerate(rows, 1)
+    )
 
 
 def attack() -> str:
     """Entropy and accuracy by image at the demo's eps, then over eps."""
     result = json.loads((ROOT / "benchmarks/attack.json").read_text())
     change = lambda x: "{:+.0%} [{:+.0%}, {:+.0%}]".format(*x)  # noqa: E731
-    head = ["image", "H of TsEC's tokens", "change", "H of fresh responses", "their accuracy", "PSNR, dB"]
+    head = [
+        "image",
+        "H of TsEC's tokens",
+        "change",
+        "H of fresh responses",
+        "their accuracy",
+        "PSNR, dB",
+    ]
     head += ["H after PNG", "accuracy after PNG"]
     out = ["| " + " | ".join(head) + " |", "|---|---|---|---|---|---|---|---|"]
     for name, x in result["table"].items():
-        cells = [name, f"{x['chosen']:.4f}", change(x["change of chosen"]), f"{x['fresh']:.4f}", f"{x['accuracy']:.3f}"]
+        cells = [
+            name,
+            f"{x['chosen']:.4f}",
+            change(x["change of chosen"]),
+            f"{x['fresh']:.4f}",
+            f"{x['accuracy']:.3f}",
+        ]
         cells += [
             f"{x['psnr']:.1f}" if x["psnr"] < 99 else "",
             f"{x['chosen (PNG)']:.4f}",
             f"{x['accuracy (PNG)']:.3f}",
         ]
         out.append("| " + " | ".join(cells) + " |")
-    note = (
-        f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:.2g}/255; nats; "
-    )
-    note += "change to the clean image, 95% interval over prompts. `python benchmarks/attack.py`. "
+    note = f"{result['model']} on {result['problems']} prompts of {result['split']}, eps = {result['eps']:.2g}/255; nats; "
+    note += "change to the clean image, 95% interval over prompts. `python -m benchmarks.attack`. "
     note += f"Over eps, the first {result['sweep_problems']} prompts:"
-    sweep = ["| eps, 1/255 | random signs: H | fresh accuracy | EgAS + TsEC, 5 steps: H | fresh H | fresh accuracy |"]
+    sweep = [
+        "| eps, 1/255 | random signs: H | fresh accuracy | EgAS + TsEC, 5 steps: H | fresh H | fresh accuracy |"
+    ]
     sweep += ["|---|---|---|---|---|---|"]
     for eps, rows in result["sweep"].items():
         random, egas = rows["random signs"], rows["EgAS + TsEC, 5 steps"]
         cells = [f"{float(eps):g}", change(random["change of chosen"]), f"{random['accuracy']:.3f}"]
-        cells += [change(egas["change of chosen"]), change(egas["change of fresh"]), f"{egas['accuracy']:.3f}"]
+        cells += [
+            change(egas["change of chosen"]),
+            change(egas["change of fresh"]),
+            f"{egas['accuracy']:.3f}",
+        ]
         sweep.append("| " + " | ".join(cells) + " |")
     return "\n".join([*out, "", note, "", *sweep])
 
@@ -76,7 +108,9 @@ def easyvqa() -> str:
     names, arms = ("greedy", "pass@1", "pass@8", "entropy"), {"grpo": "plain GRPO", "saei": "SaEI"}
     out = ["| run | " + " | ".join(names) + " | minutes |", "|---|" + "---|" * (len(names) + 1)]
     interval = lambda x: "{:.3f} [{:.3f}, {:.3f}]".format(*x)  # noqa: E731
-    out.append("| before | " + " | ".join(interval(result["before"][name]) for name in names) + " | |")
+    out.append(
+        "| before | " + " | ".join(interval(result["before"][name]) for name in names) + " | |"
+    )
     for arm, title in arms.items():
         runs, cells = [run for run in result["runs"] if run["arm"] == arm], []
         for name in names:
@@ -84,12 +118,14 @@ def easyvqa() -> str:
             cells.append(f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         minutes = f"{np.mean([run['seconds'] for run in runs]) / 60:.1f}"
         out.append(f"| {title} | " + " | ".join(cells) + f" | {minutes} |")
-    first = min(result["runs"], key=lambda run: (run["arm"], run["seed"]))  # what one evaluation is worth
+    first = min(
+        result["runs"], key=lambda run: (run["arm"], run["seed"])
+    )  # what one evaluation is worth
     seeds = ", ".join(map(str, sorted({run["seed"] for run in result["runs"]})))
     note = (
         f"Mean (lowest to highest) of seeds {seeds}; {result['problems']} questions of the test split, in brackets the "
         f"95% interval over them (after, {arms[first['arm']]} of seed {first['seed']}: greedy "
-        f"{interval(first['after']['greedy'])}); minutes of training on one CPU core. `python benchmarks/easyvqa.py`"
+        f"{interval(first['after']['greedy'])}); minutes of training on one CPU core. `python -m benchmarks.easyvqa`"
     )
     return "\n".join([*out, "", note])
 
@@ -98,9 +134,16 @@ def families() -> str:
     """What every family's tiny model showed."""
     rows = json.loads((ROOT / "benchmarks/families.json").read_text())
     numbers = ["pixel_values", "log-probs", "pixel gradient", "weight gradient"]
-    out = ["| family | shared prompt | " + " | ".join(numbers) + " | notes |", "|---|---|" + "---|" * 5]
+    out = [
+        "| family | shared prompt | " + " | ".join(numbers) + " | notes |",
+        "|---|---|" + "---|" * 5,
+    ]
     for row in rows:
-        cells = [row["family"], "yes" if row["shared prompt"] else "no", *(f"{row[x]:.0e}" for x in numbers)]
+        cells = [
+            row["family"],
+            "yes" if row["shared prompt"] else "no",
+            *(f"{row[x]:.0e}" for x in numbers),
+        ]
         out.append("| " + " | ".join([*cells, row["notes"]]) + " |")
     note = (
         "Largest differences, on tiny random models of the real classes in float32: of pixel_values to the image "
@@ -115,7 +158,10 @@ def graders() -> str:
     result = json.loads((ROOT / "benchmarks/graders.json").read_text())
     kinds, hostile = result["kinds"], result["hostile"]["graders"]["rewards.py"]
     names = list(kinds["all"]["graders"])
-    out = ["| kind | cases | false | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    out = [
+        "| kind | cases | false | " + " | ".join(names) + " |",
+        "|---|---|---|" + "---|" * len(names),
+    ]
     for kind, row in kinds.items():
         cells = [kind, str(row["n"]), str(row["wrong"])]
         for x in row["graders"].values():
@@ -123,13 +169,13 @@ def graders() -> str:
             wrong = (x["false positives"], x["false negatives"])
             cells.append(f"{figures} ({wrong[0]}, {wrong[1]})" if any(wrong) else figures)
         out.append("| " + " | ".join(cells) + " |")
-    slowest = ", ".join(f"{name} {x['slowest']:.1f} s" for name, x in kinds["all"]["graders"].items())
+    slowest = ", ".join(
+        f"{name} {x['slowest']:.1f} s" for name, x in kinds["all"]["graders"].items()
+    )
     lost = sum(x["hung"] + x["crashed"] for row in kinds.values() for x in row["graders"].values())
     note = f"Accuracy (false positives, false negatives). Slowest case: {slowest}; hung or crashed: {lost}.\n"
     note += f"Of {result['hostile']['n']} hostile completions ours rewards {hostile['false positives']}; "
-    note += (
-        f"slowest {hostile['slowest']:.1f} s, beside other work. (math-verify's run on them did not end in 6 minutes.)"
-    )
+    note += f"slowest {hostile['slowest']:.1f} s, beside other work. (math-verify's run on them did not end in 6 minutes.)"
     return "\n".join([*out, "", note])
 
 
@@ -139,7 +185,9 @@ def reasons() -> str:
     out = ["| reason | example: gold, prediction | math-verify | mathruler |", "|---|---|---|---|"]
     for name, row in sorted(rows.items(), key=lambda x: -sum(x[1]["accepts"] + x[1]["refuses"])):
         example = ", ".join("`" + text.replace("|", "\\|") + "`" for text in row["example"])
-        cells = [f"+{more} −{less}" for more, less in zip(row["accepts"], row["refuses"], strict=True)]
+        cells = [
+            f"+{more} −{less}" for more, less in zip(row["accepts"], row["refuses"], strict=True)
+        ]
         out.append("| " + " | ".join([name, example, *cells]) + " |")
     return "\n".join(out)
 
@@ -148,7 +196,17 @@ def step() -> str:
     """Seconds of a step beside TRL's on the same work: one row a cell and arm."""
     result = json.loads((ROOT / "benchmarks/step.json").read_text())
     spread = lambda x: f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})"  # noqa: E731
-    head = ["image tokens", "G", "T", "arm", "seconds", "TRL's seconds / its", "of CPU time", "tokens/s", "peak, MiB"]
+    head = [
+        "image tokens",
+        "G",
+        "T",
+        "arm",
+        "seconds",
+        "TRL's seconds / its",
+        "of CPU time",
+        "tokens/s",
+        "peak, MiB",
+    ]
     head += ["outside the model", "attack / arithmetic"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for entry in result["cells"]:
@@ -167,7 +225,9 @@ def step() -> str:
             cells += [spread(x["attack/arithmetic"]) if "attack/arithmetic" in x else ""]
             out.append("| " + " | ".join(cells) + " |")
     note = f"Median (lowest to highest) of {result['steps']} alternating steps, P = {result['cells'][0]['cell']['P']}, "
-    note += f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`."
+    note += (
+        f"float32, {result['threads']} CPU thread, beside other work. `python {result['command']}`."
+    )
     for arm, x in result.get("linear", {}).items():
         note += f" {arm}: twice P costs {spread(x['P'])} times as much, twice G {spread(x['G'])}."
     return "\n".join([*out, "", note])
@@ -177,25 +237,43 @@ def phases() -> str:
     """Where a step's time goes: the share of each phase, one row a cell and arm."""
     result = json.loads((ROOT / "benchmarks/step.json").read_text())
     names = ("encode", "sample", "attack", "measure", "update")
-    out = ["| image tokens | G | T | arm | " + " | ".join(names) + " |", "|" + "---|" * (4 + len(names))]
+    out = [
+        "| image tokens | G | T | arm | " + " | ".join(names) + " |",
+        "|" + "---|" * (4 + len(names)),
+    ]
     for entry in result["cells"]:
         size = [str(entry["cell"][name]) for name in ("image_tokens", "G", "T")]
         for arm, x in entry["arms"].items():
             total = sum(x["phases"].values())
-            shares = [f"{x['phases'][name] / total:.0%}" if x["phases"].get(name) else "" for name in names]
+            shares = [
+                f"{x['phases'][name] / total:.0%}" if x["phases"].get(name) else ""
+                for name in names
+            ]
             out.append("| " + " | ".join([*size, arm, *shares]) + " |")
     return "\n".join(out)
 
 
 def kills() -> str:
     """Where kill -9 fell, and what differed afterwards."""
-    results = [json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("kill", "kill-2")]
-    phases = {"start": "at the start", "sample": "sampling", "attack": "attack", "measure": "measuring"}
+    results = [
+        json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("kill", "kill-2")
+    ]
+    phases = {
+        "start": "at the start",
+        "sample": "sampling",
+        "attack": "attack",
+        "measure": "measuring",
+    }
     phases |= {"update": "update", "save": "saving"}
     head = ["processes", "kills", *phases.values(), "steps", "tensors and lines that differ"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in results:
-        cells = [r["processes"], r["kills"], *(r["fell"].get(phase, 0) for phase in phases), r["steps"]]
+        cells = [
+            r["processes"],
+            r["kills"],
+            *(r["fell"].get(phase, 0) for phase in phases),
+            r["steps"],
+        ]
         out.append("| " + " | ".join(map(str, [*cells, sum(r["different"].values())])) + " |")
     return "\n".join(out)
 
@@ -213,16 +291,18 @@ def soak() -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------ METRICS.md's ranges
+# ------------------------------------------------------------------------------------------------ docs/metrics.md's ranges
 
-RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of results/shifted
+RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of study/results/shifted
 
 
 def metric_runs(results: Path) -> dict[str, list[dict]]:
     """arm -> what the study kept of its finished runs, by seed."""
     found = {}
     for arm in RANGES:
-        runs = [json.loads(path.read_text()) for path in (results / "shifted").glob(f"{arm}-*.json")]
+        runs = [
+            json.loads(path.read_text()) for path in (results / "shifted").glob(f"{arm}-*.json")
+        ]
         good = [run for run in runs if run["arm"] == arm and "error" not in run]
         found[arm] = sorted(good, key=lambda run: run["seed"])
     return {arm: runs for arm, runs in found.items() if runs}
@@ -232,9 +312,14 @@ def metric_note(results: Path) -> str:
     """Which runs the ranges are of."""
     parts = []
     for arm, runs in metric_runs(results).items():
-        points, seeds = len(runs[0]["curves"]["reward"]), ", ".join(str(run["seed"]) for run in runs)
-        parts.append(f"{RANGES[arm]}, seeds {seeds}: {runs[0]['steps']} steps, kept as {points} means")
-    return f"{'; '.join(parts) or 'No runs yet'}. `python benchmarks/study.py --settings shifted`"
+        points, seeds = (
+            len(runs[0]["curves"]["reward"]),
+            ", ".join(str(run["seed"]) for run in runs),
+        )
+        parts.append(
+            f"{RANGES[arm]}, seeds {seeds}: {runs[0]['steps']} steps, kept as {points} means"
+        )
+    return f"{'; '.join(parts) or 'No runs yet'}. `python -m study.run --settings shifted`"
 
 
 def training_range(runs: list[dict], name: str) -> str | None:
@@ -250,7 +335,11 @@ def training_range(runs: list[dict], name: str) -> str | None:
     low, high = np.percentile(values, (5, 95))
     trend = abs(end - start) > (high - low) / 2
     middle = f"{short(start)} → {short(end)}" if trend else short(values.mean())
-    return middle if short(low) == short(high) == middle else f"{middle} ({short(low)} to {short(high)})"
+    return (
+        middle
+        if short(low) == short(high) == middle
+        else f"{middle} ({short(low)} to {short(high)})"
+    )
 
 
 def evaluation_range(runs: list[dict], name: str, before: dict | None) -> str | None:
@@ -258,7 +347,10 @@ def evaluation_range(runs: list[dict], name: str, before: dict | None) -> str | 
     if name not in ("greedy", "pass@1", "pass@8", "entropy", "truncated"):
         return None
     parts = [run["evaluation"]["shifted/test"] for run in ([before] if before else []) + runs]
-    values = [part[name] if name in part and name != "greedy" else per_problem(part, name).mean() for part in parts]
+    values = [
+        part[name] if name in part and name != "greedy" else per_problem(part, name).mean()
+        for part in parts
+    ]
     start = f"{short(values.pop(0))} → " if before else ""
     return f"{start}{short(np.mean(values))} ({short(min(values))} to {short(max(values))})"
 
@@ -269,7 +361,7 @@ def short(x: float) -> str:
 
 
 def with_ranges(page: str, results: Path) -> str:
-    """METRICS.md with the cell "on the demo" of every row that begins with a name made anew from the study's files."""
+    """docs/metrics.md with the cell "on the demo" of every row that begins with a name made anew from the study's files."""
     runs, path = metric_runs(results), results / "shifted/before-0.json"
     before = json.loads(path.read_text()) if path.exists() else None
     parts = fill(page, {"runs": partial(metric_note, results)}).split("## Evaluation")
@@ -279,17 +371,24 @@ def with_ranges(page: str, results: Path) -> str:
             return line
         cells, name = line.split("|"), line.split("`")[1]
         if len(cells) != 7:
-            raise ValueError(f"METRICS.md, {name}: {len(cells) - 2} cells in place of 5; write &#124; for | in a cell")
+            raise ValueError(
+                f"docs/metrics.md, {name}: {len(cells) - 2} cells in place of 5; write &#124; for | in a cell"
+            )
         found = {RANGES[arm]: made(of, name) for arm, of in runs.items()}
         cells[4] = f" {'<br>'.join(f'{arm} {text}' for arm, text in found.items() if text) or '-'} "
         return "|".join(cells)
 
     makers = (training_range, partial(evaluation_range, before=before))
     tables = zip(parts, makers, strict=True)
-    return "## Evaluation".join("\n".join(anew(line, made) for line in part.split("\n")) for part, made in tables)
+    return "## Evaluation".join(
+        "\n".join(anew(line, made) for line in part.split("\n")) for part, made in tables
+    )
 
 
-README = {"algorithm": algorithm, "study-short": partial(study_tables.study_short, ROOT / "results")}
+README = {
+    "algorithm": algorithm,
+    "study-short": partial(study_tables.study_short, ROOT / "study/results"),
+}
 README |= {"attack": attack, "easyvqa": easyvqa, "families": families}
 SPEED = {"step": step, "phases": phases}
 GRADING = {"graders": graders, "reasons": reasons}
@@ -298,26 +397,32 @@ GRADING = {"graders": graders, "reasons": reasons}
 def parallel() -> str:
     """How far several processes end from one: a row a case."""
     result = json.loads((ROOT / "benchmarks/parallel.json").read_text())
-    said = {"mixed": "pictures and text alone, responses of 1 to 12 tokens, 80/20", "drop": "groups dropped, AER"}
+    said = {
+        "mixed": "pictures and text alone, responses of 1 to 12 tokens, 80/20",
+        "drop": "groups dropped, AER",
+    }
     said |= {"lots": "the first, computed again in the backward", "adapters": "LoRA"}
     said |= {"pictures": "pictures in every row, AER, gradients clipped to 0.1"}
     ways = [(n, way) for n in (2, 4) for way in ("ddp", "fsdp2", "zero2")]
     apart = {(row["processes"], row["way"], row["case"]): row["apart"] for row in result["rows"]}
-    out = ["| case | " + " | ".join(f"{n} x {way.upper()}" for n, way in ways) + " |", "|---" * 7 + "|"]
+    out = [
+        "| case | " + " | ".join(f"{n} x {way.upper()}" for n, way in ways) + " |",
+        "|---" * 7 + "|",
+    ]
     for case, text in said.items():
         cells = [f"{apart[n, way, case]:.1e}" if (n, way, case) in apart else "" for n, way in ways]
         out.append("| " + " | ".join([text, *cells]) + " |")
-    note = (
-        f"Distance of the parameters from one process's after {result['steps']} steps, as a share of how far training "
-    )
-    return "\n".join([*out, "", note + "moved them. `python benchmarks/parallel.py`"])
+    note = f"Distance of the parameters from one process's after {result['steps']} steps, as a share of how far training "
+    return "\n".join([*out, "", note + "moved them. `python -m benchmarks.parallel`"])
 
 
-STUDY = {name: partial(make, ROOT / "results") for name, (_, make) in study_tables.PARTS.items()}
+STUDY = {
+    name: partial(make, ROOT / "study/results") for name, (_, make) in study_tables.PARTS.items()
+}
 FAULTS = {"kills": kills, "soak": soak}
 PAGES = {
     "README.md": README,
-    "WALKTHROUGH.md": {},
+    "docs/walkthrough/README.md": {},
     "docs/faults.md": FAULTS,
     "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": GRADING,
@@ -331,8 +436,12 @@ def line_of(file: str, text: str, after: int = 0) -> int:
     lines = list(enumerate((ROOT / file).read_text().splitlines(), 1))[max(after - 1, 0) :]
     found = [i for i, line in lines if line.strip().startswith((f"def {text}(", f"class {text}:"))]
     found = found or [i for i, line in lines if text in line]
-    if len(found) != 1 and not (found and after):  # the end of a quotation: the first one after its beginning
-        raise ValueError(f"{file} has {len(found)} lines with {text!r}; a link and a quotation need exactly one")
+    if len(found) != 1 and not (
+        found and after
+    ):  # the end of a quotation: the first one after its beginning
+        raise ValueError(
+            f"{file} has {len(found)} lines with {text!r}; a link and a quotation need exactly one"
+        )
     return found[0]
 
 
@@ -369,7 +478,7 @@ if __name__ == "__main__":
     for name, tables in PAGES.items():
         path = ROOT / name
         path.write_text(fill(path.read_text(), tables))
-    if picture := study_tables.picture(ROOT / "results"):
+    if picture := study_tables.picture(ROOT / "study/results"):
         (ROOT / "docs/study.svg").write_text(picture)
-    metrics = ROOT / "METRICS.md"
-    metrics.write_text(with_ranges(metrics.read_text(), ROOT / "results"))
+    metrics = ROOT / "docs/metrics.md"
+    metrics.write_text(with_ranges(metrics.read_text(), ROOT / "study/results"))

@@ -72,7 +72,9 @@ def careful(row: dict, rng: np.random.Generator) -> str:
     for i, (colour, n) in enumerate(zip(asked, pips, strict=True)):
         text += (rng.choice(JOIN) if i else "") + rng.choice(READ).format(colour, n)
     if row["kind"] == "difference":
-        text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(max(pips), min(pips), max(pips) - min(pips))
+        text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(
+            max(pips), min(pips), max(pips) - min(pips)
+        )
     elif row["kind"] == "larger":
         text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(pips))
     else:
@@ -83,7 +85,9 @@ def careful(row: dict, rng: np.random.Generator) -> str:
 
 def look(row: dict, rng: np.random.Generator) -> str:
     """Names what every die shows, in any order: not an answer, but the quickest way to learn to read."""
-    return " " + " ".join(f"{colour}{row['pips'][colour]}" for colour in rng.permutation(list(row["pips"])))
+    return " " + " ".join(
+        f"{colour}{row['pips'][colour]}" for colour in rng.permutation(list(row["pips"]))
+    )
 
 
 def hasty(row: dict, rng: np.random.Generator) -> str:
@@ -105,11 +109,15 @@ def build_processor() -> Qwen2_5_VLProcessor:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")  # digits one by one
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(
         [*texts, "user\n", "assistant\n", "system\n"] * 2,
-        trainers.BpeTrainer(vocab_size=512 - len(SPECIAL), initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=512 - len(SPECIAL), initial_alphabet=alphabet, show_progress=False
+        ),
     )
     trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
@@ -121,9 +129,15 @@ def build_processor() -> Qwen2_5_VLProcessor:
         model_max_length=1024,
     )
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    sizes["size"] = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}  # pixels: a picture of 96 x 96 stays as it is
+    sizes["size"] = {
+        "shortest_edge": 32 * 32,
+        "longest_edge": 256 * 256,
+    }  # pixels: a picture of 96 x 96 stays as it is
     return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**sizes), tokenizer, Qwen2VLVideoProcessor(**sizes), chat_template=CHAT_TEMPLATE
+        Qwen2VLImageProcessor(**sizes),
+        tokenizer,
+        Qwen2VLVideoProcessor(**sizes),
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -139,7 +153,11 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [6, 5, 5]},
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1000000.0,
+                "mrope_section": [6, 5, 5],
+            },
             bos_token_id=token("<|endoftext|>"),
             eos_token_id=token("<|im_end|>"),
             pad_token_id=token("<|endoftext|>"),
@@ -166,7 +184,9 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
     )
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.update(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    model.generation_config.update(
+        eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>")
+    )
     return model
 
 
@@ -184,7 +204,9 @@ def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Shift, blur, contrast, colour, brightness, noise: so that reading does not hang on single pixels."""
     dx, dy = rng.integers(-2, 3, 2)
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))) if rng.random() < 0.5 else image)
+    pixels = np.asarray(
+        image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))) if rng.random() < 0.5 else image
+    )
     pixels = np.roll(pixels, (dx, dy), (0, 1)).astype(np.float32)
     gain, shift = rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, 3), rng.uniform(-25, 25)
     pixels = (pixels - 128) * gain + 128 + shift
@@ -194,15 +216,22 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def prompt_text(processor: Qwen2_5_VLProcessor, problem: str) -> str:
     content = [{"type": "image"}, {"type": "text", "text": problem}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
 
 
-def train_vision(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int) -> None:
+def train_vision(
+    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int
+) -> None:
     """The vision tower alone, as VLMs are made: a linear probe, thrown away afterwards, tells from each image token
     which die its cell shows (4 colours x 9 pips, or none). From text alone, reading takes many times longer.
     """
     rng, size = np.random.default_rng(1), 48
-    tower, probe = model.model.visual, torch.nn.Linear(model.config.vision_config.out_hidden_size, 37)
+    tower, probe = (
+        model.model.visual,
+        torch.nn.Linear(model.config.vision_config.out_hidden_size, 37),
+    )
     parameters = [*tower.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98))
     for step in range(steps):
@@ -211,18 +240,26 @@ def train_vision(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_V
         for i, row in enumerate(rows):
             for colour, cell in row["cells"].items():
                 classes[i, cell] = 9 * list(COLOURS).index(colour) + row["pips"][colour]
-        pictures = processor.image_processor([augment(row["images"][0], rng) for row in rows], return_tensors="pt")
-        tokens = tower(pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]).pooler_output  # (B * 9, D)
+        pictures = processor.image_processor(
+            [augment(row["images"][0], rng) for row in rows], return_tensors="pt"
+        )
+        tokens = tower(
+            pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]
+        ).pooler_output  # (B * 9, D)
         logits, classes = probe(tokens), classes.flatten()
         loss = torch.nn.functional.cross_entropy(logits, classes)
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, (step + 1) / 50, (steps - step) / (0.4 * steps))
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(
+            1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if (step + 1) % 25 == 0:
             right = (logits.argmax(1) == classes)[classes > 0].float().mean().item()
-            print(f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}", flush=True)
+            print(
+                f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}", flush=True
+            )
 
 
 def warm_start(
@@ -246,27 +283,40 @@ def warm_start(
     for step, ways in enumerate(schedule):
         rows = [make(step * batch_size + i) for i in range(batch_size)]
         chosen = rng.choice(list(ways), size=batch_size, p=list(ways.values()))
-        problems = ["Look." if way is look else row["problem"] for way, row in zip(chosen, rows, strict=True)]
+        problems = [
+            "Look." if way is look else row["problem"]
+            for way, row in zip(chosen, rows, strict=True)
+        ]
         answers = [way(row, rng) + "<|im_end|>" for way, row in zip(chosen, rows, strict=True)]
         batch = processor(
-            text=[prompt_text(processor, problem) + a for problem, a in zip(problems, answers, strict=True)],
+            text=[
+                prompt_text(processor, problem) + a
+                for problem, a in zip(problems, answers, strict=True)
+            ],
             images=[augment(row["images"][0], rng) for row in rows],
             padding=True,
             return_tensors="pt",
         )
         ends = batch["attention_mask"].sum(1)  # (B,)
-        starts = ends - torch.tensor([len(ids) for ids in processor.tokenizer(answers)["input_ids"]])
+        starts = ends - torch.tensor(
+            [len(ids) for ids in processor.tokenizer(answers)["input_ids"]]
+        )
         at = torch.arange(batch["input_ids"].shape[1])
         is_answer = (at >= starts[:, None]) & (at < ends[:, None])  # (B, L)
         loss = model(**batch, labels=batch["input_ids"].masked_fill(~is_answer, -100)).loss
-        optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / 50, (len(schedule) - step) / (0.3 * len(schedule)))
+        optimizer.param_groups[0]["lr"] = lr * min(
+            1.0, (step + 1) / 50, (len(schedule) - step) / (0.3 * len(schedule))
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1} loss {np.mean(losses[-50:]):.3f} seconds {time.time() - started:.0f}", flush=True)
+            print(
+                f"step {step + 1} loss {np.mean(losses[-50:]):.3f} seconds {time.time() - started:.0f}",
+                flush=True,
+            )
     processor.tokenizer.padding_side = "left"  # for generation
     model.eval()
 
@@ -277,8 +327,23 @@ def warm_start(
 def reinforce(source: Path, target: Path) -> None:
     """recipes/elicit.yaml: plain GRPO on plain/train, through the project's own training script."""
     with tempfile.TemporaryDirectory() as output:
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-        command += ["train_saei.py", "--config", "recipes/elicit.yaml", "--model", str(source), "--output", output]
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            "--cpu",
+            "--num_processes",
+            "1",
+        ]
+        command += [
+            "train_saei.py",
+            "--config",
+            "recipes/elicit.yaml",
+            "--model",
+            str(source),
+            "--output",
+            output,
+        ]
         subprocess.run([*command, "--overwrite"], cwd=ROOT, check=True)
         last = max(Path(output, "checkpoints").glob("step-*"))
         shutil.copytree(source, target, dirs_exist_ok=True)  # the processor stays as it was
@@ -286,18 +351,26 @@ def reinforce(source: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", nargs="?", default="both", choices=["both", "mixed", "confident"])
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="where the checkpoints' folders go")
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / "demo", help="where the checkpoints' folders go"
+    )
     steps = (100, 150, 700, 350)
-    parser.add_argument("--steps", type=int, nargs=4, default=steps, help="of the tower, look, careful, and the mix")
+    parser.add_argument(
+        "--steps", type=int, nargs=4, default=steps, help="of the tower, look, careful, and the mix"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     started, mixed = time.time(), args.folder.resolve() / "mixed"
     if args.what in ("both", "mixed"):
         processor = build_processor()
         model = build_model(processor.tokenizer)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
+        )
         train_vision(model, processor, args.steps[0])
         ways = ({look: 1.0}, {careful: 1.0}, {careful: 0.05, hasty: 0.95})
         warm_start(model, processor, list(zip(args.steps[1:], ways, strict=True)))

@@ -36,7 +36,9 @@ CHANGES = {
 
 
 @torch.no_grad()
-def generate(model, processor, rows: list[dict], samples: int) -> tuple[list[list[str]], list[float]]:
+def generate(
+    model, processor, rows: list[dict], samples: int
+) -> tuple[list[list[str]], list[float]]:
     """(samples answers of each row, token entropy of each answer); samples = 0 is one greedy answer"""
     inputs = processor(
         text=[prompt_text(processor, row["problem"]) for row in rows],
@@ -44,7 +46,9 @@ def generate(model, processor, rows: list[dict], samples: int) -> tuple[list[lis
         padding=True,
         return_tensors="pt",
     )
-    settings = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples)
+    settings = dict(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=samples
+    )
     out = model.generate(
         **inputs,
         max_new_tokens=80,
@@ -81,11 +85,16 @@ def measure(model, processor, split: str, n: int, start: int, samples: int, pict
         entropies += entropy
         for row, texts in zip(rows, sampled, strict=True):
             right.append([correct(text, row["answer"]) for text in texts])
-            kept.append([bool(re.search(r"\d.*</think>", text)) for text in texts])  # careful: a number in the thought
+            kept.append(
+                [bool(re.search(r"\d.*</think>", text)) for text in texts]
+            )  # careful: a number in the thought
             kinds.setdefault(row["kind"], []).extend(zip(kept[-1], right[-1], strict=True))
     right, kept = np.array(right), np.array(kept)
     share = lambda values: round(float(np.mean(values)), 3) if len(values) else None  # noqa: E731
-    by_kind = {k: [share([r for c, r in v if c == way]) for way in (True, False)] for k, v in sorted(kinds.items())}
+    by_kind = {
+        k: [share([r for c, r in v if c == way]) for way in (True, False)]
+        for k, v in sorted(kinds.items())
+    }
     return {
         "split": split,
         "picture": picture,
@@ -102,13 +111,19 @@ def measure(model, processor, split: str, n: int, start: int, samples: int, pict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", type=Path)
     parser.add_argument("--splits", nargs="+", default=[f"{domain}/test" for domain in DOMAINS])
     parser.add_argument("--n", type=int, default=500, help="rows of each split")
     parser.add_argument("--start", type=int, default=0, help="first row")
-    parser.add_argument("--samples", type=int, default=8, help="sampled answers of each row, temperature 1")
-    parser.add_argument("--picture", default="as it is", choices=CHANGES, help="what is done to the pictures first")
+    parser.add_argument(
+        "--samples", type=int, default=8, help="sampled answers of each row, temperature 1"
+    )
+    parser.add_argument(
+        "--picture", default="as it is", choices=CHANGES, help="what is done to the pictures first"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)

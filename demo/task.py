@@ -18,7 +18,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 SIZE, CELL, DIE = 96, 32, 26  # pixels: picture, cell, die
-COLOURS = {"red": (212, 52, 48), "blue": (40, 100, 210), "green": (34, 146, 78), "yellow": (236, 176, 28)}
+COLOURS = {
+    "red": (212, 52, 48),
+    "blue": (40, 100, 210),
+    "green": (34, 146, 78),
+    "yellow": (236, 176, 28),
+}
 INSTRUCTION = "Reason in <think></think>, answer in \\boxed{}."
 
 # kind -> (dice it asks about, question, the answer from their pips)
@@ -27,7 +32,11 @@ KINDS = {
     "sum": (2, "How many pips do the {} and {} dice show in total?", lambda a, b: a + b),
     "difference": (2, "How many pips apart are the {} and {} dice?", lambda a, b: abs(a - b)),
     "larger": (2, "How many pips does the higher of the {} and {} dice show?", max),
-    "sum3": (3, "How many pips do the {}, {} and {} dice show in total?", lambda a, b, c: a + b + c),
+    "sum3": (
+        3,
+        "How many pips do the {}, {} and {} dice show in total?",
+        lambda a, b, c: a + b + c,
+    ),
 }
 
 PLAIN = {
@@ -41,11 +50,24 @@ PLAIN = {
 }
 DOMAINS = {
     "plain": PLAIN,
-    "shifted": PLAIN | {"about": "two-coloured backgrounds and strong noise", "background": "gradient", "noise": 26.0},
+    "shifted": PLAIN
+    | {
+        "about": "two-coloured backgrounds and strong noise",
+        "background": "gradient",
+        "noise": 26.0,
+    },
     "styles": PLAIN
-    | {"about": "square, ring-shaped or dark pips, round dice", "styles": ("square", "ring", "dark", "round")},
+    | {
+        "about": "square, ring-shaped or dark pips, round dice",
+        "styles": ("square", "ring", "dark", "round"),
+    },
     "offset": PLAIN | {"about": "dice up to 5 pixels off the centres of their cells", "offset": 5},
-    "sums": PLAIN | {"about": "totals of three dice only, and larger ones", "kinds": {"sum3": 1.0}, "totals": (8, 18)},
+    "sums": PLAIN
+    | {
+        "about": "totals of three dice only, and larger ones",
+        "kinds": {"sum3": 1.0},
+        "totals": (8, 18),
+    },
 }
 
 # pips at (column, row) in a 3 x 3 grid
@@ -80,20 +102,29 @@ def die(colour: str, pips: int, style: str) -> Image.Image:
     radius = DIE * k // 2 if style == "round" else 6 * k
 
     shadow = Image.new("L", (side, side), 0)
-    ImageDraw.Draw(shadow).rounded_rectangle((low + k, low + 2 * k, high + k, high + 2 * k), radius, fill=110)
-    picture = Image.merge("RGBA", [Image.new("L", (side, side), 0)] * 3 + [shadow.filter(ImageFilter.GaussianBlur(k))])
+    ImageDraw.Draw(shadow).rounded_rectangle(
+        (low + k, low + 2 * k, high + k, high + 2 * k), radius, fill=110
+    )
+    picture = Image.merge(
+        "RGBA", [Image.new("L", (side, side), 0)] * 3 + [shadow.filter(ImageFilter.GaussianBlur(k))]
+    )
 
     mask = Image.new("L", (side, side), 0)
     ImageDraw.Draw(mask).rounded_rectangle((low, low, high, high), radius, fill=255)
     inner = Image.new("L", (side, side), 0)
-    ImageDraw.Draw(inner).rounded_rectangle((low + k, low + k, high - k, high - k), radius - k, fill=255)
+    ImageDraw.Draw(inner).rounded_rectangle(
+        (low + k, low + k, high - k, high - k), radius - k, fill=255
+    )
     light = np.linspace(1.12, 0.88, side)[:, None, None]  # lit from above
     body = np.clip(np.array(COLOURS[colour]) * light, 0, 255).astype(np.uint8).repeat(side, axis=1)
     picture.paste(Image.fromarray(body // 2 + body // 5), (0, 0), mask)  # dark rim
     picture.paste(Image.fromarray(body), (0, 0), inner)
 
     draw, step = ImageDraw.Draw(picture), (6 if style == "round" else 7) * k
-    rim, fill = tuple(c // 2 for c in COLOURS[colour]), (30, 30, 34) if style == "dark" else (252, 252, 250)
+    rim, fill = (
+        tuple(c // 2 for c in COLOURS[colour]),
+        (30, 30, 34) if style == "dark" else (252, 252, 250),
+    )
     r = 2.7 * k
     for column, row in (map(int, pip) for pip in PIPS[pips].split()):
         x, y = side / 2 + (column - 1) * step, side / 2 + (row - 1) * step
@@ -125,7 +156,9 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
     """
     domain, _, part = split.partition("/")
     if domain not in DOMAINS or part not in ("train", "test"):
-        raise ValueError(f"unknown split {split!r}: a domain of {sorted(DOMAINS)}, then /train or /test")
+        raise ValueError(
+            f"unknown split {split!r}: a domain of {sorted(DOMAINS)}, then /train or /test"
+        )
     rng = np.random.default_rng([zlib.crc32(split.encode()), seed, index])
     settings = DOMAINS[domain]
 
@@ -134,17 +167,24 @@ def make_row(split: str, index: int, seed: int = 0) -> dict:
     table = combinations(kind)
     low, high = settings["totals"] if kind == "sum3" else (min(table), max(table))
     answer = int(rng.integers(low, high + 1))
-    shown = table[answer][rng.integers(len(table[answer]))] + tuple(int(n) for n in rng.integers(1, 10, 4 - dice))
+    shown = table[answer][rng.integers(len(table[answer]))] + tuple(
+        int(n) for n in rng.integers(1, 10, 4 - dice)
+    )
     colours = [str(c) for c in rng.permutation(list(COLOURS))]  # the first ones are asked about
     style = str(rng.choice(settings["styles"]))
 
     picture = Image.fromarray(background(settings["background"], rng).astype(np.uint8))
-    cells, offsets = rng.permutation(9)[:4], rng.integers(-settings["offset"], settings["offset"] + 1, (4, 2))
+    cells, offsets = (
+        rng.permutation(9)[:4],
+        rng.integers(-settings["offset"], settings["offset"] + 1, (4, 2)),
+    )
     for colour, pips, cell, offset in zip(colours, shown, cells, offsets, strict=True):
         sprite = die(colour, pips, style)
         x, y = np.clip(np.array((cell % 3, cell // 3)) * CELL + offset, -2, SIZE - CELL + 2)
         picture.paste(sprite, (int(x), int(y)), sprite)
-    noisy = np.asarray(picture, np.float32) + settings["noise"] * rng.standard_normal((SIZE, SIZE, 3), np.float32)
+    noisy = np.asarray(picture, np.float32) + settings["noise"] * rng.standard_normal(
+        (SIZE, SIZE, 3), np.float32
+    )
     image = Image.fromarray(np.clip(np.rint(noisy), 0, 255).astype(np.uint8))
     return {
         "images": [image],

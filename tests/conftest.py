@@ -11,7 +11,7 @@ import torch
 
 from demo.make_demo import build_model, build_processor
 from demo.task import make_row
-from policy import Policy
+from vlm.policy import Policy
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,10 +22,22 @@ def launch(processes: int, *arguments: str) -> None:
 
     torchrun, because `accelerate launch --cpu --num_processes 2` of accelerate 1.15 starts one process, without a word.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(processes),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -22,21 +22,28 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_saei  # noqa: E402
 from demo.task import make_row  # noqa: E402
-from policy import Policy, Prompts, Responses  # noqa: E402
+from vlm.policy import Policy, Prompts, Responses  # noqa: E402
 
 PICTURES = [make_row("plain/train", i) | {"row": i} for i in range(4)]
 ROWS = [row | ({"images": []} if i % 2 else {}) for i, row in enumerate(PICTURES)]
 CASES = {
     "mixed": {"update_control": "top_entropy"},  # tokens are chosen among those of all processes
     # rows 1 and 3 are dropped: nothing of some processes is. The bonus' coefficient is global, saved and resumed
-    "drop": {"condition": "sampled", "zero_variance": "drop", "update_control": "aer", "entropy_coef": 0.01},
+    "drop": {
+        "condition": "sampled",
+        "zero_variance": "drop",
+        "update_control": "aer",
+        "entropy_coef": 0.01,
+    },
     "lots": {
         "update_control": "top_entropy",
         "checkpointing": True,
         "micro_responses": 2,
     },  # mixed, computed again in the backward
     "adapters": {"lora_rank": 4, "lr": 1e-3},
-    "half": {"updates_per_step": 2},  # bf16: pixels in, log-probs and entropies out are checked to be float32
+    "half": {
+        "updates_per_step": 2
+    },  # bf16: pixels in, log-probs and entropies out are checked to be float32
     # what ZeRO-2 can train: pictures in every row
     "pictures": {"update_control": "aer", "entropy_coef": 0.01, "max_grad_norm": 0.1},
 }
@@ -82,7 +89,11 @@ def deepspeed_on_cpus() -> None:
     del config["bf16"]  # to compare
     path = Path(tempfile.mkdtemp()) / "zero2.json"
     path.write_text(json.dumps(config))
-    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    os.environ |= {
+        "ACCELERATE_USE_CPU": "false",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "DS_ACCELERATOR": "cpu",
+    }
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
 
 
@@ -99,19 +110,38 @@ def run(folder: Path, way: str, case: str, **changes) -> None:
         state._reset_state()
     rows = PICTURES if case == "pictures" else ROWS
     train_saei.data.load_rows = lambda *_, **__: rows
-    train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(*args, dropped=case == "drop", **columns)
-    settings = dict(model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4)
-    settings |= dict(adversarial_rollouts=2, max_new_tokens=12, pgd_steps=2, lr=1e-4, micro_prompts=1, self_check=False)
+    train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(
+        *args, dropped=case == "drop", **columns
+    )
+    settings = dict(
+        model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4
+    )
+    settings |= dict(
+        adversarial_rollouts=2,
+        max_new_tokens=12,
+        pgd_steps=2,
+        lr=1e-4,
+        micro_prompts=1,
+        self_check=False,
+    )
     train_saei.main(train_saei.Config(**settings | CASES[case] | changes))
 
 
 if __name__ == "__main__":
-    train_saei.Accelerator.end_training = lambda self: None  # it ends the process group, and another run follows
+    train_saei.Accelerator.end_training = lambda self: (
+        None
+    )  # it ends the process group, and another run follows
     Policy.sample = one_token_without_image
     train_saei.epoch_order = lambda seed, epoch, n: np.arange(n)
     for argument in sys.argv[2:]:
-        way, case, *steps = argument.split("/")  # fsdp2/mixed/3: to step 3; fsdp2/mixed/resume: on from there
-        changes = {"resume": True} if steps == ["resume"] else {"steps": int(steps[0])} if steps else {}
-        faulthandler.dump_traceback_later(120, exit=True)  # where a process waits for the others, if one does
+        way, case, *steps = argument.split(
+            "/"
+        )  # fsdp2/mixed/3: to step 3; fsdp2/mixed/resume: on from there
+        changes = (
+            {"resume": True} if steps == ["resume"] else {"steps": int(steps[0])} if steps else {}
+        )
+        faulthandler.dump_traceback_later(
+            120, exit=True
+        )  # where a process waits for the others, if one does
         run(Path(sys.argv[1]), way, case, **changes)
         PartialState().wait_for_everyone()  # the last checkpoint has its name

@@ -45,7 +45,9 @@ def double(model: torch.nn.Module) -> torch.nn.Module:
 
 def prompt_inputs(processor, problem: str, pictures: list[Image.Image]) -> dict[str, Tensor]:
     """input_ids, mm_token_type_ids and, with pictures, pixel_values and image_grid_thw of one prompt."""
-    content = [{"type": "image", "image": x} for x in pictures] + [{"type": "text", "text": problem}]
+    content = [{"type": "image", "image": x} for x in pictures] + [
+        {"type": "text", "text": problem}
+    ]
     return processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
@@ -67,7 +69,9 @@ def pixel_values(image: Tensor, processor) -> Tensor:
                     y, x = (block_y * m + i) * p, (block_x * m + j) * p
                     row = []
                     for c in range(3):
-                        patch = (image[c, y : y + p, x : x + p] - ip.image_mean[c]) / ip.image_std[c]
+                        patch = (image[c, y : y + p, x : x + p] - ip.image_mean[c]) / ip.image_std[
+                            c
+                        ]
                         row += [patch.flatten()] * t  # each frame of a still picture
                     rows.append(torch.cat(row))
     return torch.stack(rows)
@@ -80,14 +84,22 @@ def allowed_tokens(processor) -> list[int]:
 
 
 def distributions(
-    model, processor, problem: str, pictures: list, response: list[int], temperature=1.0, images: list | None = None
+    model,
+    processor,
+    problem: str,
+    pictures: list,
+    response: list[int],
+    temperature=1.0,
+    images: list | None = None,
 ) -> list[Tensor]:
     """log p over allowed_tokens before each token of a response; `images`, in [0, 1], replace the pictures' pixels."""
     inputs = prompt_inputs(processor, problem, pictures)
     if images:
         inputs["pixel_values"] = torch.cat([pixel_values(x, processor) for x in images])
     ids = torch.cat([inputs["input_ids"], torch.tensor([response])], dim=1)
-    types = torch.cat([inputs["mm_token_type_ids"], torch.zeros(1, len(response), dtype=torch.long)], dim=1)
+    types = torch.cat(
+        [inputs["mm_token_type_ids"], torch.zeros(1, len(response), dtype=torch.long)], dim=1
+    )
     model.model.rope_deltas = None
     logits = model(
         input_ids=ids,
@@ -98,17 +110,28 @@ def distributions(
         use_cache=False,
     ).logits[0]
     start, allowed = inputs["input_ids"].shape[1] - 1, allowed_tokens(processor)
-    return [torch.log_softmax(logits[start + t, allowed].float() / temperature, -1) for t in range(len(response))]
+    return [
+        torch.log_softmax(logits[start + t, allowed].float() / temperature, -1)
+        for t in range(len(response))
+    ]
 
 
 def score(
-    model, processor, problem: str, pictures: list, response: list[int], temperature=1.0, images: list | None = None
+    model,
+    processor,
+    problem: str,
+    pictures: list,
+    response: list[int],
+    temperature=1.0,
+    images: list | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of one response's tokens.   -> (T,), (T,)"""
     allowed = allowed_tokens(processor)
     logprobs, entropy = [], []
     for token, logp in zip(
-        response, distributions(model, processor, problem, pictures, response, temperature, images), strict=True
+        response,
+        distributions(model, processor, problem, pictures, response, temperature, images),
+        strict=True,
     ):
         logprobs.append(logp[allowed.index(token)])
         entropy.append(-(logp.exp() * logp).sum())
@@ -127,7 +150,9 @@ def mean_kept(values: Tensor, keep: list[bool]) -> Tensor | float:
     return sum(kept) / len(kept) if kept else 0.0
 
 
-def image_entropy(model, processor, problem, pictures, images, responses, keeps, temperature=1.0) -> Tensor:
+def image_entropy(
+    model, processor, problem, pictures, images, responses, keeps, temperature=1.0
+) -> Tensor:
     """The attack's objective for one prompt: mean over its responses of the mean entropy of their kept tokens."""
     total = 0.0
     for response, keep in zip(responses, keeps, strict=True):
@@ -137,14 +162,26 @@ def image_entropy(model, processor, problem, pictures, images, responses, keeps,
 
 
 def attack(
-    model, processor, problem, pictures, clean, responses, keeps, eps, step_size, steps, temperature=1.0
+    model,
+    processor,
+    problem,
+    pictures,
+    clean,
+    responses,
+    keeps,
+    eps,
+    step_size,
+    steps,
+    temperature=1.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """PGD on one prompt's [0, 1] images.   -> attacked images, each pixel's smallest |gradient| / mean |gradient|"""
     images = [x.clone() for x in clean]
     certainty = [torch.full_like(x, math.inf) for x in clean]
     for _ in range(steps):
         leaves = [x.detach().clone().requires_grad_() for x in images]
-        value = image_entropy(model, processor, problem, pictures, leaves, responses, keeps, temperature)
+        value = image_entropy(
+            model, processor, problem, pictures, leaves, responses, keeps, temperature
+        )
         grads = torch.autograd.grad(value, leaves)
         for i, (x, x0, g) in enumerate(zip(leaves, clean, grads, strict=True)):
             moved = x.detach() + step_size * g.sign()
@@ -163,7 +200,9 @@ def advantages(rewards: list[float]) -> list[float]:
     return [(r - mean) / (std + 1e-6) for r in rewards]
 
 
-def clipped_loss(new: list[Tensor], old: list[Tensor], adv: list[float], low: float, high: float) -> Tensor:
+def clipped_loss(
+    new: list[Tensor], old: list[Tensor], adv: list[float], low: float, high: float
+) -> Tensor:
     """-(1 / all tokens) sum of min(rho A, clip(rho) A), token by token."""
     total, tokens = 0.0, 0
     for row_new, row_old, a in zip(new, old, adv, strict=True):

@@ -42,10 +42,15 @@ def usage_example(docstring: str) -> str:
     """The code in a module's docstring: its doctests, or the last paragraph that is indented as a whole."""
     if examples := doctest.DocTestParser().get_examples(docstring):
         return "\n".join(
-            f"assert repr(({e.source.strip()})) == {e.want.strip()!r}" if e.want else e.source.strip() for e in examples
+            f"assert repr(({e.source.strip()})) == {e.want.strip()!r}"
+            if e.want
+            else e.source.strip()
+            for e in examples
         )
     paragraphs = [
-        p for p in docstring.split("\n\n") if all(line.startswith("    ") for line in p.strip("\n").split("\n"))
+        p
+        for p in docstring.split("\n\n")
+        if all(line.startswith("    ") for line in p.strip("\n").split("\n"))
     ]
     return textwrap.dedent(paragraphs[-1].strip("\n"))
 
@@ -55,13 +60,19 @@ def test_a_copied_file_runs_its_usage_example(module, tmp_path):
     source = (ROOT / f"{module}.py").read_text()
     (tmp_path / f"{module}.py").write_text(source)
     example = usage_example(ast.get_docstring(ast.parse(source)))
-    assert 3 <= len(example.splitlines()) <= 6, f"an example of three lines or so, found:\n{example}"
+    assert 3 <= len(example.splitlines()) <= 6, (
+        f"an example of three lines or so, found:\n{example}"
+    )
     script = f"from {module} import *\n\n{example}\n{textwrap.dedent(CHECKS.get(module, ''))}"
     script += f"\nimport sys, {module}\nfor m in list(sys.modules.values()):\n    print(getattr(m, '__file__', None))\n"
     (tmp_path / "usage.py").write_text(script)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, "usage.py"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, f"{script}\n{run.stderr}"
     assert not run.stderr, run.stderr
     loaded = {Path(line) for line in run.stdout.splitlines()}
@@ -85,4 +96,6 @@ def test_a_core_file_imports_nothing_of_ours_and_little_else(module):
 def test_usage_example_is_found_in_a_docstring():
     docstring = "Head.\n\nWhat\n    prose, indented\n\n    x = 1\n    y = 2\n\nmore\n"
     assert usage_example(docstring) == "x = 1\ny = 2"
-    assert usage_example("Head.\n\n>>> x = 1\n>>> x + 1\n2\n") == "x = 1\nassert repr((x + 1)) == '2'"
+    assert (
+        usage_example("Head.\n\n>>> x = 1\n>>> x + 1\n2\n") == "x = 1\nassert repr((x + 1)) == '2'"
+    )

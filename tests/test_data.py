@@ -10,10 +10,10 @@ from PIL import Image
 from test_train import metrics_of, parameters, short
 from torch import equal
 
-import data
 import rewards
 import train_saei
-from data import load_rows
+from runtime import data
+from runtime.data import load_rows
 
 
 @pytest.fixture
@@ -53,7 +53,11 @@ def test_parquet_and_saved_sets_with_image_features(tmp_path, picture):
             "answer": datasets.Value("string"),
         }
     )
-    rows = {"images": [[Image.fromarray(picture)] * 2], "problem": ["Two of them"], "answer": ["\\frac{1}{2}"]}
+    rows = {
+        "images": [[Image.fromarray(picture)] * 2],
+        "problem": ["Two of them"],
+        "answer": ["\\frac{1}{2}"],
+    }
     table = datasets.Dataset.from_dict(rows, features=features)
     table.to_parquet(tmp_path / "t.parquet")
     table.save_to_disk(tmp_path / "one")
@@ -72,13 +76,16 @@ def test_text_only_row(tmp_path):
 
 def test_missing_column_is_named(tmp_path, picture):
     with pytest.raises(
-        ValueError, match="no column for answer: looked for answer, solution, ground_truth, found image, q"
+        ValueError,
+        match="no column for answer: looked for answer, solution, ground_truth, found image, q",
     ):
         load_rows(write(tmp_path, [{"image": "a.png", "question": "?"}]), "train")
 
 
 def test_empty_set_is_refused(tmp_path):
-    datasets.Dataset.from_dict({"images": [], "problem": [], "answer": []}).to_parquet(tmp_path / "empty.parquet")
+    datasets.Dataset.from_dict({"images": [], "problem": [], "answer": []}).to_parquet(
+        tmp_path / "empty.parquet"
+    )
     with pytest.raises(ValueError, match="has no rows"):
         load_rows(str(tmp_path / "empty.parquet"), "train")
 
@@ -99,7 +106,9 @@ def test_unknown_demo_split_is_refused():
         ({"solution": None}, "gold answer '' cannot be parsed"),
     ],
 )
-def test_bad_row_is_refused_with_its_index_or_skipped_and_named(tmp_path, picture, capsys, changes, reason):
+def test_bad_row_is_refused_with_its_index_or_skipped_and_named(
+    tmp_path, picture, capsys, changes, reason
+):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:500])
     path = write(tmp_path, [good(), good(**changes), good(solution="4")])
@@ -121,7 +130,9 @@ def test_trap_04_long_prompts_are_filtered_and_counted(tmp_path, picture, policy
     (row,) = load_rows(path, "train", prompt_tokens=policy.prompt_tokens, max_prompt_tokens=60)
     assert row["problem"] == "How many?"
     assert "left out 1 rows with more than 60 prompt tokens" in capsys.readouterr().out
-    assert policy.prompt_tokens(row) == policy.encode([row["problem"]], [row["images"]]).ids.shape[1]
+    assert (
+        policy.prompt_tokens(row) == policy.encode([row["problem"]], [row["images"]]).ids.shape[1]
+    )
 
 
 def test_zero_size_image_is_refused(tmp_path):
@@ -160,11 +171,17 @@ def test_folder_of_json_files_beside_pictures(tmp_path):
     """Split by file name, paths relative to the folder; pictures in the majority do not make it a picture set."""
     paint(tmp_path / "images", a="red", b="blue", c="red")
     for split in ("train", "test"):
-        row = {"images": ["images/a.png", "images/b.png"], "problem": f"<image> or <image>, {split}?", "answer": "b"}
+        row = {
+            "images": ["images/a.png", "images/b.png"],
+            "problem": f"<image> or <image>, {split}?",
+            "answer": "b",
+        }
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row))
     (row,) = load_rows(str(tmp_path), "test")
     assert row["problem"] == "<image> or <image>, test?" and colours(row["images"]) == [RED, BLUE]
-    with pytest.raises(ValueError, match="no file of .* is named after the split 'val': test.jsonl, train.jsonl"):
+    with pytest.raises(
+        ValueError, match="no file of .* is named after the split 'val': test.jsonl, train.jsonl"
+    ):
         load_rows(str(tmp_path), "val")
     (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
     (tmp_path / "test.jsonl").unlink()
@@ -174,10 +191,15 @@ def test_folder_of_json_files_beside_pictures(tmp_path):
 def test_folder_of_parquet_shards_as_the_hub_has_them(tmp_path):
     (tmp_path / "data").mkdir()
     for shard in range(2):
-        table = datasets.Dataset.from_dict({"image": [None], "problem": [f"{shard}?"], "answer": [shard]})
+        table = datasets.Dataset.from_dict(
+            {"image": [None], "problem": [f"{shard}?"], "answer": [shard]}
+        )
         table.to_parquet(tmp_path / f"data/train-0000{shard}-of-00002.parquet")
     assert [row["problem"] for row in load_rows(str(tmp_path), "train")] == ["0?", "1?"]
-    assert [row["answer"] for row in load_rows(str(tmp_path), "train")] == ["0", "1"]  # whole numbers become texts
+    assert [row["answer"] for row in load_rows(str(tmp_path), "train")] == [
+        "0",
+        "1",
+    ]  # whole numbers become texts
 
 
 def test_csv_with_paths(tmp_path, picture):
@@ -197,10 +219,14 @@ def test_what_cannot_be_found_is_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="nowhere.jsonl does not exist"):
         load_rows("nowhere.jsonl")
     (tmp_path / "a.xlsx").write_bytes(b"x")
-    with pytest.raises(ValueError, match="a.xlsx: only files ending in .json, .jsonl, .parquet, .csv can be read"):
+    with pytest.raises(
+        ValueError, match="a.xlsx: only files ending in .json, .jsonl, .parquet, .csv can be read"
+    ):
         load_rows(str(tmp_path / "a.xlsx"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="nobody/nothing cannot be found: no local file.*presets are geometry3k"):
+    with pytest.raises(
+        ValueError, match="nobody/nothing cannot be found: no local file.*presets are geometry3k"
+    ):
         load_rows("nobody/nothing")
 
 
@@ -220,8 +246,16 @@ def test_every_form_of_image(tmp_path, picture):
 
 
 def test_further_pictures_do_not_go_to_rewards_and_logs(tmp_path, picture):
-    row = {"image": "a.png", "thumbnail": str(tmp_path / "a.png"), "problem": "?", "answer": "1", "source": "mine"}
-    features = datasets.Features({name: datasets.Value("string") for name in row} | {"thumbnail": datasets.Image()})
+    row = {
+        "image": "a.png",
+        "thumbnail": str(tmp_path / "a.png"),
+        "problem": "?",
+        "answer": "1",
+        "source": "mine",
+    }
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in row} | {"thumbnail": datasets.Image()}
+    )
     datasets.Dataset.from_list([row], features=features).to_parquet(tmp_path / "t.parquet")
     (row,) = load_rows(str(tmp_path / "t.parquet"))
     assert "thumbnail" not in row and row["source"] == "mine" and len(row["images"]) == 1
@@ -230,15 +264,21 @@ def test_further_pictures_do_not_go_to_rewards_and_logs(tmp_path, picture):
 def test_a_broken_picture_in_an_image_column_is_a_bad_row(tmp_path, picture, capsys):
     """Not the end of the reader: images are stored undecoded until a row is checked."""
     features = datasets.Features(
-        {name: datasets.Value("string") for name in ("problem", "answer")} | {"images": datasets.List(datasets.Image())}
+        {name: datasets.Value("string") for name in ("problem", "answer")}
+        | {"images": datasets.List(datasets.Image())}
     )
-    stored = [{"bytes": (tmp_path / "a.png").read_bytes(), "path": None}, {"bytes": b"no picture", "path": None}]
+    stored = [
+        {"bytes": (tmp_path / "a.png").read_bytes(), "path": None},
+        {"bytes": b"no picture", "path": None},
+    ]
     rows = {"images": [[x] for x in stored], "problem": ["?", "?"], "answer": ["1", "2"]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "t.parquet")
     for streaming in (False, True):
         with pytest.raises(ValueError, match="row 1: unreadable image: cannot identify"):
             load_rows(str(tmp_path / "t.parquet"), limit=2, streaming=streaming)
-        (row,) = load_rows(str(tmp_path / "t.parquet"), bad_rows="skip", limit=2, streaming=streaming)
+        (row,) = load_rows(
+            str(tmp_path / "t.parquet"), bad_rows="skip", limit=2, streaming=streaming
+        )
         assert row["answer"] == "1"
 
 
@@ -246,12 +286,26 @@ def test_a_broken_picture_in_an_image_column_is_a_bad_row(tmp_path, picture, cap
 
 
 def test_columns_by_option(tmp_path, picture):
-    path = write(tmp_path, [good(photo="a.png", image="missing.png", task="Which?", gold="b", answers=["x", "y"])])
-    names = {"image_column": "photo", "problem_column": "task", "answer_column": "gold", "choices_column": "answers"}
+    path = write(
+        tmp_path,
+        [good(photo="a.png", image="missing.png", task="Which?", gold="b", answers=["x", "y"])],
+    )
+    names = {
+        "image_column": "photo",
+        "problem_column": "task",
+        "answer_column": "gold",
+        "choices_column": "answers",
+    }
     (row,) = load_rows(path, **names)
-    assert (row["problem"], row["answer"], row["choices"]) == ("Which?\nChoices:\nA. x\nB. y", "b", ["x", "y"])
+    assert (row["problem"], row["answer"], row["choices"]) == (
+        "Which?\nChoices:\nA. x\nB. y",
+        "b",
+        ["x", "y"],
+    )
     assert len(row["images"]) == 1 and row["question"] == "How many?"
-    with pytest.raises(ValueError, match="no column for image: looked for foto, found .*--image_column none"):
+    with pytest.raises(
+        ValueError, match="no column for image: looked for foto, found .*--image_column none"
+    ):
         load_rows(path, image_column="foto")
     with pytest.raises(ValueError, match="no column for choices: looked for optoins"):
         load_rows(path, choices_column="optoins")
@@ -261,7 +315,9 @@ def test_columns_by_option(tmp_path, picture):
 
 def test_text_alone_has_to_be_asked_for(tmp_path):
     path = write(tmp_path, [{"question": "1 + 1?", "answer": "2"}])
-    with pytest.raises(ValueError, match="no column for image: looked for images, image, found answer, question"):
+    with pytest.raises(
+        ValueError, match="no column for image: looked for images, image, found answer, question"
+    ):
         load_rows(path)
     assert load_rows(path, image_column="none")[0]["images"] == []
 
@@ -297,7 +353,11 @@ def test_all_columns_reach_the_rewards(tiny, tmp_path, picture, monkeypatch):
     monkeypatch.setattr(rewards, "accuracy_reward", accuracy)
     train_saei.main(short(tiny, tmp_path / "out", dataset=path, split="train", steps=1))
     (columns,) = seen
-    assert columns["choices"] == [["3", "4"]] * 8 and columns["precision"] == [2] * 8 and columns["answer"] == ["3"] * 8
+    assert (
+        columns["choices"] == [["3", "4"]] * 8
+        and columns["precision"] == [2] * 8
+        and columns["answer"] == ["3"] * 8
+    )
     assert columns["source"] == ["mine"] * 8
 
 
@@ -308,23 +368,35 @@ def test_all_columns_reach_the_rewards(tiny, tmp_path, picture, monkeypatch):
     "problem, count, marks",
     [("<image> and <image>?", 1, 2), ("<image>?", 2, 1), ("Is <image> red?", 0, 1)],
 )
-def test_marks_that_do_not_match_the_images_are_refused(tmp_path, picture, policy, problem, count, marks):
+def test_marks_that_do_not_match_the_images_are_refused(
+    tmp_path, picture, policy, problem, count, marks
+):
     path = write(tmp_path, [good(image=["a.png"] * count, question=problem)])
-    with pytest.raises(ValueError, match=f"row 0: the problem has {marks} <image> marks for {count} images"):
+    with pytest.raises(
+        ValueError, match=f"row 0: the problem has {marks} <image> marks for {count} images"
+    ):
         load_rows(path)
-    with pytest.raises(ValueError, match=f"the problem has {marks} <image> marks for {count} images"):
+    with pytest.raises(
+        ValueError, match=f"the problem has {marks} <image> marks for {count} images"
+    ):
         policy.chat_text(problem, count)
 
 
 def shown(policy, problem, images):
     """The prompt's text with each picture's block as [I]."""
-    return policy.chat_text(problem, images).replace("<|vision_start|><|image_pad|><|vision_end|>", "[I]")
+    return policy.chat_text(problem, images).replace(
+        "<|vision_start|><|image_pad|><|vision_end|>", "[I]"
+    )
 
 
 def test_pictures_stand_where_they_are_marked(policy):
     user = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     assert shown(policy, "Is <image> or <image> red?", 2) == user.format("Is [I] or [I] red?")
-    assert shown(policy, "Which?", 2) == shown(policy, "<image><image>Which?", 2) == user.format("[I][I]Which?")
+    assert (
+        shown(policy, "Which?", 2)
+        == shown(policy, "<image><image>Which?", 2)
+        == user.format("[I][I]Which?")
+    )
     assert shown(policy, "1 + 1?", 0) == user.format("1 + 1?")
     talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "See <image>"}]
     talk += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And <image>?"}]
@@ -341,10 +413,17 @@ def test_places_reach_the_tokens(policy):
     images = [Image.new("RGB", (32, 32), "red"), Image.new("RGB", (64, 32), "blue")]
     prompts = policy.encode(["Is <image> or <image> red?"], [images])
     token = policy.processor.tokenizer.convert_tokens_to_ids
-    ids = [x for x in prompts.ids[0].tolist() if x in (token("<|image_pad|>"), token("?"), token("<|vision_start|>"))]
+    ids = [
+        x
+        for x in prompts.ids[0].tolist()
+        if x in (token("<|image_pad|>"), token("?"), token("<|vision_start|>"))
+    ]
     pad, start, mark = token("<|image_pad|>"), token("<|vision_start|>"), token("?")
     assert ids == [start, pad, start, pad, pad, mark]
-    assert policy.prompt_tokens({"problem": "Is <image> or <image> red?", "images": images}) == prompts.ids.shape[1]
+    assert (
+        policy.prompt_tokens({"problem": "Is <image> or <image> red?", "images": images})
+        == prompts.ids.shape[1]
+    )
 
 
 PARTS = [{"type": "text", "text": "Is "}, {"type": "image"}, {"type": "text", "text": " red?"}]
@@ -358,10 +437,15 @@ def test_conversational_prompts_as_in_trl(tmp_path, picture):
         [{"role": "user", "content": "What is 1 + 1?"}],
     ]
     images = [["a.png"], ["a.png", "a.png"], None]
-    rows = [{"prompt": p, "images": i, "solution": "3"} for p, i in zip(prompts, images, strict=True)]
+    rows = [
+        {"prompt": p, "images": i, "solution": "3"} for p, i in zip(prompts, images, strict=True)
+    ]
     first, second, third = load_rows(write(tmp_path, rows))
     assert (first["problem"], len(first["images"])) == ("Is <image> red?", 1)
-    assert second["problem"] == [system, {"role": "user", "content": "Which?"}] and len(second["images"]) == 2
+    assert (
+        second["problem"] == [system, {"role": "user", "content": "Which?"}]
+        and len(second["images"]) == 2
+    )
     assert (third["problem"], third["images"]) == ("What is 1 + 1?", [])
 
 
@@ -369,10 +453,19 @@ def test_conversational_prompts_in_parquet_have_empty_fields_too(tmp_path, pictu
     """Arrow gives every part every field: text None in an image part, image None in a text part."""
     part = {"type": datasets.Value("string"), "text": datasets.Value("string")}
     features = datasets.Features(
-        {"prompt": [{"role": datasets.Value("string"), "content": [part]}], "images": datasets.List(datasets.Image())}
+        {
+            "prompt": [{"role": datasets.Value("string"), "content": [part]}],
+            "images": datasets.List(datasets.Image()),
+        }
         | {"answer": datasets.Value("string")}
     )
-    rows = [{"prompt": [{"role": "user", "content": PARTS}], "images": [str(tmp_path / "a.png")], "answer": "yes"}]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": PARTS}],
+            "images": [str(tmp_path / "a.png")],
+            "answer": "yes",
+        }
+    ]
     datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "t.parquet")
     (row,) = load_rows(str(tmp_path / "t.parquet"))
     assert (row["problem"], row["images"][0].size) == ("Is <image> red?", (60, 40))
@@ -384,14 +477,19 @@ def test_pictures_within_messages(tmp_path, picture):
     (row,) = load_rows(write(tmp_path, [row]), problem_column="messages", image_column="none")
     assert (row["problem"], row["images"][0].size) == ("<image>Red?", (60, 40))
     row = {"messages": [{"role": "user", "content": content}], "answer": "yes", "image": "a.png"}
-    with pytest.raises(ValueError, match="row 0: pictures stand both in the messages and in the image column"):
+    with pytest.raises(
+        ValueError, match="row 0: pictures stand both in the messages and in the image column"
+    ):
         load_rows(write(tmp_path, [row]), problem_column="messages")
 
 
 @pytest.mark.parametrize(
     "messages, reason",
     [
-        ([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}], "end with the user's message"),
+        (
+            [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}],
+            "end with the user's message",
+        ),
         ([{"role": "user", "content": [{"type": "video"}]}], "a part of type 'video'"),
         ([{"role": "user", "content": [{"type": "text", "text": " "}]}], "the problem is empty"),
         ([{"role": "user", "content": None}], "the problem is empty"),
@@ -407,10 +505,18 @@ def test_messages_that_are_no_prompt_are_refused(tmp_path, picture, messages, re
 
 def test_templates(tmp_path, picture):
     path = write(tmp_path, [good(question="<image>How many?")])
-    assert load_rows(path, template="none")[0]["problem"] == load_rows(path)[0]["problem"] == "<image>How many?"
+    assert (
+        load_rows(path, template="none")[0]["problem"]
+        == load_rows(path)[0]["problem"]
+        == "<image>How many?"
+    )
     for name, asked in (("boxed", "\\boxed{}"), ("tags", "<answer></answer>")):
         problem = load_rows(path, template=name)[0]["problem"]
-        assert problem.startswith("<image>How many?\n") and asked in problem and "<think></think>" in problem
+        assert (
+            problem.startswith("<image>How many?\n")
+            and asked in problem
+            and "<think></think>" in problem
+        )
     own = tmp_path / "own.yaml"
     own.write_text("system: You count.\nuser: 'Q: {problem} \\boxed{}!'\n")
     (row,) = load_rows(path, template=str(own))
@@ -420,7 +526,9 @@ def test_templates(tmp_path, picture):
     ]
 
 
-@pytest.mark.parametrize("text", ["user: no place", "system: '{problem}'", "user: '{problem}'\nassistant: x", "- a"])
+@pytest.mark.parametrize(
+    "text", ["user: no place", "system: '{problem}'", "user: '{problem}'\nassistant: x", "- a"]
+)
 def test_templates_that_lose_the_problem_are_refused(tmp_path, picture, text):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ValueError, match="needs the key user with {problem} in it"):
@@ -428,11 +536,18 @@ def test_templates_that_lose_the_problem_are_refused(tmp_path, picture, text):
 
 
 def test_unfit_templates_are_refused(tmp_path, picture):
-    path = write(tmp_path, [good(question=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])])
-    with pytest.raises(ValueError, match="template 'boxd' is neither a file nor one of none, boxed, tags"):
+    path = write(
+        tmp_path,
+        [good(question=[{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])],
+    )
+    with pytest.raises(
+        ValueError, match="template 'boxd' is neither a file nor one of none, boxed, tags"
+    ):
         load_rows(path, template="boxd")
     (tmp_path / "own.yaml").write_text("system: x\nuser: '{problem}'")
-    with pytest.raises(ValueError, match="row 0: the row has a system message and so has the template"):
+    with pytest.raises(
+        ValueError, match="row 0: the row has a system message and so has the template"
+    ):
         load_rows(path, template=str(tmp_path / "own.yaml"))
     with pytest.raises(ValueError, match="no template, got 'boxed'"):
         load_rows("demo", template="boxed")
@@ -453,7 +568,11 @@ def test_exif_orientation(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it turned clockwise by 90 degrees
     upright = data.to_image(saved(lying, "PNG", exif=exif), tmp_path)
-    assert upright.size == (20, 40) and upright.getpixel((10, 5)) == BLUE and upright.getpixel((10, 35)) == RED
+    assert (
+        upright.size == (20, 40)
+        and upright.getpixel((10, 5)) == BLUE
+        and upright.getpixel((10, 35)) == RED
+    )
 
 
 def test_transparency_is_laid_on_white(tmp_path):
@@ -465,16 +584,22 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([0, 0, 0, 0, 0, 255])
     palette.putpixel((1, 1), 1)
-    assert colours([data.to_image(saved(palette, "PNG", transparency=0), tmp_path)]) == [(255, 255, 255)]
+    assert colours([data.to_image(saved(palette, "PNG", transparency=0), tmp_path)]) == [
+        (255, 255, 255)
+    ]
     assert data.to_image(saved(palette, "PNG"), tmp_path).getpixel((1, 1)) == BLUE
 
 
 def test_cmyk_grey_and_sixteen_bits(tmp_path):
-    cmyk = data.to_image(saved(Image.new("RGB", (16, 16), "red").convert("CMYK"), "JPEG", quality=100), tmp_path)
+    cmyk = data.to_image(
+        saved(Image.new("RGB", (16, 16), "red").convert("CMYK"), "JPEG", quality=100), tmp_path
+    )
     assert np.allclose(cmyk.getpixel((8, 8)), RED, atol=3)
     ramp = (np.arange(65536, dtype=np.uint16).reshape(256, 256),)
     deep = data.to_image(saved(Image.fromarray(*ramp), "PNG"), tmp_path)
-    assert np.array_equal(np.asarray(deep)[..., 0], ramp[0] >> 8)  # a plain conversion would cut at 255
+    assert np.array_equal(
+        np.asarray(deep)[..., 0], ramp[0] >> 8
+    )  # a plain conversion would cut at 255
     for mode in ("I", "F"):
         with pytest.raises(ValueError, match=f"32-bit pixels \\(mode {mode}\\)"):
             data.to_image(saved(Image.new(mode, (4, 4)), "TIFF"), tmp_path)
@@ -483,22 +608,32 @@ def test_cmyk_grey_and_sixteen_bits(tmp_path):
 def test_animations_give_their_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     for kind in ("GIF", "PNG", "WEBP"):
-        options = {"save_all": True, "append_images": frames[1:]} | ({"lossless": True} if kind == "WEBP" else {})
+        options = {"save_all": True, "append_images": frames[1:]} | (
+            {"lossless": True} if kind == "WEBP" else {}
+        )
         assert colours([data.to_image(saved(frames[0], kind, **options), tmp_path)]) == [RED]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5400, 3700)], ids=["one pixel", "20 megapixels"])
 def test_extreme_sizes_are_resized_by_the_processor(tmp_path, policy, size):
     Image.new("RGB", size, "red").save(tmp_path / "a.png")
-    (row,) = load_rows(write(tmp_path, [good()]), prompt_tokens=policy.prompt_tokens, max_prompt_tokens=200)
+    (row,) = load_rows(
+        write(tmp_path, [good()]), prompt_tokens=policy.prompt_tokens, max_prompt_tokens=200
+    )
     (image,) = policy.encode([row["problem"]], [row["images"]]).images
-    assert 32 * 32 <= image.shape[1] * image.shape[2] <= 256 * 256 and image[0].min() > 0.99 and image[1].max() < 0.01
+    assert (
+        32 * 32 <= image.shape[1] * image.shape[2] <= 256 * 256
+        and image[0].min() > 0.99
+        and image[1].max() < 0.01
+    )
 
 
 def test_a_shape_that_the_processor_refuses_is_a_bad_row(tmp_path, policy):
     Image.new("RGB", (1000, 1), "red").save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="row 0: .*aspect ratio"):
-        load_rows(write(tmp_path, [good()]), prompt_tokens=policy.prompt_tokens, max_prompt_tokens=200)
+        load_rows(
+            write(tmp_path, [good()]), prompt_tokens=policy.prompt_tokens, max_prompt_tokens=200
+        )
 
 
 def test_more_pixels_than_a_picture_can_have_are_refused(tmp_path, monkeypatch):
@@ -540,7 +675,9 @@ def test_a_stream_is_read_from_any_place_and_never_back(tmp_path):
 
 def test_a_stream_checks_rows_as_they_come(tmp_path, policy, capsys):
     paint(tmp_path, a="red")
-    path = write(tmp_path, [good(), good(solution=""), good(question="How many? " * 50), good(solution="4")])
+    path = write(
+        tmp_path, [good(), good(solution=""), good(question="How many? " * 50), good(solution="4")]
+    )
     limits = {"prompt_tokens": policy.prompt_tokens, "max_prompt_tokens": 60}
     rows = load_rows(path, bad_rows="skip", streaming=True, **limits)
     assert sorted((rows[i]["answer"], rows[i]["row"]) for i in range(2)) == [("3", 0), ("4", 3)]
@@ -548,7 +685,9 @@ def test_a_stream_checks_rows_as_they_come(tmp_path, policy, capsys):
     said = capsys.readouterr().out
     assert "skipped row 1: gold answer '' cannot be parsed" in said and "skipped 1 bad rows" in said
     assert "left out 1 rows with more than 60 prompt tokens" in said
-    with pytest.raises(ValueError, match=r"row 1: gold answer '' cannot be parsed.*--bad_rows skip"):
+    with pytest.raises(
+        ValueError, match=r"row 1: gold answer '' cannot be parsed.*--bad_rows skip"
+    ):
         strict = load_rows(path, streaming=True, **limits)
         [strict[i] for i in range(4)]
     with pytest.raises(ValueError, match="the streamed set has no usable row"):
@@ -556,13 +695,19 @@ def test_a_stream_checks_rows_as_they_come(tmp_path, policy, capsys):
 
 
 def test_a_streamed_run_resumes_exactly(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [i % 2.0 for i in range(len(completions))])
+    monkeypatch.setattr(
+        rewards,
+        "accuracy_reward",
+        lambda completions, **_: [i % 2.0 for i in range(len(completions))],
+    )
     settings = {"dataset": numbered(tmp_path), "split": "train", "streaming": True, "save_every": 2}
     train_saei.main(short(tiny, tmp_path / "whole", steps=4, **settings))
     train_saei.main(short(tiny, tmp_path / "parts", steps=2, **settings))
     train_saei.main(short(tiny, tmp_path / "parts", steps=4, resume=True, **settings))
     assert len(metrics_of(tmp_path / "parts")) == 4
-    whole, parts = (parameters(tmp_path / run / "checkpoints/step-000004") for run in ("whole", "parts"))
+    whole, parts = (
+        parameters(tmp_path / run / "checkpoints/step-000004") for run in ("whole", "parts")
+    )
     assert all(equal(whole[name], parts[name]) for name in whole)
 
 
@@ -585,14 +730,20 @@ def test_a_gold_that_is_none_of_the_choices_is_refused(tmp_path, picture, answer
 
 def test_splits_are_whole_words_of_a_files_name(tmp_path, picture):
     for name, count in (("my.train", 1), ("constraint_test", 2), ("latest", 3)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(good()) + "\n" for _ in range(count)))
-    assert len(load_rows(str(tmp_path), "train")) == 1 and len(load_rows(str(tmp_path), "test")) == 2
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(good()) + "\n" for _ in range(count))
+        )
+    assert (
+        len(load_rows(str(tmp_path), "train")) == 1 and len(load_rows(str(tmp_path), "test")) == 2
+    )
 
 
 @pytest.mark.parametrize("content", [{"type": "text"}, ["plain"]])
 def test_malformed_messages_are_bad_rows(tmp_path, picture, content):
     bad = {"image": "a.png", "prompt": [{"role": "user", "content": content}], "solution": "3"}
-    with pytest.raises(ValueError, match="row 0: a message's content is neither a text nor a list of parts"):
+    with pytest.raises(
+        ValueError, match="row 0: a message's content is neither a text nor a list of parts"
+    ):
         load_rows(write(tmp_path, [bad]), "train")
 
 
@@ -604,5 +755,7 @@ def test_a_broken_or_empty_file_is_named(tmp_path, text):
 
 
 def test_a_precision_that_is_no_number_is_named(tmp_path, picture):
-    with pytest.raises(ValueError, match="row 0: precision must be a whole number of decimals, got 'high'"):
+    with pytest.raises(
+        ValueError, match="row 0: precision must be a whole number of decimals, got 'high'"
+    ):
         load_rows(write(tmp_path, [good(precision="high")]), "train")

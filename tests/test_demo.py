@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from demo import make_demo, measure
 from demo.task import DOMAINS, KINDS, SIZE, make_row
@@ -37,14 +41,17 @@ def test_a_row_depends_on_split_and_index_alone(split):
     later = [make_row(split, i) for i in (7, 3)][1]
     row = make_row(split, 3)
     assert (pixels(row) == pixels(later)).all() and pixels(row).shape == (SIZE, SIZE, 3)
-    assert {k: v for k, v in row.items() if k != "images"} == {k: v for k, v in later.items() if k != "images"}
+    assert {k: v for k, v in row.items() if k != "images"} == {
+        k: v for k, v in later.items() if k != "images"
+    }
     assert (pixels(make_row(split, 3, seed=1)) != pixels(row)).any()
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_train_and_test_share_no_picture(domain):
     train, test = (
-        [pixels(make_row(f"{domain}/{part}", i)).tobytes() for i in range(100)] for part in ("train", "test")
+        [pixels(make_row(f"{domain}/{part}", i)).tobytes() for i in range(100)]
+        for part in ("train", "test")
     )
     assert len(set(train)) == len(set(test)) == 100 and not set(train) & set(test)
 
@@ -58,7 +65,9 @@ def test_an_unknown_split_is_refused(split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_agree_with_the_question_and_the_pips(split):
     for row in first_rows(split):
-        asked = sorted(row["pips"][word] for word in re.findall(r"\w+", row["problem"]) if word in row["pips"])
+        asked = sorted(
+            row["pips"][word] for word in re.findall(r"\w+", row["problem"]) if word in row["pips"]
+        )
         if "total" in row["problem"]:
             right = sum(asked)
         elif "apart" in row["problem"]:
@@ -66,7 +75,9 @@ def test_answers_agree_with_the_question_and_the_pips(split):
         else:
             right = asked[-1]
         assert row["answer"] == str(right) and len(asked) == KINDS[row["kind"]][0]
-        assert set(row["pips"]) == {"red", "blue", "green", "yellow"} and set(row["pips"].values()) <= set(range(1, 10))
+        assert set(row["pips"]) == {"red", "blue", "green", "yellow"} and set(
+            row["pips"].values()
+        ) <= set(range(1, 10))
 
 
 def test_the_picture_shows_the_pips():
@@ -79,7 +90,9 @@ def test_the_picture_shows_the_pips():
             body = on_die & (light.argmax(2) == rgb) & ((light[..., 1] < 120) if rgb != 1 else True)
             white[row["pips"][colour]].append(body.sum())
     means = [np.mean(white[n]) for n in range(1, 10)]
-    assert all(a > b for a, b in zip(means, means[1:], strict=False)), means  # a body shrinks by each pip
+    assert all(a > b for a, b in zip(means, means[1:], strict=False)), (
+        means
+    )  # a body shrinks by each pip
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -97,9 +110,17 @@ def test_a_policy_that_does_not_look_is_at_chance(domain):
 def test_pictures_pass_the_processor_unchanged(processor):
     image = make_row("shifted/test", 0)["images"][0]
     out = processor.image_processor(images=[image], return_tensors="pt")
-    assert out["image_grid_thw"].tolist() == [[1, 6, 6]] and out["pixel_values"].shape == (36, 3 * 2 * 16 * 16)
-    mean, std = (torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
-    patches = out["pixel_values"].view(3, 3, 2, 2, 3, 2, 16, 16)  # cells, patches in a cell, channel, time, pixels
+    assert out["image_grid_thw"].tolist() == [[1, 6, 6]] and out["pixel_values"].shape == (
+        36,
+        3 * 2 * 16 * 16,
+    )
+    mean, std = (
+        torch.tensor(getattr(processor.image_processor, name))
+        for name in ("image_mean", "image_std")
+    )
+    patches = out["pixel_values"].view(
+        3, 3, 2, 2, 3, 2, 16, 16
+    )  # cells, patches in a cell, channel, time, pixels
     picture = patches[:, :, :, :, :, 0].permute(4, 0, 2, 5, 1, 3, 6).reshape(3, SIZE, SIZE)
     restored = (picture * std[:, None, None] + mean[:, None, None]) * 255
     assert (restored - torch.tensor(np.asarray(image)).permute(2, 0, 1)).abs().max() < 1e-3
@@ -110,10 +131,19 @@ def test_the_tokenizer_returns_every_text_exactly(processor):
     rng = np.random.default_rng(0)
     tokenizer = processor.tokenizer
     for row in [row for split in SPLITS for row in first_rows(split)[:20]]:
-        for text in (row["problem"], make_demo.careful(row, rng), make_demo.hasty(row, rng), "Grüße, 12 × 34 → ∎\n"):
+        for text in (
+            row["problem"],
+            make_demo.careful(row, rng),
+            make_demo.hasty(row, rng),
+            "Grüße, 12 × 34 → ∎\n",
+        ):
             ids = tokenizer(text)["input_ids"]
             assert tokenizer.decode(ids) == text and max(ids) < len(tokenizer) <= 512
-    assert [tokenizer.decode([i]) for i in tokenizer("907")["input_ids"]] == ["9", "0", "7"]  # digits one by one
+    assert [tokenizer.decode([i]) for i in tokenizer("907")["input_ids"]] == [
+        "9",
+        "0",
+        "7",
+    ]  # digits one by one
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     for token in make_demo.SPECIAL:
         assert tokenizer(token)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
@@ -124,7 +154,9 @@ def test_both_ways_of_answering_are_well_formed_and_the_careful_one_is_right():
     lucky = []
     for row in first_rows("plain/train"):
         answers = [make_demo.careful(row, rng), make_demo.hasty(row, rng)]
-        assert all(re.fullmatch(r"<think>.+</think> .*\\boxed\{\d+\}", answer) for answer in answers)
+        assert all(
+            re.fullmatch(r"<think>.+</think> .*\\boxed\{\d+\}", answer) for answer in answers
+        )
         assert measure.correct(answers[0], row["answer"]) and not measure.correct(answers[0], "77")
         thought, guess = (answer.split("</think>")[0] for answer in answers)
         assert all(str(row["pips"][c]) in thought for c in row["pips"] if c in row["problem"])
@@ -136,7 +168,9 @@ def test_both_ways_of_answering_are_well_formed_and_the_careful_one_is_right():
 def test_a_prompt_is_chatml_with_nine_image_tokens(processor):
     row = make_row("plain/test", 0)
     text = make_demo.prompt_text(processor, row["problem"])
-    user = f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{row['problem']}<|im_end|>\n"
+    user = (
+        f"<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{row['problem']}<|im_end|>\n"
+    )
     assert text == user + "<|im_start|>assistant\n"
     ids = processor(text=[text], images=row["images"], return_tensors="pt")["input_ids"][0]
     assert (ids == processor.image_token_id).sum() == 9 and len(ids) < 64
@@ -152,7 +186,9 @@ def test_a_checkpoint_loads_and_answers(folder, processor):
     processor.tokenizer.padding_side = "left"
     rows = first_rows("plain/train")[:16]
     texts = [text for (text,) in measure.generate(model, processor, rows, samples=0)[0]]
-    assert sum(bool(re.fullmatch(r"<think>.+</think>.*\\boxed\{\d+\}", text)) for text in texts) >= 14
+    assert (
+        sum(bool(re.fullmatch(r"<think>.+</think>.*\\boxed\{\d+\}", text)) for text in texts) >= 14
+    )
 
 
 def test_weights_fit_in_twelve_megabytes():

@@ -45,7 +45,9 @@ def verify(attacked, clean, eps: float) -> None:
     x, x0 = attacked.numpy().astype(np.float64), clean.detach().numpy().astype(np.float64)
     assert np.isfinite(x).all(), "not finite"
     assert x.min() >= 0.0 and x.max() <= 1.0, f"range [{x.min()}, {x.max()}]"
-    assert np.abs(x - x0).max() <= eps + ROUNDING, f"{np.abs(x - x0).max()} away, more than eps = {eps}"
+    assert np.abs(x - x0).max() <= eps + ROUNDING, (
+        f"{np.abs(x - x0).max()} away, more than eps = {eps}"
+    )
 
 
 def pgd_ascent(objective, images, eps=EPS, **settings):
@@ -54,7 +56,10 @@ def pgd_ascent(objective, images, eps=EPS, **settings):
     attacked = egas.pgd_ascent(objective, images, eps, **settings)
     verify(attacked, images, eps)
     after = [images] if isinstance(images, torch.Tensor) else images
-    assert all(torch.equal(a, b) and not (a.is_leaf and a.grad is not None) for a, b in zip(after, before, strict=True))
+    assert all(
+        torch.equal(a, b) and not (a.is_leaf and a.grad is not None)
+        for a, b in zip(after, before, strict=True)
+    )
     return attacked
 
 
@@ -82,7 +87,11 @@ def test_the_verifier_refuses(spoil, message):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0.0, 1e-3, EPS, 0.3, 1.0]), st.sampled_from([0.0, 1e-3, EPS, 0.7]))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.0, 1e-3, EPS, 0.3, 1.0]),
+    st.sampled_from([0.0, 1e-3, EPS, 0.7]),
+)
 def test_linf_step_is_the_projection_onto_the_intersection(seed, eps, step_size):
     """The nearest point of [max(0, x0 - eps), min(1, x0 + eps)], pixel by pixel."""
     x0, x = pictures(3, 4, seed=seed), pictures(3, 4, seed=seed + 7)
@@ -90,7 +99,9 @@ def test_linf_step_is_the_projection_onto_the_intersection(seed, eps, step_size)
     step = linf_step(x, x0, grad, step_size, eps)
     for got, a, a0, g in zip(*(t.flatten().tolist() for t in (step, x, x0, grad)), strict=True):
         moved = a + step_size * ((g > 0) - (g < 0))
-        assert got == pytest.approx(min(max(moved, max(0.0, a0 - eps)), min(1.0, a0 + eps)), abs=ROUNDING)
+        assert got == pytest.approx(
+            min(max(moved, max(0.0, a0 - eps)), min(1.0, a0 + eps)), abs=ROUNDING
+        )
 
 
 # --------------------------------------------------------------------------------------------- pgd_ascent: closed forms
@@ -106,10 +117,17 @@ def test_linear_objective_reaches_its_optimum(steps, random_start, eps):
     """
     x0, g = pictures(2, 3, 8, 8), torch.randn(2, 3, 8, 8, generator=seeded())
     attacked = pgd_ascent(
-        lambda x: (g * x).flatten(1).sum(1), x0, eps, steps=steps, random_start=random_start, generator=seeded()
+        lambda x: (g * x).flatten(1).sum(1),
+        x0,
+        eps,
+        steps=steps,
+        random_start=random_start,
+        generator=seeded(),
     )
     if steps > 1 or not random_start:
-        torch.testing.assert_close(attacked, (x0 + eps * g.sign()).clamp(0, 1), atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(
+            attacked, (x0 + eps * g.sign()).clamp(0, 1), atol=ROUNDING, rtol=0
+        )
     assert ((x0 == 0).any() and (x0 == 1).any()) and (attacked != x0).any()
 
 
@@ -118,7 +136,9 @@ def test_one_step_is_fgsm():
     x0 = pictures(2, 3, 8, 8)
     attacked = egas.pgd_ascent(lambda x: (x - 0.5).pow(2).sum(), x0)
     verify(attacked, x0, EPS)
-    torch.testing.assert_close(attacked, (x0 + EPS * (x0 - 0.5).sign()).clamp(0, 1), atol=ROUNDING, rtol=0)
+    torch.testing.assert_close(
+        attacked, (x0 + EPS * (x0 - 0.5).sign()).clamp(0, 1), atol=ROUNDING, rtol=0
+    )
 
 
 def test_concave_objective_stops_at_its_optimum():
@@ -130,7 +150,9 @@ def test_concave_objective_stops_at_its_optimum():
     assert (attacked - optimum).abs().max() <= step_size + ROUNDING
 
 
-@pytest.mark.parametrize(("steps", "step"), [(1, 1.0), (2, 1.0), (3, 2.5 / 3), (5, 0.5), (10, 0.25)])
+@pytest.mark.parametrize(
+    ("steps", "step"), [(1, 1.0), (2, 1.0), (3, 2.5 / 3), (5, 0.5), (10, 0.25)]
+)
 def test_default_step_size(steps, step):
     """2.5 eps / steps, at most eps: seen by the objective after the first step. There is no random start."""
     seen, x0 = [], torch.full((1, 4), 0.5)
@@ -155,7 +177,9 @@ def test_given_step_size_and_steps_are_used():
 @pytest.mark.parametrize("random_start", [False, True])
 def test_eps_zero_changes_nothing(random_start):
     x0 = pictures(2, 3, 4, 4)
-    assert torch.equal(pgd_ascent(lambda x: x.sum(), x0, eps=0.0, steps=3, random_start=random_start), x0)
+    assert torch.equal(
+        pgd_ascent(lambda x: x.sum(), x0, eps=0.0, steps=3, random_start=random_start), x0
+    )
 
 
 def test_random_start_is_uniform_in_the_ball_and_drawn_from_the_generator():
@@ -166,7 +190,9 @@ def test_random_start_is_uniform_in_the_ball_and_drawn_from_the_generator():
         return pgd_ascent(lambda x: (keep * x).sum(), x0, random_start=True, generator=seeded(seed))
 
     start = attack(3)[1]
-    torch.testing.assert_close(start, (x0 + EPS * (2 * torch.rand(2, 5000, generator=seeded(3)) - 1))[1])
+    torch.testing.assert_close(
+        start, (x0 + EPS * (2 * torch.rand(2, 5000, generator=seeded(3)) - 1))[1]
+    )
     assert start.min() < 0.5 - 0.99 * EPS and start.max() > 0.5 + 0.99 * EPS
     assert abs(start.mean() - 0.5) < 0.05 * EPS
     assert torch.equal(attack(3), attack(3)) and not torch.equal(attack(3), attack(4))
@@ -185,7 +211,12 @@ def test_random_start_stays_in_range_before_the_first_step():
 
 def classifier(dtype=torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
-    layers = torch.nn.Conv2d(3, 6, 3), torch.nn.Tanh(), torch.nn.Flatten(), torch.nn.Linear(6 * 36, 5)
+    layers = (
+        torch.nn.Conv2d(3, 6, 3),
+        torch.nn.Tanh(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(6 * 36, 5),
+    )
     return torch.nn.Sequential(*layers).to(dtype).eval()
 
 
@@ -193,7 +224,9 @@ def classifier(dtype=torch.float32) -> torch.nn.Module:
 @pytest.mark.parametrize("eps", [EPS, 0.2])
 def test_equals_torchattacks(steps, alpha, eps):
     model, x0, labels = classifier(), pictures(4, 3, 8, 8), torch.tensor([0, 1, 4, 2])
-    theirs = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=steps, random_start=False)(x0, labels)
+    theirs = torchattacks.PGD(model, eps=eps, alpha=alpha, steps=steps, random_start=False)(
+        x0, labels
+    )
     ours = pgd_ascent(
         lambda x: torch.nn.functional.cross_entropy(model(x), labels, reduction="none"),
         x0,
@@ -345,15 +378,22 @@ def test_non_finite_gradient_is_refused(bad):
     slope = torch.ones(4)
     slope[2] = bad
     with pytest.raises(FloatingPointError, match="gradient of image 1 is not finite"):
-        egas.pgd_ascent(lambda images: images[0].sum() + (slope * images[1]).sum(), [torch.zeros(4), torch.ones(4)])
+        egas.pgd_ascent(
+            lambda images: images[0].sum() + (slope * images[1]).sum(),
+            [torch.zeros(4), torch.ones(4)],
+        )
 
 
 def test_zero_gradient_warns_and_one_that_is_not_does_not(recwarn):
     x0 = [pictures(3, 4), pictures(3, 5)]
     pgd_ascent(lambda images: images[0].sum() + 0 * images[1].sum(), x0)
     assert not recwarn
-    with pytest.warns(RuntimeWarning, match="exactly zero.*no token was kept.*drops the gradient") as warned:
-        assert torch.equal(pgd_ascent(lambda images: sum(0 * x.sum() for x in images), x0)[0], x0[0])
+    with pytest.warns(
+        RuntimeWarning, match="exactly zero.*no token was kept.*drops the gradient"
+    ) as warned:
+        assert torch.equal(
+            pgd_ascent(lambda images: sum(0 * x.sum() for x in images), x0)[0], x0[0]
+        )
     assert warned[0].filename == __file__  # it points at the caller
 
 
@@ -378,7 +418,9 @@ def test_trap_07_fused_head_without_an_entropy_gradient():
         pgd_ascent(lambda x: FusedHead.apply(model(x))[1], x0)
     with pytest.raises(RuntimeError, match="detaches"):
         egas.pgd_ascent(lambda x: FusedHead.apply(model(x))[1].detach(), x0)
-    pgd_ascent(lambda x: FusedHead.apply(model(x))[0].sum(), x0)  # the log-probs of the same head are fine
+    pgd_ascent(
+        lambda x: FusedHead.apply(model(x))[0].sum(), x0
+    )  # the log-probs of the same head are fine
 
 
 def test_trap_07_non_finite_image_gradient():

@@ -14,9 +14,9 @@ from test_train import comparable, metrics_of, short
 from torch.distributions import Categorical, kl_divergence
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-import entropy_controls as controls
 import grpo
 import rewards
+from extras import entropy_controls as controls
 from train_saei import CONTROLS, Config, main
 
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}
@@ -32,7 +32,9 @@ def batch(seed: int = 0, rows: int = 6, length: int = 40, dtype=torch.float32) -
     return SimpleNamespace(
         mask=torch.arange(length) < lengths,
         old=old,
-        logprobs=(old + 0.4 * torch.randn(rows, length, generator=generator, dtype=dtype)).requires_grad_(),
+        logprobs=(
+            old + 0.4 * torch.randn(rows, length, generator=generator, dtype=dtype)
+        ).requires_grad_(),
         entropy=(2 * torch.rand(rows, length, generator=generator, dtype=dtype)).requires_grad_(),
         advantages=torch.randn(rows, generator=generator, dtype=dtype),
     )
@@ -43,31 +45,63 @@ def trl_trainer(**changes) -> SimpleNamespace:
     accelerator = SimpleNamespace(num_processes=1, sync_gradients=True, gather=lambda x: x)
     accelerator.reduce = lambda x, reduction: x
     accelerator.pad_across_processes = lambda x, dim, pad_index: x
-    limits = dict(entropy_target=0.2, entropy_coef_delta=0.005, entropy_coef_min=0.0, entropy_coef_max=1.0)
-    trainer = dict(loss_type="bnpo", epsilon_low=0.2, epsilon_high=0.28, beta=0.0, importance_sampling_level="token")
-    trainer |= dict(off_policy_mask_threshold=None, aux_loss_enabled=False, use_vllm=False, accelerator=accelerator)
+    limits = dict(
+        entropy_target=0.2, entropy_coef_delta=0.005, entropy_coef_min=0.0, entropy_coef_max=1.0
+    )
+    trainer = dict(
+        loss_type="bnpo",
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        beta=0.0,
+        importance_sampling_level="token",
+    )
+    trainer |= dict(
+        off_policy_mask_threshold=None,
+        aux_loss_enabled=False,
+        use_vllm=False,
+        accelerator=accelerator,
+    )
     trainer |= dict(current_gradient_accumulation_steps=1, model=SimpleNamespace(training=True))
-    trainer |= dict(_metrics={"train": defaultdict(list)}, top_entropy_quantile=1.0, _entropy_bonus_enabled=False)
+    trainer |= dict(
+        _metrics={"train": defaultdict(list)},
+        top_entropy_quantile=1.0,
+        _entropy_bonus_enabled=False,
+    )
     trainer |= dict(entropy_coef=0.0, use_adaptive_entropy=False, _last_world_entropy=math.inf)
     trainer |= dict(_entropy_window_stats=None)
-    trainer["args"] = SimpleNamespace(delta=None, use_bias_correction_kl=False, **limits | changes.pop("args", {}))
+    trainer["args"] = SimpleNamespace(
+        delta=None, use_bias_correction_kl=False, **limits | changes.pop("args", {})
+    )
     trainer = SimpleNamespace(**trainer | changes)
     trainer.get_high_entropy_mask = partial(GRPOTrainer.get_high_entropy_mask, trainer)
     return trainer
 
 
 def trl_loss(trainer: SimpleNamespace, x: SimpleNamespace) -> torch.Tensor:
-    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (x.logprobs, x.entropy, None)
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
+        x.logprobs,
+        x.entropy,
+        None,
+    )
     ids = torch.zeros(x.mask.shape, dtype=torch.long)
-    inputs = dict(prompt_ids=ids[:, :1], prompt_mask=torch.ones_like(ids[:, :1]), completion_ids=ids)
-    inputs |= dict(completion_mask=x.mask.long(), advantages=x.advantages, old_per_token_logps=x.old)
-    return GRPOTrainer._compute_loss(trainer, None, inputs | dict(ref_per_token_logps=None, num_items_in_batch=None))
+    inputs = dict(
+        prompt_ids=ids[:, :1], prompt_mask=torch.ones_like(ids[:, :1]), completion_ids=ids
+    )
+    inputs |= dict(
+        completion_mask=x.mask.long(), advantages=x.advantages, old_per_token_logps=x.old
+    )
+    return GRPOTrainer._compute_loss(
+        trainer, None, inputs | dict(ref_per_token_logps=None, num_items_in_batch=None)
+    )
 
 
 def assert_same_loss(ours: torch.Tensor, theirs: torch.Tensor, x: SimpleNamespace) -> None:
     torch.testing.assert_close(ours, theirs, **TIGHT)
     for leaf in (x.logprobs, x.entropy):
-        pair = [torch.autograd.grad(y, leaf, retain_graph=True, materialize_grads=True)[0] for y in (ours, theirs)]
+        pair = [
+            torch.autograd.grad(y, leaf, retain_graph=True, materialize_grads=True)[0]
+            for y in (ours, theirs)
+        ]
         torch.testing.assert_close(*pair, **TIGHT)
 
 
@@ -89,13 +123,19 @@ def test_fixed_bonus_equals_trl(seed):
     x = batch(seed)
     ours = grpo.policy_loss(x.logprobs, x.old, x.advantages, x.mask)[0]
     ours = ours + controls.entropy_bonus(x.entropy, x.mask, 0.03)
-    assert_same_loss(ours, trl_loss(trl_trainer(_entropy_bonus_enabled=True, entropy_coef=0.03), x), x)
+    assert_same_loss(
+        ours, trl_loss(trl_trainer(_entropy_bonus_enabled=True, entropy_coef=0.03), x), x
+    )
 
 
 def test_skywork_coefficients_equal_trl_over_a_run():
     """TRL applies the coefficient by the entropy of the step before; the coefficients themselves are the same."""
-    limits = dict(entropy_target=0.9, entropy_coef_delta=0.02, entropy_coef_min=0.01, entropy_coef_max=0.05)
-    trainer = trl_trainer(_entropy_bonus_enabled=True, use_adaptive_entropy=True, entropy_coef=0.02, args=limits)
+    limits = dict(
+        entropy_target=0.9, entropy_coef_delta=0.02, entropy_coef_min=0.01, entropy_coef_max=0.05
+    )
+    trainer = trl_trainer(
+        _entropy_bonus_enabled=True, use_adaptive_entropy=True, entropy_coef=0.02, args=limits
+    )
     coef, seen = 0.02, []
     for i, scale in enumerate([1.0, 0.5, 0.5, 0.5, 1.2, 1.2, 1.2, 0.3]):
         x = batch(i)
@@ -126,8 +166,14 @@ def test_top_entropy_by_hand():
 def test_extreme_tokens_by_hand():
     values = torch.tensor([[5.0, 1.0, 9.0], [3.0, 2.0, 8.0]])
     mask = torch.tensor([[True, True, False], [True, True, False]])
-    assert controls.extreme_tokens(values, mask, 0.5).tolist() == [[True, False, False], [True, False, False]]
-    assert controls.extreme_tokens(values, mask, 0.49, largest=False).tolist() == [[False, True, False], [False] * 3]
+    assert controls.extreme_tokens(values, mask, 0.5).tolist() == [
+        [True, False, False],
+        [True, False, False],
+    ]
+    assert controls.extreme_tokens(values, mask, 0.49, largest=False).tolist() == [
+        [False, True, False],
+        [False] * 3,
+    ]
     assert controls.extreme_tokens(values, mask, 1e-9).sum() == 1  # at least one
     assert not controls.extreme_tokens(values, torch.zeros_like(mask), 0.5).any()
     with pytest.raises(ValueError, match=r"share must be in \(0, 1\], got 0"):
@@ -150,11 +196,14 @@ def test_clip_cov_draws_among_the_range():
     mask[0, 5] = False  # would be in range
     candidates = (cov > 1) & (cov < 5) & mask
     draws = [
-        controls.clip_cov_tokens(cov, mask, share=0.3, generator=torch.Generator().manual_seed(s)) for s in range(40)
+        controls.clip_cov_tokens(cov, mask, share=0.3, generator=torch.Generator().manual_seed(s))
+        for s in range(40)
     ]
     removed = torch.stack([mask & ~keep for keep in draws])
     assert (removed.flatten(1).sum(dim=1) == 3).all()  # floor(0.3 * 11)
-    assert torch.equal(removed.any(dim=0), candidates)  # all of them, and no other, are drawn in time
+    assert torch.equal(
+        removed.any(dim=0), candidates
+    )  # all of them, and no other, are drawn in time
     everything = controls.clip_cov_tokens(cov, mask, share=1.0)
     assert torch.equal(mask & ~everything, candidates)  # fewer qualify than the share
     assert torch.equal(controls.clip_cov_tokens(cov, mask, low=10, high=20), mask)
@@ -163,8 +212,13 @@ def test_clip_cov_draws_among_the_range():
 def test_clip_cov_silences_its_tokens_and_no_other():
     x = batch()
     cov = controls.covariance(x.logprobs, x.advantages, x.mask)
-    keep = controls.clip_cov_tokens(cov, x.mask, share=0.1, low=0.1, generator=torch.Generator().manual_seed(0))
-    both = [grpo.policy_loss(x.logprobs, x.old, x.advantages, m, normalizer=x.mask.sum())[0] for m in (keep, x.mask)]
+    keep = controls.clip_cov_tokens(
+        cov, x.mask, share=0.1, low=0.1, generator=torch.Generator().manual_seed(0)
+    )
+    both = [
+        grpo.policy_loss(x.logprobs, x.old, x.advantages, m, normalizer=x.mask.sum())[0]
+        for m in (keep, x.mask)
+    ]
     clipped, plain = (torch.autograd.grad(loss, x.logprobs)[0] for loss in both)
     assert (plain != clipped).any() and torch.equal(clipped, plain * keep)
 
@@ -194,7 +248,9 @@ def test_kl_cov_and_sent_equal_a_loop_in_value_and_gradient(name, share):
     x = batch(1, dtype=torch.float64)
     tokens = [tuple(at) for at in x.mask.nonzero().tolist()]
     if name == "kl_cov":
-        weights = controls.kl_cov_weights(controls.covariance(x.logprobs, x.advantages, x.mask), x.mask, 0.7, share)
+        weights = controls.kl_cov_weights(
+            controls.covariance(x.logprobs, x.advantages, x.mask), x.mask, 0.7, share
+        )
         coef = dict.fromkeys(chosen_by_loop(covariances_by_loop(x, tokens), share, True), 0.7)
     else:
         weights = controls.sent_weights(x.logprobs, x.advantages, x.entropy, x.mask, 0.3, share)
@@ -216,7 +272,9 @@ def test_gradients_of_the_terms_equal_finite_differences():
     weights, coef = torch.rand(3, 5, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     penalty, bonus = controls.log_ratio_penalty, controls.entropy_bonus
     for n in (None, 17.0):
-        assert torch.autograd.gradcheck(lambda p, n=n: penalty(p, x.old, weights, x.mask, n), x.logprobs)
+        assert torch.autograd.gradcheck(
+            lambda p, n=n: penalty(p, x.old, weights, x.mask, n), x.logprobs
+        )
         assert torch.autograd.gradcheck(lambda h, n=n: bonus(h, x.mask, coef, n), x.entropy)
 
 
@@ -225,12 +283,18 @@ def test_the_terms_by_hand_with_garbage_at_padding():
     entropy = torch.tensor([[1.0, 3.0], [5.0, torch.nan]], requires_grad=True)
     loss = controls.entropy_bonus(entropy, mask, torch.tensor([0.1, 0.2]))
     assert loss.item() == pytest.approx(-(0.1 * 4 + 0.2 * 5) / 3)
-    torch.testing.assert_close(torch.autograd.grad(loss, entropy)[0], torch.tensor([[-0.1, -0.1], [-0.2, 0.0]]) / 3)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, entropy)[0], torch.tensor([[-0.1, -0.1], [-0.2, 0.0]]) / 3
+    )
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, torch.inf]], requires_grad=True)
     old = torch.tensor([[-1.5, -1.0], [-3.0, 0.0]])
-    loss = controls.log_ratio_penalty(logprobs, old, torch.tensor([[2.0, 0.5], [9.0, 9.0]]), mask, 10)
+    loss = controls.log_ratio_penalty(
+        logprobs, old, torch.tensor([[2.0, 0.5], [9.0, 9.0]]), mask, 10
+    )
     assert loss.item() == pytest.approx((2 * 0.5 + 0.5 * 1) / 10)
-    torch.testing.assert_close(torch.autograd.grad(loss, logprobs)[0], torch.tensor([[0.2, -0.05], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, logprobs)[0], torch.tensor([[0.2, -0.05], [0.0, 0.0]])
+    )
 
 
 def test_micro_batches_add_up_to_the_whole():
@@ -249,7 +313,9 @@ def test_micro_batches_add_up_to_the_whole():
 
 
 def test_aer_gives_more_to_the_harder():
-    accuracy = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+    accuracy = torch.tensor(
+        [[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
+    )
     assert controls.aer_weights(accuracy).tolist() == [0.0, 0.75, 1.0, 0.5]
     assert controls.aer_weights(accuracy, 0.5).tolist() == [0.0, 0.5, 1.0, 0.0]
     with pytest.raises(ValueError, match="threshold must be positive, got 0"):
@@ -283,11 +349,16 @@ def test_ecvgpo_by_hand():
 
 def test_ecvgpo_does_not_depend_on_length_padding_or_other_groups():
     x = batch(3)
-    advantages, logprobs, mask = (y.detach().reshape(2, 3, *y.shape[1:]) for y in (x.advantages, x.logprobs, x.mask))
+    advantages, logprobs, mask = (
+        y.detach().reshape(2, 3, *y.shape[1:]) for y in (x.advantages, x.logprobs, x.mask)
+    )
     shaped = controls.ecvgpo_advantages(advantages, logprobs, mask)
     assert (shaped != advantages).any() and shaped.isfinite().all()  # one of the responses is empty
     torch.testing.assert_close(
-        controls.ecvgpo_advantages(advantages[:1], logprobs[:1].masked_fill(~mask[:1], torch.nan), mask[:1]), shaped[:1]
+        controls.ecvgpo_advantages(
+            advantages[:1], logprobs[:1].masked_fill(~mask[:1], torch.nan), mask[:1]
+        ),
+        shaped[:1],
     )
     twice = [torch.cat([y, y], dim=2) for y in (logprobs, mask)]
     torch.testing.assert_close(controls.ecvgpo_advantages(advantages, *twice), shaped)
@@ -297,10 +368,14 @@ def test_ecvgpo_does_not_depend_on_length_padding_or_other_groups():
 
 def test_symmetric_kl_is_unbiased_and_never_negative():
     """Its expectation under q, over the whole vocabulary, is (KL(q || p) + KL(p || q)) / 2."""
-    q, p = (torch.log_softmax(torch.randn(5, 30, dtype=torch.float64) * 2, dim=-1) for _ in range(2))
+    q, p = (
+        torch.log_softmax(torch.randn(5, 30, dtype=torch.float64) * 2, dim=-1) for _ in range(2)
+    )
     estimate = controls.symmetric_kl(q, p)
     assert (estimate >= 0).all() and (controls.symmetric_kl(q, q) == 0).all()
-    both = [kl_divergence(Categorical(logits=a), Categorical(logits=b)) for a, b in ((q, p), (p, q))]
+    both = [
+        kl_divergence(Categorical(logits=a), Categorical(logits=b)) for a, b in ((q, p), (p, q))
+    ]
     torch.testing.assert_close((q.exp() * estimate).sum(dim=-1), sum(both) / 2)
     torch.testing.assert_close(estimate, (q - p) * (1 - (p - q).exp()) / 2)
     assert controls.symmetric_kl(torch.tensor(-200.0), torch.tensor(0.0)).isfinite()
@@ -311,8 +386,12 @@ def test_vogue_by_hand():
     divergence = torch.tensor([[1.0, 3.0], [1.0, 3.0], [100.0, 100.0], [50.0, torch.nan]])
     mask = torch.ones(4, 2, dtype=torch.bool)
     mask[3, 1] = False
-    shaped = advantages + controls.shaped_advantages(advantages, divergence, mask, scale=0.1, cap=2.0)
-    torch.testing.assert_close(shaped, torch.tensor([1.2, -0.8, 0.75, -0.25]))  # the last two: half of |A|
+    shaped = advantages + controls.shaped_advantages(
+        advantages, divergence, mask, scale=0.1, cap=2.0
+    )
+    torch.testing.assert_close(
+        shaped, torch.tensor([1.2, -0.8, 0.75, -0.25])
+    )  # the last two: half of |A|
     assert torch.equal(shaped.sign(), advantages.sign())
 
 
@@ -322,8 +401,12 @@ def test_vogue_by_hand():
 def test_semantic_entropy_by_hand():
     assert str(controls.semantic_entropy(["4"] * 8)) == "0.0"
     assert controls.semantic_entropy(list("abcd")) == pytest.approx(math.log(4))
-    assert controls.semantic_entropy(["a", "b", "a", "a"]) == pytest.approx(-0.75 * math.log(0.75) + 0.25 * math.log(4))
-    assert controls.semantic_entropy([None, "a", None, "a"]) == pytest.approx(math.log(2))  # None is one cluster
+    assert controls.semantic_entropy(["a", "b", "a", "a"]) == pytest.approx(
+        -0.75 * math.log(0.75) + 0.25 * math.log(4)
+    )
+    assert controls.semantic_entropy([None, "a", None, "a"]) == pytest.approx(
+        math.log(2)
+    )  # None is one cluster
     with pytest.raises(ValueError, match="no answers"):
         controls.semantic_entropy([])
 
@@ -341,7 +424,9 @@ def test_curriculum_goes_from_low_to_high_in_equal_stages():
     assert controls.curriculum(entropies) == [[1, 4, 0], [3, 2]]
     assert controls.curriculum(entropies, 1) == [[1, 4, 0, 3, 2]]
     assert controls.curriculum(entropies, 5) == [[1], [4], [0], [3], [2]]
-    with pytest.raises(ValueError, match=r"stages must be from 1 to the number of rows \(5\), got 6"):
+    with pytest.raises(
+        ValueError, match=r"stages must be from 1 to the number of rows \(5\), got 6"
+    ):
         controls.curriculum(entropies, 6)
 
 
@@ -361,7 +446,13 @@ def run(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(controls, "clip_cov_tokens", partial(controls.clip_cov_tokens, low=0.0))
 
     def train(name: str, **changes) -> list[dict]:
-        own = dict(updates_per_step=2, cov_share=0.2, entropy_coef=0.1, skywork_target=99.0, self_check=False)
+        own = dict(
+            updates_per_step=2,
+            cov_share=0.2,
+            entropy_coef=0.1,
+            skywork_target=99.0,
+            self_check=False,
+        )
         own |= dict(skywork_step=0.005, skywork_max=1.0)
         main(short(tiny, tmp_path / name, **own | changes))
         return [comparable(m) for m in metrics_of(tmp_path / name)]
@@ -388,29 +479,42 @@ def test_each_control_changes_the_update_of_grpo_and_micro_batches_do_not(run):
     plain = {n: run(f"plain-{n}", intervention=n, steps=1)[0] for n in ("none", "random")}
     assert "control/loss" not in plain["none"]
     for control in CONTROLS[1:]:
-        changes = dict(update_control=control, intervention="random" if control == "vogue" else "none", steps=1)
-        (whole,), (micro,) = (run(f"{control}-{m}", prompts_per_step=4, micro_prompts=m, **changes) for m in (2, 1))
+        changes = dict(
+            update_control=control, intervention="random" if control == "vogue" else "none", steps=1
+        )
+        (whole,), (micro,) = (
+            run(f"{control}-{m}", prompts_per_step=4, micro_prompts=m, **changes) for m in (2, 1)
+        )
         assert whole == pytest.approx(micro, rel=1e-3, abs=1e-5), control
         (ours,) = run(control, **changes)
-        assert ours["grad_norm"] != pytest.approx(plain[changes["intervention"]]["grad_norm"], rel=1e-5), control
+        assert ours["grad_norm"] != pytest.approx(
+            plain[changes["intervention"]]["grad_norm"], rel=1e-5
+        ), control
 
 
 @pytest.mark.parametrize("control", ["skywork", "aer"])
 def test_an_adaptive_coefficient_moves_and_is_resumed(run, control):
-    changes = dict(update_control=control, save_every=1, aer_rate=0.02, aer_target=2.0, intervention="none")
+    changes = dict(
+        update_control=control, save_every=1, aer_rate=0.02, aer_target=2.0, intervention="none"
+    )
     straight = run("straight", steps=3, **changes)
     bonus = [m["control/bonus"] for m in straight]
     assert bonus[0] < bonus[1] < bonus[2]
     if control == "skywork":
         assert bonus == pytest.approx([0.1, 0.105, 0.11])
     run("resumed", steps=2, **changes)
-    assert run("resumed", steps=3, resume=True, **changes)[-1] == pytest.approx(straight[-1], rel=1e-5)
+    assert run("resumed", steps=3, resume=True, **changes)[-1] == pytest.approx(
+        straight[-1], rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(update_control="clip"), "update_control must be one of none, bonus, skywork, .*, got 'clip'"),
+        (
+            dict(update_control="clip"),
+            "update_control must be one of none, bonus, skywork, .*, got 'clip'",
+        ),
         (dict(update_control="sent"), "updates_per_step >= 2 with kl_cov or sent"),
         (dict(update_control="kl_cov"), "updates_per_step >= 2 with kl_cov or sent"),
         (dict(update_control="vogue", intervention="none"), "vogue needs an intervention"),
@@ -428,24 +532,39 @@ def test_a_control_that_cannot_work_is_refused(changes, message):
 def test_on_policy_the_log_ratio_penalty_has_no_gradient():
     """Why one update per batch is refused for KL-Cov and SENT."""
     x = batch()
-    loss = controls.log_ratio_penalty(x.logprobs, x.logprobs.detach(), torch.ones_like(x.old), x.mask)
+    loss = controls.log_ratio_penalty(
+        x.logprobs, x.logprobs.detach(), torch.ones_like(x.old), x.mask
+    )
     assert loss == 0 and (torch.autograd.grad(loss, x.logprobs)[0] == 0).all()
 
 
 @pytest.mark.parametrize("control", ["bonus", "aer", "ecvgpo", "vogue", "top_entropy"])
-def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_path, monkeypatch, control):
+def test_a_step_under_control_has_the_gradient_of_the_slow_one(
+    processor, tmp_path, monkeypatch, control
+):
     """The loss by its formula, a response at a time, from the reference's log-probs and entropies in float64."""
-    changes = dict(update_control=control, entropy_coef=0.3, vogue_visual=0.05, ecvgpo_power=0.5, condition="clean")
+    changes = dict(
+        update_control=control,
+        entropy_coef=0.3,
+        vogue_visual=0.05,
+        ecvgpo_power=0.5,
+        condition="clean",
+    )
     changes |= dict(vogue_entropy=0.03)
     seen = step.train(processor, tmp_path, monkeypatch, micro_prompts=2, **changes)
     model, advantages = step.new_policy(processor).model, step.expected_advantages(processor, seen)
-    rows, sampling = [], []  # (prompt, A, log-probs, entropies) on the clean image; the same where it was sampled
+    rows, sampling = (
+        [],
+        [],
+    )  # (prompt, A, log-probs, entropies) on the clean image; the same where it was sampled
     for p, row in enumerate(seen.rows):
         for g, tokens in enumerate(seen.sampled[0][p] + seen.sampled[1][p]):
             prompt = (model, processor, row["problem"], row["images"], tokens, 0.8)
             rows.append((p, advantages[p][g], *reference.score(*prompt)))
             with torch.no_grad():
-                sampling.append(reference.score(*prompt, seen.attacked[p]) if g >= 3 else rows[-1][2:])
+                sampling.append(
+                    reference.score(*prompt, seen.attacked[p]) if g >= 3 else rows[-1][2:]
+                )
     everything = torch.cat([h.detach() for _, h in sampling])
     cut = np.quantile(everything.numpy(), 0.8)
     surprise = [-logp.mean().item() for logp, _ in sampling]
@@ -455,14 +574,21 @@ def test_a_step_under_control_has_the_gradient_of_the_slow_one(processor, tmp_pa
         if control == "top_entropy":
             keep = (sampling[i][1] >= cut).double()
         if control == "aer":
-            texts = [processor.tokenizer.decode(t, skip_special_tokens=True) for g in seen.sampled for t in g[p]]
+            texts = [
+                processor.tokenizer.decode(t, skip_special_tokens=True)
+                for g in seen.sampled
+                for t in g[p]
+            ]
             c = 0.3 * (1 - np.mean([step.mark(text) for text in texts]))
         if control == "ecvgpo" and A > 0:
             good = [surprise[j] for j, row in enumerate(rows) if row[0] == p and row[1] > 0]
             A = A * (surprise[i] / np.mean(good)) ** 0.5
         if control == "vogue":
             d = (sampling[i][0] - logp.detach()) * (i % 5 >= 3)  # G = 5, of which 2 adversarial
-            visual, own = 0.05 * (d * (1 - (-d).exp())).mean().item() / 2, 0.03 * sampling[i][1].mean().item()
+            visual, own = (
+                0.05 * (d * (1 - (-d).exp())).mean().item() / 2,
+                0.03 * sampling[i][1].mean().item(),
+            )
             A = A + min(visual, abs(A) / 2) + min(own, abs(A) / 2)
         loss = loss - (keep * A * (logp - logp.detach()).exp()).sum() - c * H.sum()
     grads = torch.autograd.grad(loss / len(everything), list(model.parameters()))

@@ -10,7 +10,9 @@ from conftest import launch
 from eval import EvalConfig, bootstrap_interval, main, pass_at_k
 
 
-@pytest.mark.parametrize("n, c, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 3, 4), (8, 8, 8), (8, 1, 8), (7, 6, 2)])
+@pytest.mark.parametrize(
+    "n, c, k", [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 3, 4), (8, 8, 8), (8, 1, 8), (7, 6, 2)]
+)
 def test_pass_at_k_counts_the_subsets(n, c, k):
     subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
@@ -43,8 +45,17 @@ def test_bad_settings_are_refused():
         EvalConfig(model="m", output="o", samples=4)
     with pytest.raises(ValueError, match="greedy decoding is measured anyway"):
         EvalConfig(model="m", output="o", temperature=0.0)
-    for name, value in (("problems", 0), ("problems", -3), ("batch", 0), ("max_new_tokens", 0), ("seed", -1)):
-        with pytest.raises(ValueError, match="batch, max_new_tokens and problems must be at least 1, seed 0 or more"):
+    for name, value in (
+        ("problems", 0),
+        ("problems", -3),
+        ("batch", 0),
+        ("max_new_tokens", 0),
+        ("seed", -1),
+    ):
+        with pytest.raises(
+            ValueError,
+            match="batch, max_new_tokens and problems must be at least 1, seed 0 or more",
+        ):
             EvalConfig(model="m", output="o", **{name: value})
 
 
@@ -56,24 +67,48 @@ def test_unknown_split_is_named(tiny, tmp_path):
 def test_a_column_called_split_does_not_hide_the_split(tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "1 + 1?", "answer": "2", "split": "x"}) + "\n")
-    options = dict(dataset=str(rows), splits=["train"], image_column="none", samples=2, k=[1], max_new_tokens=4)
+    options = dict(
+        dataset=str(rows), splits=["train"], image_column="none", samples=2, k=[1], max_new_tokens=4
+    )
     main(EvalConfig(model=tiny, output=str(tmp_path / "one"), **options))
     assert json.loads((tmp_path / "one.jsonl").read_text())["split"] == "train"
 
 
 def test_files_and_split_of_the_work(tiny, tmp_path):
     """7 problems on 2 processes: each once, in order, the same numbers as on one."""
-    options = ["--model", tiny, "--splits", "plain/test", "--problems", "7", "--samples", "4", "--k", "1", "4"]
+    options = [
+        "--model",
+        tiny,
+        "--splits",
+        "plain/test",
+        "--problems",
+        "7",
+        "--samples",
+        "4",
+        "--k",
+        "1",
+        "4",
+    ]
     options += ["--max_new_tokens", "8", "--batch", "3"]
     launch(2, "eval.py", *options, "--output", str(tmp_path / "two"))
     cfg = EvalConfig(
-        model=tiny, output=str(tmp_path / "one"), problems=7, samples=4, k=[1, 4], max_new_tokens=8, batch=3
+        model=tiny,
+        output=str(tmp_path / "one"),
+        problems=7,
+        samples=4,
+        k=[1, 4],
+        max_new_tokens=8,
+        batch=3,
     )
     result = main(cfg)
 
     records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    for record, other in zip(records, map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines()), strict=True):
-        assert record.pop("entropy") == pytest.approx(other.pop("entropy"), rel=1e-5)  # other batches, other rounding
+    for record, other in zip(
+        records, map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines()), strict=True
+    ):
+        assert record.pop("entropy") == pytest.approx(
+            other.pop("entropy"), rel=1e-5
+        )  # other batches, other rounding
         assert record == other
     records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     assert [record["row"] for record in records] == list(range(7))
@@ -81,7 +116,9 @@ def test_files_and_split_of_the_work(tiny, tmp_path):
     written = json.loads((tmp_path / "one.json").read_text())
     assert written == result and written["splits"]["plain/test"]["n"] == 7
     mean, low, high = written["splits"]["plain/test"]["entropy"]
-    assert low <= mean <= high and mean == pytest.approx(np.mean([record["entropy"] for record in records]))
+    assert low <= mean <= high and mean == pytest.approx(
+        np.mean([record["entropy"] for record in records])
+    )
 
 
 def test_cut_responses_are_counted_and_said(tiny, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""examples/: the attack on one picture stays in its budget, raises the kept entropy, and draws what it says."""
+"""extras/: the attack on one picture stays in its budget, raises the kept entropy, and draws what it says."""
 
 import json
 import re
@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import eval as evaluation
 import train_saei
-from examples import attack_one_image, curriculum
+from extras import attack_one_image, curriculum
+from runtime import data
 
 
 def test_attack_one_image(tmp_path, capsys):
     eps, path = 0.001, tmp_path / "attack.png"
-    clean, attacked, before, after = attack_one_image.main(["--eps", str(eps), "--output", str(path)])
+    clean, attacked, before, after = attack_one_image.main(
+        ["--eps", str(eps), "--output", str(path)]
+    )
     difference = attacked - clean
     assert 0.5 * eps < difference.abs().max() <= eps + 1e-6
     assert attacked.min() >= 0 and attacked.max() <= 1
@@ -26,7 +28,9 @@ def test_attack_one_image(tmp_path, capsys):
     for third, image in zip(thirds, expected, strict=True):
         assert np.abs(third - image.numpy()).max() <= 0.5 / 255 + 1e-5
     printed = capsys.readouterr().out
-    found = re.search(r"kept tokens, nats: clean (\S+), attacked (\S+), random signs of that size (\S+)", printed)
+    found = re.search(
+        r"kept tokens, nats: clean (\S+), attacked (\S+), random signs of that size (\S+)", printed
+    )
     start, end, signs = map(float, found.groups())
     assert end > start and end > signs
     clean_part, attacked_part = printed.split("attacked image, fresh responses")
@@ -55,15 +59,34 @@ def test_eps_in_levels_is_refused(capsys):
 def test_a_curriculum_from_sampled_answers_to_training(tmp_path, monkeypatch):
     model, rows = "demo/confident", 6
     common = dict(
-        model=model, output=str(tmp_path / "train"), splits=["shifted/train"], problems=rows, samples=4, k=[1]
+        model=model,
+        output=str(tmp_path / "train"),
+        splits=["shifted/train"],
+        problems=rows,
+        samples=4,
+        k=[1],
     )
     evaluation.main(evaluation.EvalConfig(**common, max_new_tokens=40))
-    entropies = curriculum.main([str(tmp_path / "train.jsonl"), str(tmp_path / "order.json"), "--stages", "3"])
+    entropies = curriculum.main(
+        [str(tmp_path / "train.jsonl"), str(tmp_path / "order.json"), "--stages", "3"]
+    )
     order = json.loads((tmp_path / "order.json").read_text())
     assert sorted(order) == list(range(rows)) and len(set(entropies)) > 1
     assert [entropies[i] for i in order] == sorted(entropies)
-    cfg = dict(model=model, split="shifted/train", order=str(tmp_path / "order.json"), output=str(tmp_path / "run"))
-    cfg |= dict(steps=2, prompts_per_step=4, rollouts=2, adversarial_rollouts=1, max_new_tokens=4, self_check=False)
+    cfg = dict(
+        model=model,
+        split="shifted/train",
+        order=str(tmp_path / "order.json"),
+        output=str(tmp_path / "run"),
+    )
+    cfg |= dict(
+        steps=2,
+        prompts_per_step=4,
+        rollouts=2,
+        adversarial_rollouts=1,
+        max_new_tokens=4,
+        self_check=False,
+    )
     train_saei.main(train_saei.Config(**cfg, pgd_steps=1, log_prompts=4))
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     seen = {(line["step"], line["prompt"]): line["row"] for line in lines}
@@ -75,7 +98,11 @@ def test_a_curriculum_from_sampled_answers_to_training(tmp_path, monkeypatch):
 
 
 def test_answers_are_the_same_as_the_reward_judges():
-    assert curriculum.same("1/2", "0.5") and not curriculum.same("1/2", "2") and curriculum.same("\\oops{", "\\oops{")
+    assert (
+        curriculum.same("1/2", "0.5")
+        and not curriculum.same("1/2", "2")
+        and curriculum.same("\\oops{", "\\oops{")
+    )
     assert not curriculum.same("1", "")  # an empty gold answer cannot be graded
 
 

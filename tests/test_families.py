@@ -22,15 +22,21 @@ import tiny  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 
 import egas  # noqa: E402
-import policy as policy_module  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
-from policy import FAMILIES, Policy  # noqa: E402
+from vlm import policy as policy_module  # noqa: E402
+from vlm.policy import FAMILIES, Policy  # noqa: E402
 
 KINDS = list(tiny.BUILD)
 FIXED = [kind for kind in KINDS if not kind.startswith("qwen")]
-TOLERANCE = 2e-5  # nats, or shares of a tensor's largest gradient: rounding of a sharpened model in float32
-PROBLEMS = ["how many dots ?", "which of the two pictures shows red ? look , then say 1 or 2 .", "what is 1 + 2 ?"]
+TOLERANCE = (
+    2e-5  # nats, or shares of a tensor's largest gradient: rounding of a sharpened model in float32
+)
+PROBLEMS = [
+    "how many dots ?",
+    "which of the two pictures shows red ? look , then say 1 or 2 .",
+    "what is 1 + 2 ?",
+]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -38,7 +44,11 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-PICTURES = [[picture(32, 32)], [picture(48, 32, 1), picture(32, 48, 2)], []]  # two sizes, two in a prompt, none
+PICTURES = [
+    [picture(32, 32)],
+    [picture(48, 32, 1), picture(32, 48, 2)],
+    [],
+]  # two sizes, two in a prompt, none
 
 
 def make_policy(kind: str) -> Policy:
@@ -55,23 +65,33 @@ def family(request):
 
 def final(policy: Policy, image: Image.Image) -> Image.Image:
     """The picture as the vision tower sees it: what any resize leaves as it is."""
-    return Image.fromarray((policy.to_unit_image(image) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+    return Image.fromarray(
+        (policy.to_unit_image(image) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    )
 
 
-def plain_inputs(policy: Policy, problem: str, pictures: list[Image.Image]) -> dict[str, torch.Tensor]:
+def plain_inputs(
+    policy: Policy, problem: str, pictures: list[Image.Image]
+) -> dict[str, torch.Tensor]:
     """The processor's own chat call on pictures at their final size."""
-    content = [{"type": "image", "image": final(policy, x)} for x in pictures] + [{"type": "text", "text": problem}]
+    content = [{"type": "image", "image": final(policy, x)} for x in pictures] + [
+        {"type": "text", "text": problem}
+    ]
     return policy.processor.apply_chat_template(
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs=dict(FAMILIES[policy.model.config.model_type].untiled),  # a copy: the call writes into it
+        processor_kwargs=dict(
+            FAMILIES[policy.model.config.model_type].untiled
+        ),  # a copy: the call writes into it
     )
 
 
-def plain_score(policy: Policy, problem, pictures, images, response: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_score(
+    policy: Policy, problem, pictures, images, response: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies (T,) of one response; `images`, in [0, 1], stand for the pictures' pixels."""
     inputs = dict(plain_inputs(policy, problem, pictures))
     L, T = inputs["input_ids"].shape[1], len(response)
@@ -82,7 +102,11 @@ def plain_score(policy: Policy, problem, pictures, images, response: list[int]) 
         inputs |= policy.to_pixel_values(images)
     if hasattr(policy.model.model, "rope_deltas"):
         policy.model.model.rope_deltas = None
-    logits = policy.model(**inputs, use_cache=False).logits[0, L - 1 : -1].masked_fill(policy.banned, -torch.inf)
+    logits = (
+        policy.model(**inputs, use_cache=False)
+        .logits[0, L - 1 : -1]
+        .masked_fill(policy.banned, -torch.inf)
+    )
     logp = logits.log_softmax(-1)
     entropy = -(logp.exp() * logp.masked_fill(policy.banned, 0.0)).sum(-1)
     return logp.gather(1, torch.tensor(response)[:, None]).squeeze(1), entropy
@@ -95,7 +119,9 @@ def responses(policy: Policy, P: int, n: int, T: int) -> tuple[torch.Tensor, tor
     lengths = torch.randint(1, T + 1, (P * n,), generator=g)
     lengths[0], lengths[-1] = T, 1
     mask = torch.arange(T) < lengths[:, None]
-    return allowed[torch.randint(len(allowed), (P * n, T), generator=g)].masked_fill(~mask, policy.pad_id), mask
+    return allowed[torch.randint(len(allowed), (P * n, T), generator=g)].masked_fill(
+        ~mask, policy.pad_id
+    ), mask
 
 
 def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
@@ -103,7 +129,9 @@ def relative(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
     weights have no influence (keys' biases), and gradients of pure rounding."""
     largest = max(b.abs().max().item() for b in theirs)
     scales = [max(b.abs().max().item(), 1e-2 * largest) for b in theirs]
-    return max((a - b).abs().max().item() / scale for a, b, scale in zip(ours, theirs, scales, strict=True))
+    return max(
+        (a - b).abs().max().item() / scale for a, b, scale in zip(ours, theirs, scales, strict=True)
+    )
 
 
 def compare(policy: Policy) -> dict[str, float]:
@@ -113,18 +141,28 @@ def compare(policy: Policy) -> dict[str, float]:
     images = [x.clone().requires_grad_() for x in prompts.images]
     parameters = list(policy.parameters())
     weights = torch.randn(2, *tokens.shape, generator=torch.Generator().manual_seed(1))[:, mask]
-    grads = lambda stats: torch.autograd.grad((weights * stats).sum(), [*images, *parameters], allow_unused=True)  # noqa: E731
+    grads = lambda stats: torch.autograd.grad(
+        (weights * stats).sum(), [*images, *parameters], allow_unused=True
+    )  # noqa: E731
 
-    ours = torch.stack(policy.score(prompts.with_images(images), tokens, mask))[:, mask]  # (2, tokens)
+    ours = torch.stack(policy.score(prompts.with_images(images), tokens, mask))[
+        :, mask
+    ]  # (2, tokens)
     own, rows = [images[:1], images[1:], []], []
     for i, (row, keep) in enumerate(zip(tokens, mask, strict=True)):
         rows.append(
-            torch.stack(plain_score(policy, PROBLEMS[i // 2], PICTURES[i // 2], own[i // 2], row[keep].tolist()))
+            torch.stack(
+                plain_score(
+                    policy, PROBLEMS[i // 2], PICTURES[i // 2], own[i // 2], row[keep].tolist()
+                )
+            )
         )
     plain = torch.cat(rows, dim=1)
     pairs = list(zip(grads(ours), grads(plain), strict=True))
     assert all((a is None or not a.any()) == (b is None or not b.any()) for a, b in pairs)
-    ours_g, plain_g = zip(*[(a, b) for a, b in pairs if a is not None and b is not None], strict=True)
+    ours_g, plain_g = zip(
+        *[(a, b) for a, b in pairs if a is not None and b is not None], strict=True
+    )
     return {
         "log-probs": (ours - plain).abs().max().item(),
         "pixel gradient": relative(ours_g[:3], plain_g[:3]),
@@ -200,10 +238,17 @@ def test_a_family_that_always_tiles_gets_the_thumbnail_as_its_only_tile(kind):
 def test_tiling_that_a_checkpoint_switches_on_stays_off(kind):
     """An oblong picture that the image processor, as it is set, would cut up: one image, one lot of image tokens."""
     policy, oblong = make_policy(kind), picture(128, 40)
-    ip, tokens = policy.processor.image_processor, policy.encode(PROBLEMS[:1], PICTURES[:1]).ids.shape
+    ip, tokens = (
+        policy.processor.image_processor,
+        policy.encode(PROBLEMS[:1], PICTURES[:1]).ids.shape,
+    )
     whole = ip([oblong], return_tensors="pt", **policy.family.untiled)["pixel_values"]
     ip.do_image_splitting = ip.crop_to_patches = ip.do_pan_and_scan = True
-    ip.pan_and_scan_min_crop_size, ip.pan_and_scan_max_num_crops, ip.pan_and_scan_min_ratio_to_activate = 4, 4, 1.2
+    (
+        ip.pan_and_scan_min_crop_size,
+        ip.pan_and_scan_max_num_crops,
+        ip.pan_and_scan_min_ratio_to_activate,
+    ) = 4, 4, 1.2
     assert len(ip([oblong], return_tensors="pt")["pixel_values"].flatten(0, -4)) > 2
     ours = policy.to_pixel_values([policy.to_unit_image(oblong)])["pixel_values"]
     torch.testing.assert_close(ours, whole.view(ours.shape), atol=1e-6, rtol=0)
@@ -225,7 +270,9 @@ def test_every_pixel_has_a_gradient(family):
     (grad,) = torch.autograd.grad(family.to_pixel_values([x])["pixel_values"].sum(), x)
     times = {"qwen": 2, "llava_next": 2, "llava_onevision": 2}  # temporal slots; thumbnail and tile
     kind = family.model.config.model_type
-    want = times.get(kind, times.get(kind[:4], 1)) / torch.tensor(list(family.processor.image_processor.image_std))
+    want = times.get(kind, times.get(kind[:4], 1)) / torch.tensor(
+        list(family.processor.image_processor.image_std)
+    )
     torch.testing.assert_close(grad, want.view(3, 1, 1).expand_as(grad))
 
 
@@ -233,12 +280,17 @@ def test_pixel_limits_are_honoured_or_refused_by_name(family, tmp_path):
     family.save_pretrained(tmp_path)
     kind = family.model.config.model_type
     if kind in FIXED:
-        with pytest.raises(ValueError, match=f"{kind} sees every picture at one size.*for qwen2_vl, qwen2_5_vl, qwen3"):
+        with pytest.raises(
+            ValueError,
+            match=f"{kind} sees every picture at one size.*for qwen2_vl, qwen2_5_vl, qwen3",
+        ):
             Policy.from_pretrained(tmp_path, max_pixels=1024)
         return
     small = Policy.from_pretrained(tmp_path, max_pixels=32 * 32)
     assert small.to_unit_image(picture(64, 64)).shape == (3, 32, 32)
-    assert Policy.from_pretrained(tmp_path, min_pixels=48 * 48).to_unit_image(picture(16, 16)).shape == (3, 48, 48)
+    assert Policy.from_pretrained(tmp_path, min_pixels=48 * 48).to_unit_image(
+        picture(16, 16)
+    ).shape == (3, 48, 48)
     assert (
         small.encode(PROBLEMS[:1], [[picture(64, 64)]]).ids.shape
         < family.encode(PROBLEMS[:1], [[picture(64, 64)]]).ids.shape
@@ -259,7 +311,9 @@ def test_encode_equals_the_processors_chat_call(family):
     for p, (problem, pictures) in enumerate(zip(PROBLEMS, PICTURES, strict=True)):
         want = plain_inputs(family, problem, pictures)["input_ids"][0]
         assert torch.equal(prompts.ids[p][prompts.mask[p]], want)
-        assert prompts.mask[p].tolist() == [False] * (prompts.ids.shape[1] - len(want)) + [True] * len(want)
+        assert prompts.mask[p].tolist() == [False] * (prompts.ids.shape[1] - len(want)) + [
+            True
+        ] * len(want)
         assert family.prompt_tokens({"problem": problem, "images": pictures}) == len(want)
 
 
@@ -277,7 +331,9 @@ def test_a_slice_of_prompts_scores_as_in_the_whole(family):
             rows = slice(2 * p, 2 * p + 2)
             part = family.score(prompts[p : p + 1], tokens[rows], mask[rows])
             for a, b in zip(part, whole, strict=True):
-                torch.testing.assert_close(a[mask[rows]], b[rows][mask[rows]], atol=TOLERANCE, rtol=0)
+                torch.testing.assert_close(
+                    a[mask[rows]], b[rows][mask[rows]], atol=TOLERANCE, rtol=0
+                )
 
 
 def test_sampled_values_equal_scored_ones(family):
@@ -285,8 +341,12 @@ def test_sampled_values_equal_scored_ones(family):
     sampled = family.sample(prompts, 3, [1, 2, 3], 6, temperature=0.9)
     with torch.no_grad():
         logprobs, entropy = family.score(prompts, sampled.tokens, sampled.mask, 0.9)
-    torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=TOLERANCE, rtol=0
+    )
+    torch.testing.assert_close(
+        sampled.entropy[sampled.mask], entropy[sampled.mask], atol=TOLERANCE, rtol=0
+    )
 
 
 def test_the_attack_raises_the_entropy(family):
@@ -300,16 +360,31 @@ def test_no_token_of_an_image_can_be_sampled(family):
     with_picture = set(plain_inputs(family, PROBLEMS[0], PICTURES[0])["input_ids"][0].tolist())
     without = set(plain_inputs(family, PROBLEMS[0], [])["input_ids"][0].tolist())
     of_images = with_picture - without
-    names = ["<row_1_col_1>", "<row_6_col_6>", "<global-img>", "<video>", "<|video_pad|>", "</img>", "<end_of_image>"]
-    of_images |= {tokenizer.get_added_vocab()[name] for name in names if name in tokenizer.get_added_vocab()}
+    names = [
+        "<row_1_col_1>",
+        "<row_6_col_6>",
+        "<global-img>",
+        "<video>",
+        "<|video_pad|>",
+        "</img>",
+        "<end_of_image>",
+    ]
+    of_images |= {
+        tokenizer.get_added_vocab()[name] for name in names if name in tokenizer.get_added_vocab()
+    }
     assert of_images and all(family.banned[i] for i in of_images)
-    assert not family.banned[family.eos_ids].any() and family.banned.sum() < len(family.banned) - len(tiny.WORDS)
+    assert not family.banned[family.eos_ids].any() and family.banned.sum() < len(
+        family.banned
+    ) - len(tiny.WORDS)
 
 
 def test_a_saved_policy_loads_with_the_auto_classes(family, tmp_path):
     """Weights bit for bit; the processor's grid of tiles as it was trained with; the same log-probs."""
     family.save_pretrained(tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     want, found = family.model.state_dict(), model.state_dict()
     assert type(model) is type(family.model) and want.keys() == found.keys()
     assert all(torch.equal(want[name], found[name]) for name in want)
@@ -342,17 +417,31 @@ def write_rows(folder: Path, rows: list[tuple[str, list[Image.Image]]]) -> str:
 
 def settings(model: Path | str, dataset: str, out: Path, **changes) -> list[str]:
     """The command line of a short run."""
-    options = dict(model=model, dataset=dataset, split="train", output=out, steps=1, save_every=1, prompts_per_step=3)
-    options |= dict(rollouts=4, adversarial_rollouts=2, max_new_tokens=5, micro_prompts=3, pgd_steps=2, lr=1e-3)
+    options = dict(
+        model=model,
+        dataset=dataset,
+        split="train",
+        output=out,
+        steps=1,
+        save_every=1,
+        prompts_per_step=3,
+    )
+    options |= dict(
+        rollouts=4, adversarial_rollouts=2, max_new_tokens=5, micro_prompts=3, pgd_steps=2, lr=1e-3
+    )
     options |= dict(eps=1 / 255, condition="sampled", format_weight=0.5, accuracy_weight=0.5)
-    return [word for name, value in (options | changes).items() for word in (f"--{name}", str(value))]
+    return [
+        word for name, value in (options | changes).items() for word in (f"--{name}", str(value))
+    ]
 
 
 @pytest.fixture
 def some_reward(monkeypatch):
     """Random policies earn nothing: a reward that depends on the text alone."""
     monkeypatch.setattr(
-        train_saei.rewards, "format_reward", lambda completions, **_: [len(text) % 7 / 7 for text in completions]
+        train_saei.rewards,
+        "format_reward",
+        lambda completions, **_: [len(text) % 7 / 7 for text in completions],
     )
 
 
@@ -362,12 +451,18 @@ def test_a_whole_training_step(family, tmp_path, some_reward, capsys):
     rows = write_rows(tmp_path, list(zip(PROBLEMS, PICTURES, strict=True)))
     train_saei.main(train_saei.load_config(settings(tmp_path / "model", rows, tmp_path / "out")))
     assert "self-check" in capsys.readouterr().out
-    (metrics,) = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    (metrics,) = [
+        json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()
+    ]
     assert all(np.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
-    assert metrics["attack/linf"] == pytest.approx(2 / 3 / 255, abs=1e-6)  # eps, eps, and 0 of the text alone
+    assert metrics["attack/linf"] == pytest.approx(
+        2 / 3 / 255, abs=1e-6
+    )  # eps, eps, and 0 of the text alone
     assert metrics["entropy/attacked"] > metrics["entropy/selected"]
     trained = Policy.from_pretrained(tmp_path / "out/checkpoints/step-000001").model.state_dict()
-    moved = {name for name, w in family.model.state_dict().items() if not torch.equal(w, trained[name])}
+    moved = {
+        name for name, w in family.model.state_dict().items() if not torch.equal(w, trained[name])
+    }
     assert any("lm_head" in name for name in moved) and any(
         name.startswith(f"model.{family.family.tower}") for name in moved
     )
@@ -378,20 +473,28 @@ def test_a_whole_training_step(family, tmp_path, some_reward, capsys):
 
 def test_the_self_check_passes_and_names_its_figures(family):
     errors = family.self_check()
-    assert errors.keys() == {"pixels", "logits"} and errors["pixels"] <= 1e-6 and errors["logits"] <= 1e-4
+    assert (
+        errors.keys() == {"pixels", "logits"}
+        and errors["pixels"] <= 1e-6
+        and errors["logits"] <= 1e-4
+    )
 
 
 def test_the_self_check_refuses_another_normalisation(family, monkeypatch):
     """As if the library subtracted another mean: 0.01 of it."""
     before = policy_module.normalise
     monkeypatch.setattr(policy_module, "normalise", lambda x, ip: before(x, ip) + 0.01)
-    with pytest.raises(RuntimeError, match="pixel_values differ from the image processor's by 0.01"):
+    with pytest.raises(
+        RuntimeError, match="pixel_values differ from the image processor's by 0.01"
+    ):
         family.self_check()
 
 
 def test_the_self_check_refuses_another_number_of_patches(family, monkeypatch):
     before = family.family.pixel_values
-    half = lambda images, ip: {k: v[..., ::2] for k, v in before(images, ip).items() if k == "pixel_values"}  # noqa: E731
+    half = lambda images, ip: {
+        k: v[..., ::2] for k, v in before(images, ip).items() if k == "pixel_values"
+    }  # noqa: E731
     monkeypatch.setattr(family, "family", family.family._replace(pixel_values=half))
     with pytest.raises(RuntimeError, match="pixel_values differ from the image processor's by inf"):
         family.self_check()
@@ -400,16 +503,22 @@ def test_the_self_check_refuses_another_number_of_patches(family, monkeypatch):
 def test_the_self_check_refuses_a_wrong_position(family, monkeypatch):
     """Responses that begin one position late; the figure is far above rounding."""
     before = Policy._positions
-    late = lambda self, *args: (lambda positions, following: (positions, following + 1))(*before(self, *args))  # noqa: E731
+    late = lambda self, *args: (lambda positions, following: (positions, following + 1))(
+        *before(self, *args)
+    )  # noqa: E731
     monkeypatch.setattr(Policy, "_positions", late)
-    with pytest.raises(RuntimeError, match=r"logits after the shared prompt differ.*by (0\.[1-9]|[1-9])"):
+    with pytest.raises(
+        RuntimeError, match=r"logits after the shared prompt differ.*by (0\.[1-9]|[1-9])"
+    ):
         family.self_check()
 
 
 def test_the_self_check_refuses_a_prompt_without_its_token_types():
     policy = make_policy("gemma3")
     policy.family = policy.family._replace(token_types=None)
-    with pytest.raises(RuntimeError, match="self-check of gemma3: logits after the shared prompt differ"):
+    with pytest.raises(
+        RuntimeError, match="self-check of gemma3: logits after the shared prompt differ"
+    ):
         policy.self_check()
 
 
@@ -419,7 +528,9 @@ def test_the_self_check_refuses_a_model_in_bfloat16_too(family, monkeypatch):
     policy.model.to(torch.bfloat16)
     assert policy.self_check()["logits"] < 0.3
     before = Policy._positions
-    late = lambda self, *args: (lambda positions, following: (positions, following + 1))(*before(self, *args))  # noqa: E731
+    late = lambda self, *args: (lambda positions, following: (positions, following + 1))(
+        *before(self, *args)
+    )  # noqa: E731
     monkeypatch.setattr(Policy, "_positions", late)
     with pytest.raises(RuntimeError, match="below 0.5"):
         policy.self_check()
@@ -430,7 +541,9 @@ def test_the_self_check_can_be_switched_off(tmp_path, some_reward, monkeypatch):
     rows = write_rows(tmp_path, list(zip(PROBLEMS, PICTURES, strict=True)))
     monkeypatch.setattr(Policy, "self_check", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train_saei.main(train_saei.load_config(settings(tmp_path / "model", rows, tmp_path / "out")))
+        train_saei.main(
+            train_saei.load_config(settings(tmp_path / "model", rows, tmp_path / "out"))
+        )
     off = settings(tmp_path / "model", rows, tmp_path / "out", self_check=False)
     train_saei.main(train_saei.load_config(off))
 
@@ -438,7 +551,11 @@ def test_the_self_check_can_be_switched_off(tmp_path, some_reward, monkeypatch):
 def notes(policy: Policy) -> str:
     """What FAMILIES says, in words."""
     family = policy.family
-    size = "one size" if family.resize is policy_module.fixed_resize else "any size, min_pixels, max_pixels"
+    size = (
+        "one size"
+        if family.resize is policy_module.fixed_resize
+        else "any size, min_pixels, max_pixels"
+    )
     words = [size, *(f"{name}={value}" for name, value in family.untiled.items())]
     words += ["thumbnail and one tile, the same image"] * family.one_tile
     words += [f"{family.token_types} in the prompt"] if family.token_types else []
@@ -452,8 +569,19 @@ def main() -> None:
         policy = make_policy(kind)
         clean, attacked = attack(policy)
         found = {"pixel_values": pixel_error(policy), **compare(policy)}
-        found |= {"shared prompt": max(found.values()) <= TOLERANCE, "self-check": policy.self_check()["logits"]}
-        rows.append({"family": kind, **found, "entropy": clean, "attacked": attacked, "notes": notes(policy)})
+        found |= {
+            "shared prompt": max(found.values()) <= TOLERANCE,
+            "self-check": policy.self_check()["logits"],
+        }
+        rows.append(
+            {
+                "family": kind,
+                **found,
+                "entropy": clean,
+                "attacked": attacked,
+                "notes": notes(policy),
+            }
+        )
         print(rows[-1])
     (ROOT / "benchmarks/families.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import kill
 import pytest
 import torch
 import yaml
@@ -17,10 +18,9 @@ from accelerate import Accelerator
 from test_train import comparable, half_right, metrics_of, parameters, short  # noqa: F401
 
 import rewards
-import runs
 import train_saei
-from benchmarks import kill
-from data import load_rows
+from runtime import run as runs
+from runtime.data import load_rows
 from train_saei import Config, given_order, main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,12 +53,23 @@ def in_two(tmp_path: Path, fault: str, *more: str) -> subprocess.CompletedProces
     """Four steps on two processes; `fault` befalls the second one in step 1."""
     (tmp_path / "faults.py").write_text(FAULTS)
     options = "--model demo/mixed --split plain/train --steps 4 --prompts_per_step 2 --rollouts 4 --pgd_steps 1"
-    options += " --adversarial_rollouts 2 --max_new_tokens 6 --lr 1e-4 --save_every 1 --self_check false"
+    options += (
+        " --adversarial_rollouts 2 --max_new_tokens 6 --lr 1e-4 --save_every 1 --self_check false"
+    )
     options += f" --output {tmp_path}/run --reward {tmp_path}/faults.py:{fault}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
     command += ["train_saei.py", *options.split(), *more]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def names(out: Path) -> list[str]:
@@ -81,9 +92,13 @@ def reward_that(action, at_call: int):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_at_a_step_boundary_and_it_goes_on_exactly(tiny, tmp_path, monkeypatch, number, code):
+def test_a_signal_ends_the_run_at_a_step_boundary_and_it_goes_on_exactly(
+    tiny, tmp_path, monkeypatch, number, code
+):
     before = signal.getsignal(number)
-    action = reward_that(lambda: os.kill(os.getpid(), number), at_call=3)  # the trial, step 0, step 1
+    action = reward_that(
+        lambda: os.kill(os.getpid(), number), at_call=3
+    )  # the trial, step 0, step 1
     monkeypatch.setattr(rewards, "accuracy_reward", action)
     with pytest.raises(SystemExit) as end:
         main(short(tiny, tmp_path / "parts", steps=4, save_every=4))
@@ -92,7 +107,9 @@ def test_a_signal_ends_the_run_at_a_step_boundary_and_it_goes_on_exactly(tiny, t
     monkeypatch.setattr(rewards, "accuracy_reward", reward_that(None, at_call=0))
     main(short(tiny, tmp_path / "parts", steps=4, save_every=4, resume=True))
     main(short(tiny, tmp_path / "whole", steps=4, save_every=4))
-    whole, parts = (parameters(tmp_path / name / "checkpoints/step-000004") for name in ("whole", "parts"))
+    whole, parts = (
+        parameters(tmp_path / name / "checkpoints/step-000004") for name in ("whole", "parts")
+    )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     lines = [[comparable(m) for m in metrics_of(tmp_path / name)] for name in ("whole", "parts")]
     assert lines[0] == lines[1] and lines[0][3]["grad_norm"] > 0
@@ -123,7 +140,9 @@ def test_a_run_that_fails_gives_the_signals_back(tiny, tmp_path, monkeypatch):
 
 def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
     done = in_two(tmp_path, "terminated", "--save_every", "4")
-    assert done.returncode != 0 and "SIGTERM: finishing the step, saving" in done.stderr, done.stderr[-2000:]
+    assert done.returncode != 0 and "SIGTERM: finishing the step, saving" in done.stderr, (
+        done.stderr[-2000:]
+    )
     assert names(tmp_path / "run") == ["step-000002"]
     (tmp_path / "faults.py").write_text(FAULTS.replace("== 3", "== 0"))
     config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
@@ -137,12 +156,16 @@ def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
 # --------------------------------------------------------------------------------------------------------- lost ranks
 
 
-@pytest.mark.parametrize("fault, said", [("raises", "the reward 'raises' failed on row"), ("killed", "SIGKILL")])
+@pytest.mark.parametrize(
+    "fault, said", [("raises", "the reward 'raises' failed on row"), ("killed", "SIGKILL")]
+)
 def test_a_lost_rank_ends_all(tmp_path, fault, said):
     begun = time.monotonic()
     done = in_two(tmp_path, fault)
     assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
-    assert time.monotonic() - begun < 90  # the start, and at most 30 s that torchrun leaves to the others
+    assert (
+        time.monotonic() - begun < 90
+    )  # the start, and at most 30 s that torchrun leaves to the others
     assert names(tmp_path / "run") == ["step-000001"]
 
 
@@ -162,7 +185,9 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoints/step-000001"
     checkpoint.mkdir(parents=True)
     seen = []
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: seen.append((Path(path).name, names(tmp_path))))
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, **_: seen.append((Path(path).name, names(tmp_path)))
+    )
     runs.discard(checkpoint)
     assert seen[-1] == (".step-000001", [])
 
@@ -171,10 +196,15 @@ def test_everything_is_synced_before_the_rename_and_the_folder_after(tiny, tmp_p
     events, sync, rename = [], os.fsync, Path.rename
     path_of = lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: E731
     monkeypatch.setattr(os, "fsync", lambda d: events.append(path_of(d)) or sync(d))
-    monkeypatch.setattr(Path, "rename", lambda self, to: events.append("rename") or rename(self, to))
+    monkeypatch.setattr(
+        Path, "rename", lambda self, to: events.append("rename") or rename(self, to)
+    )
     main(short(tiny, tmp_path, steps=1))
     at, folder = events.index("rename"), tmp_path / "checkpoints"
-    written = {folder / ".step-000001" / p.relative_to(folder / "step-000001") for p in folder.glob("step-*/**/*")}
+    written = {
+        folder / ".step-000001" / p.relative_to(folder / "step-000001")
+        for p in folder.glob("step-*/**/*")
+    }
     assert written | {tmp_path / "metrics.jsonl", folder / ".step-000001"} <= set(events[:at])
     assert events[at + 1 :] == [folder] and len(written) > 5
 
@@ -182,7 +212,9 @@ def test_everything_is_synced_before_the_rename_and_the_folder_after(tiny, tmp_p
 def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     """A real failure of write(2): no file may grow beyond 1 MB from step 1 on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = reward_that(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1])), at_call=3)
+    full = reward_that(
+        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1])), at_call=3
+    )
     monkeypatch.setattr(rewards, "accuracy_reward", full)
     try:
         with pytest.raises((OSError, RuntimeError, runs.SafetensorError)) as error:
@@ -193,7 +225,10 @@ def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(tiny, tmp_path
     assert "step 2 could not be written" in note and "step-000001; --resume true" in note
     assert names(tmp_path) == ["step-000001"]
     main(short(tiny, tmp_path, save_every=1, resume=True))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000001",
+        "step-000002",
+    ]
 
 
 def test_a_line_cut_anywhere_is_forgotten(tiny, tmp_path):
@@ -234,7 +269,9 @@ def test_another_reference_is_refused(tiny, tmp_path):
     main(short(model, out, steps=1, kl_coef=0.1))
     main(short(model, out, steps=2, kl_coef=0.1, resume=True))
     shutil.copy(out / "checkpoints/step-000002/model.safetensors", model)
-    with pytest.raises(ValueError, match="holds other weights than when the run .* began, and kl_coef=0.1"):
+    with pytest.raises(
+        ValueError, match="holds other weights than when the run .* began, and kl_coef=0.1"
+    ):
         main(short(model, out, steps=3, kl_coef=0.1, resume=True))
 
 
@@ -254,10 +291,14 @@ def test_other_rows_are_refused(tiny, tmp_path):
     run("ordered", 1, order=str(order))
     run("shuffled", 2, resume=True)
     order.write_text("[3, 2, 1, 0]")
-    with pytest.raises(ValueError, match="order.json has other rows than when the run .* put the first ones back"):
+    with pytest.raises(
+        ValueError, match="order.json has other rows than when the run .* put the first ones back"
+    ):
         run("ordered", 2, order=str(order), resume=True)
     rows.write_text(line * 5)
-    with pytest.raises(ValueError, match="rows.jsonl has other rows than when the run .* began: the order would"):
+    with pytest.raises(
+        ValueError, match="rows.jsonl has other rows than when the run .* began: the order would"
+    ):
         run("shuffled", 3, resume=True)
     rows.write_text(line * 4)
     run("shuffled", 3, resume=True)
@@ -283,19 +324,25 @@ def test_a_tracker_that_goes_down_has_not_lost_the_step(tiny, tmp_path, monkeypa
     monkeypatch.setattr(Accelerator, "log", down)
     with pytest.raises(ConnectionError, match="the tracker is down"):
         main(short(tiny, tmp_path, save_every=1))
-    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1] and names(tmp_path) == ["step-000001"]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1] and names(tmp_path) == [
+        "step-000001"
+    ]
 
 
 def test_an_output_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="cannot write to --output .*file/run: .*choose another folder"):
+    with pytest.raises(
+        ValueError, match="cannot write to --output .*file/run: .*choose another folder"
+    ):
         main(short(tiny, tmp_path / "file/run"))
 
 
 def test_a_row_that_vanishes_is_named(tmp_path, rows):
     for i, row in enumerate(rows):
         row["images"][0].save(tmp_path / f"{i}.png")
-    lines = [{"images": [f"{i}.png"], "problem": "how many?", "answer": "1"} for i in range(len(rows))]
+    lines = [
+        {"images": [f"{i}.png"], "problem": "how many?", "answer": "1"} for i in range(len(rows))
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loaded = load_rows(str(tmp_path / "data.jsonl"))
     (tmp_path / "2.png").unlink()
@@ -306,8 +353,19 @@ def test_a_row_that_vanishes_is_named(tmp_path, rows):
 
 @pytest.mark.parametrize("processes, kills", [(1, 2), (2, 1)])
 def test_killed_runs_end_as_one_that_was_not(tmp_path, processes, kills):
-    arguments = ["--kills", str(kills), "--steps", "12", "--processes", str(processes), "--seed", "5"]
-    result = kill.main([*arguments, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "kill.json")])
+    arguments = [
+        "--kills",
+        str(kills),
+        "--steps",
+        "12",
+        "--processes",
+        str(processes),
+        "--seed",
+        "5",
+    ]
+    result = kill.main(
+        [*arguments, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "kill.json")]
+    )
     assert result["kills"] == kills and set(result["different"].values()) == {0}
     states = (tmp_path / "runs/killed/checkpoints/step-000012/state").glob("random_states_*")
     assert len(list(states)) == processes

@@ -20,11 +20,15 @@ from grpo import equal_groups, group_advantages, kl_k3, policy_loss, token_logpr
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}  # float32 rounding
 
 
-def batch(rows: int = 6, length: int = 7, spread: float = 0.4, seed: int = 0) -> dict[str, torch.Tensor]:
+def batch(
+    rows: int = 6, length: int = 7, spread: float = 0.4, seed: int = 0
+) -> dict[str, torch.Tensor]:
     """Arguments of policy_loss: ragged, one row empty, ratios on both sides of both clips for both signs of A."""
     generator = torch.Generator().manual_seed(seed)
     old = -torch.rand(rows, length, generator=generator) * 3
-    lengths = torch.randint(1, length + 1, (rows, 1), generator=generator).index_fill(0, torch.tensor([rows - 1]), 0)
+    lengths = torch.randint(1, length + 1, (rows, 1), generator=generator).index_fill(
+        0, torch.tensor([rows - 1]), 0
+    )
     return {
         "logprobs": old + spread * torch.randn(rows, length, generator=generator),
         "old_logprobs": old,
@@ -59,7 +63,9 @@ def test_advantages_without_scale_are_the_centred_rewards():
 
 reward_groups = st.integers(2, 9).flatmap(
     lambda g: st.lists(
-        st.lists(st.sampled_from([0.0, 0.1, 0.9, 1.0, -2.5]), min_size=g, max_size=g), min_size=1, max_size=4
+        st.lists(st.sampled_from([0.0, 0.1, 0.9, 1.0, -2.5]), min_size=g, max_size=g),
+        min_size=1,
+        max_size=4,
     )
 )
 
@@ -71,12 +77,22 @@ def test_advantages_equal_python_and_trl(groups, eps, scale):
     rewards = torch.tensor(groups, dtype=torch.float64)
     advantages = group_advantages(rewards, eps, scale)
     expected = [
-        [(r - statistics.fmean(g)) / (statistics.stdev(g) + eps if scale == "std" else 1.0) for r in g] for g in groups
+        [
+            (r - statistics.fmean(g)) / (statistics.stdev(g) + eps if scale == "std" else 1.0)
+            for r in g
+        ]
+        for g in groups
     ]
-    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        advantages, torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=1e-9
+    )
     if scale == "std":
-        trl = (rewards - rewards.nanmean(1, keepdim=True)) / (nanstd(rewards, dim=1, keepdim=True) + eps)
-        torch.testing.assert_close(advantages, trl, atol=1e-6, rtol=1e-6)  # its G / (G - 1) is a float32
+        trl = (rewards - rewards.nanmean(1, keepdim=True)) / (
+            nanstd(rewards, dim=1, keepdim=True) + eps
+        )
+        torch.testing.assert_close(
+            advantages, trl, atol=1e-6, rtol=1e-6
+        )  # its G / (G - 1) is a float32
 
 
 @settings(max_examples=50, deadline=None)
@@ -112,11 +128,17 @@ def test_group_advantages_refuses_an_unknown_scale():
 
 def test_trap_12_zero_variance_is_that_of_the_accuracy():
     """All wrong, all well-formatted: its mean is not 0. One badly formatted: its rewards differ. Both are idle."""
-    accuracy = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    formats = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    accuracy = torch.tensor(
+        [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    )
+    formats = torch.tensor(
+        [[1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+    )
     rewards = 0.9 * accuracy + 0.1 * formats
     assert equal_groups(accuracy).tolist() == [True, True, True, False, False]
-    assert (rewards.mean(dim=1)[:2] > 0).all() and not equal_groups(rewards)[1]  # what other filters look at
+    assert (rewards.mean(dim=1)[:2] > 0).all() and not equal_groups(rewards)[
+        1
+    ]  # what other filters look at
 
 
 @pytest.mark.parametrize("scale", ["std", "none"])
@@ -135,7 +157,9 @@ def test_trap_13_equal_rewards_get_exactly_zero(reward, scale):
 
 def test_trap_14_std_divides_by_g_minus_one():
     """The winner of four gets 1.50; dividing by G it would get 1.73."""
-    assert group_advantages(torch.tensor([[0.0, 0.0, 1.0, 0.0]]))[0, 2].item() == pytest.approx(1.5, abs=1e-4)
+    assert group_advantages(torch.tensor([[0.0, 0.0, 1.0, 0.0]]))[0, 2].item() == pytest.approx(
+        1.5, abs=1e-4
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- token_logprobs
@@ -143,7 +167,9 @@ def test_trap_14_std_divides_by_g_minus_one():
 
 def logits_and_tokens(n: int = 4, t: int = 5, v: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(n, t, v, generator=generator), torch.randint(0, v, (n, t), generator=generator)
+    return 3 * torch.randn(n, t, v, generator=generator), torch.randint(
+        0, v, (n, t), generator=generator
+    )
 
 
 def test_logprobs_by_hand():
@@ -152,7 +178,9 @@ def test_logprobs_by_hand():
     logits[..., 0] = 0.0
     expected = torch.tensor([[0.75, 0.25]]).log()
     torch.testing.assert_close(token_logprobs(logits, tokens), expected)
-    torch.testing.assert_close(token_logprobs(logits, tokens, 0.5), torch.tensor([[0.9, 0.1]]).log())
+    torch.testing.assert_close(
+        token_logprobs(logits, tokens, 0.5), torch.tensor([[0.9, 0.1]]).log()
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -167,7 +195,9 @@ def test_logprobs_and_gradient_equal_trl_and_torch_distributions(temperature):
 
     ours = value_and_gradient(lambda x: token_logprobs(x, tokens, temperature))
     trl = value_and_gradient(lambda x: selective_log_softmax(x, tokens, temperature))
-    exact = value_and_gradient(lambda x: Categorical(logits=x / temperature).log_prob(tokens), torch.float64)
+    exact = value_and_gradient(
+        lambda x: Categorical(logits=x / temperature).log_prob(tokens), torch.float64
+    )
     torch.testing.assert_close(ours, trl, **TIGHT)
     torch.testing.assert_close(ours, exact, **TIGHT)
 
@@ -195,11 +225,25 @@ def test_logprobs_with_banned_tokens():
 # ---------------------------------------------------------------------------------------------------------- policy_loss
 
 
-def trl_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_high=0.28, tokens=None, beta=0.0, ref=None):
+def trl_loss(
+    logprobs,
+    old_logprobs,
+    advantages,
+    mask,
+    clip_low=0.2,
+    clip_high=0.28,
+    tokens=None,
+    beta=0.0,
+    ref=None,
+):
     """GRPOTrainer._compute_loss itself, on a stand-in that hands it the log-probs. Its loss is the token mean of this
     batch ("bnpo"), or with `tokens`, the number in the whole optimiser step, "dapo"."""
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (logprobs, torch.zeros_like(logprobs), None),
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (
+            logprobs,
+            torch.zeros_like(logprobs),
+            None,
+        ),
         loss_type="bnpo" if tokens is None else "dapo",
         epsilon_low=clip_low,
         epsilon_high=clip_high,
@@ -212,7 +256,9 @@ def trl_loss(logprobs, old_logprobs, advantages, mask, clip_low=0.2, clip_high=0
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x),
+        accelerator=SimpleNamespace(
+            num_processes=1, reduce=lambda x, reduction: x, gather=lambda x: x
+        ),
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
         _metrics={"train": defaultdict(list)},
     )
@@ -249,7 +295,9 @@ CLIPS = [(0.2, 0.28), (0.1, 0.1), (0.0, 0.5), (1.0, 10.0)]
 @pytest.mark.parametrize("clips", CLIPS)
 def test_loss_gradient_and_clip_shares_equal_trl(clips, seed):
     arguments = batch(seed=seed)
-    loss, metrics, gradient = loss_metrics_gradient(**arguments, clip_low=clips[0], clip_high=clips[1])
+    loss, metrics, gradient = loss_metrics_gradient(
+        **arguments, clip_low=clips[0], clip_high=clips[1]
+    )
     logprobs = arguments.pop("logprobs").requires_grad_()
     theirs, their_metrics = trl_loss(logprobs, **arguments, clip_low=clips[0], clip_high=clips[1])
     torch.testing.assert_close(loss, theirs.detach(), **TIGHT)
@@ -264,18 +312,26 @@ def test_loss_and_clip_shares_equal_a_loop(clips, seed):
     arguments = batch(seed=seed)
     loss, metrics, _ = loss_metrics_gradient(**arguments, clip_low=clips[0], clip_high=clips[1])
     expected = loss_by_loop(**arguments, clip_low=clips[0], clip_high=clips[1])
-    assert (loss.item(), metrics["clip/low"].item(), metrics["clip/high"].item()) == pytest.approx(expected, abs=1e-6)
+    assert (loss.item(), metrics["clip/low"].item(), metrics["clip/high"].item()) == pytest.approx(
+        expected, abs=1e-6
+    )
 
 
 def test_loss_and_clips_by_hand():
     """Five tokens, A = +1 then -1. Clipped: a ratio above 1.28 that A > 0 raises on, below 0.8 that A < 0 lowers on."""
     ratios = torch.tensor([[2.0, 0.5, 1.0], [2.0, 0.5, 9.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
-    arguments = {"old_logprobs": torch.zeros(2, 3), "advantages": torch.tensor([1.0, -1.0]), "mask": mask}
+    arguments = {
+        "old_logprobs": torch.zeros(2, 3),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "mask": mask,
+    }
     loss, metrics, gradient = loss_metrics_gradient(logprobs=ratios.log(), **arguments)
     assert loss.item() == pytest.approx(-(1.28 + 0.5 + 1.0 - 2.0 - 0.8) / 5, abs=1e-6)
     assert metrics == {"clip/low": pytest.approx(1 / 5), "clip/high": pytest.approx(1 / 5)}
-    expected = torch.tensor([[0.0, -0.5, -1.0], [2.0, 0.0, 0.0]]) / 5  # -rho A / 5 where the clip does not bind
+    expected = (
+        torch.tensor([[0.0, -0.5, -1.0], [2.0, 0.0, 0.0]]) / 5
+    )  # -rho A / 5 where the clip does not bind
     torch.testing.assert_close(gradient, expected)
 
 
@@ -285,7 +341,11 @@ def test_clip_shares_are_the_shares_of_tokens_without_a_gradient():
     idle = (gradient == 0) & arguments["mask"]
     share = idle.sum() / arguments["mask"].sum()
     torch.testing.assert_close(metrics["clip/low"] + metrics["clip/high"], share)
-    assert metrics["clip/low"] > 0 and metrics["clip/high"] > 0 and metrics["clip/low"] != metrics["clip/high"]
+    assert (
+        metrics["clip/low"] > 0
+        and metrics["clip/high"] > 0
+        and metrics["clip/low"] != metrics["clip/high"]
+    )
     assert not any(value.requires_grad for value in metrics.values())
 
 
@@ -295,7 +355,9 @@ def test_garbage_at_padding_changes_neither_value_nor_gradient(garbage, name):
     clean = batch()
     dirty = clean | {name: clean[name].masked_fill(~clean["mask"], garbage)}
     torch.testing.assert_close(loss_metrics_gradient(**dirty), loss_metrics_gradient(**clean))
-    both = clean | {n: clean[n].masked_fill(~clean["mask"], garbage) for n in ("logprobs", "old_logprobs")}
+    both = clean | {
+        n: clean[n].masked_fill(~clean["mask"], garbage) for n in ("logprobs", "old_logprobs")
+    }
     loss, _, gradient = loss_metrics_gradient(**both)
     assert loss.isfinite() and (gradient[~clean["mask"]] == 0).all() and gradient.isfinite().all()
 
@@ -317,7 +379,10 @@ def test_no_gradient_reaches_old_logprobs_that_are_detached_and_no_argument_chan
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"logprobs": torch.zeros(6, 6)}, r"shapes do not agree: logprobs \(6, 6\), old_logprobs \(6, 7\)"),
+        (
+            {"logprobs": torch.zeros(6, 6)},
+            r"shapes do not agree: logprobs \(6, 6\), old_logprobs \(6, 7\)",
+        ),
         ({"old_logprobs": torch.zeros(6, 1)}, r"old_logprobs \(6, 1\)"),
         ({"mask": torch.ones(1, 7, dtype=torch.bool)}, r"mask \(1, 7\)"),
         ({"advantages": torch.zeros(6, 1)}, r"advantages \(6, 1\)"),
@@ -342,7 +407,9 @@ def test_trap_11_the_end_token_gets_its_gradient_when_it_equals_padding():
     loss, _ = policy_loss(logprobs, logprobs.detach(), torch.tensor([1.0, -1.0]), mask)
     (gradient,) = torch.autograd.grad(loss, logits)
     assert torch.equal(gradient.abs().sum(-1) > 0, mask)
-    assert gradient[0, 2, eos] < 0 < gradient[1, 4, eos]  # descent makes the good response end, and the bad one not
+    assert (
+        gradient[0, 2, eos] < 0 < gradient[1, 4, eos]
+    )  # descent makes the good response end, and the bad one not
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 2, 3], [1] * 5 + [1]])
@@ -352,9 +419,12 @@ def test_trap_15_micro_batches_add_up_to_the_whole(sizes):
     whole_loss, whole_metrics, whole_gradient = loss_metrics_gradient(**arguments)
     tokens = arguments["mask"].sum()
     parts = [
-        dict(zip(arguments, p, strict=True)) for p in zip(*(x.split(sizes) for x in arguments.values()), strict=True)
+        dict(zip(arguments, p, strict=True))
+        for p in zip(*(x.split(sizes) for x in arguments.values()), strict=True)
     ]
-    losses, metrics, gradients = zip(*(loss_metrics_gradient(**part, normalizer=tokens) for part in parts), strict=True)
+    losses, metrics, gradients = zip(
+        *(loss_metrics_gradient(**part, normalizer=tokens) for part in parts), strict=True
+    )
     torch.testing.assert_close(sum(losses), whole_loss, **TIGHT)
     torch.testing.assert_close(torch.cat(gradients), whole_gradient, **TIGHT)
     for name, value in whole_metrics.items():
@@ -363,7 +433,9 @@ def test_trap_15_micro_batches_add_up_to_the_whole(sizes):
         torch.testing.assert_close(loss, trl_loss(**part, tokens=tokens)[0], **TIGHT)
     if len(sizes) > 1 and arguments["mask"].sum(1)[: sizes[0]].sum() * len(sizes) != tokens:
         own = [policy_loss(**part)[0] for part in parts if part["mask"].any()]
-        assert (sum(own) / len(own) - whole_loss).abs() > 1e-3  # what a normaliser per micro-batch would do
+        assert (
+            sum(own) / len(own) - whole_loss
+        ).abs() > 1e-3  # what a normaliser per micro-batch would do
 
 
 def test_normalizer_may_be_a_number_or_a_tensor():
@@ -390,14 +462,18 @@ def test_trap_18_the_loss_is_zero_and_the_gradient_is_not():
 def test_k3_by_hand():
     """pi = 1/2, pi_ref = 1/4: d = -log 2, k3 = 1/2 + log 2 - 1; equal policies: 0."""
     logprobs, ref = torch.tensor([[0.5, 0.3]]).log(), torch.tensor([[0.25, 0.3]]).log()
-    torch.testing.assert_close(kl_k3(logprobs, ref), torch.tensor([[0.193147, 0.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        kl_k3(logprobs, ref), torch.tensor([[0.193147, 0.0]]), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("beta", [0.04, 1.0])
 def test_loss_with_k3_and_its_gradient_equal_trl(beta):
     arguments = batch()
     logprobs, mask = arguments.pop("logprobs").requires_grad_(), arguments["mask"]
-    ref = arguments["old_logprobs"] - torch.rand(mask.shape, generator=torch.Generator().manual_seed(3))
+    ref = arguments["old_logprobs"] - torch.rand(
+        mask.shape, generator=torch.Generator().manual_seed(3)
+    )
     k3 = kl_k3(logprobs, ref).masked_fill(~mask, 0.0).sum() / mask.sum()
     ours = policy_loss(logprobs, **arguments)[0] + beta * k3
     theirs, metrics = trl_loss(logprobs, **arguments, beta=beta, ref=ref)

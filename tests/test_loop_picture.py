@@ -1,4 +1,4 @@
-"""benchmarks/loop_picture.py draws what the policy said, and the pictures that it saw, pixel for pixel."""
+"""study/loop_picture.py draws what the policy said, and the pictures that it saw, pixel for pixel."""
 
 from pathlib import Path
 
@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """-> what the script found, the file that it wrote, all texts in it"""
-    path, texts, real = tmp_path_factory.mktemp("picture") / "loop.png", [], ImageDraw.ImageDraw.text
+    path, texts, real = (
+        tmp_path_factory.mktemp("picture") / "loop.png",
+        [],
+        ImageDraw.ImageDraw.text,
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import loop_picture
+        from study import loop_picture
 
         def text(self, xy, words, *args, **kwargs):
             texts.append(words)
@@ -32,21 +35,25 @@ def drawn(tmp_path_factory):
 def test_the_responses_in_it_are_real(drawn):
     found, _, texts = drawn
     cfg, row = found["cfg"], found["row"]
-    responses = ["".join(token for token, *_ in line).removesuffix("(end)") for line in found["lines"]]
+    responses = [
+        "".join(token for token, *_ in line).removesuffix("(end)") for line in found["lines"]
+    ]
     assert len(responses) == cfg.rollouts and len(set(responses)) > 2
     scores = rewards.total_reward(responses, answer=[row["answer"]] * len(responses))
     assert scores["reward"] == pytest.approx(found["rewards"])
     assert 0 < sum(scores["accuracy"]) < len(responses)
     written = "".join(texts)
     assert all(response in written for response in responses)
-    assert all(f"{a:+.2f}" in texts for a in found["advantages"]) and sum(found["advantages"]) == pytest.approx(
-        0, abs=1e-4
-    )
+    assert all(f"{a:+.2f}" in texts for a in found["advantages"]) and sum(
+        found["advantages"]
+    ) == pytest.approx(0, abs=1e-4)
     before, after = found["entropy"]
     assert after > before and {f"{before:.3f} nats", f"{after:.3f} nats"} <= set(texts)
     assert all(str(number) in texts for number in range(1, 7))  # the six steps
     framed = [[kept for *_, kept in line] for line in found["lines"]]
-    assert all(map(any, framed[: cfg.clean_rollouts])) and not any(map(any, framed[cfg.clean_rollouts :]))
+    assert all(map(any, framed[: cfg.clean_rollouts])) and not any(
+        map(any, framed[cfg.clean_rollouts :])
+    )
 
 
 def test_the_pictures_in_it_are_the_clean_and_the_attacked_one(drawn):
@@ -61,5 +68,10 @@ def test_the_pictures_in_it_are_the_clean_and_the_attacked_one(drawn):
 
 
 def test_the_readmes_picture_is_what_the_script_draws(drawn):
-    old, new = (np.asarray(Image.open(path).convert("RGB"), np.float64) for path in (ROOT / "docs/loop.png", drawn[1]))
-    assert old.shape == new.shape and np.abs(old - new).mean() < 1, "run python benchmarks/loop_picture.py"
+    old, new = (
+        np.asarray(Image.open(path).convert("RGB"), np.float64)
+        for path in (ROOT / "docs/loop.png", drawn[1])
+    )
+    assert old.shape == new.shape and np.abs(old - new).mean() < 1, (
+        "run python -m study.loop_picture"
+    )

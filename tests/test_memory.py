@@ -6,12 +6,21 @@ import re
 import pytest
 import torch
 from conftest import launch
-from test_families import KINDS, PICTURES, PROBLEMS, make_policy, relative, responses, settings, write_rows
+from test_families import (
+    KINDS,
+    PICTURES,
+    PROBLEMS,
+    make_policy,
+    relative,
+    responses,
+    settings,
+    write_rows,
+)
 from transformers import AutoModelForImageTextToText
 
-import memory
 import train_saei
-from policy import Policy
+from vlm import adapt as memory
+from vlm.policy import Policy
 
 TOLERANCE = 1e-5  # of a tensor's largest entry: float32 sums in another order
 PROJECTOR = r"merger|connector|multi_modal_projector|image_newline"
@@ -40,7 +49,11 @@ def gradients(policy: Policy) -> tuple[list[torch.Tensor], dict[str, torch.Tenso
     loss = (logprobs.cos() + entropy.square())[mask].sum()
     grads = torch.autograd.grad(loss, [*images, *trained.values()], allow_unused=True)
     named = dict(zip(trained, grads[len(images) :], strict=True))
-    return list(grads[: len(images)]), {name: g for name, g in named.items() if g is not None}, sum(kept.values())
+    return (
+        list(grads[: len(images)]),
+        {name: g for name, g in named.items() if g is not None},
+        sum(kept.values()),
+    )
 
 
 def assert_gradients_equal(ours, theirs, names=None, tolerance=TOLERANCE) -> None:
@@ -48,7 +61,10 @@ def assert_gradients_equal(ours, theirs, names=None, tolerance=TOLERANCE) -> Non
     names = theirs[1].keys() if names is None else names
     assert ours[1].keys() == set(names)
     assert relative(ours[0], theirs[0]) <= tolerance and all(g.any() for g in ours[0])
-    assert relative([ours[1][name] for name in names], [theirs[1][name] for name in names]) <= tolerance
+    assert (
+        relative([ours[1][name] for name in names], [theirs[1][name] for name in names])
+        <= tolerance
+    )
 
 
 @pytest.mark.parametrize("knobs", ["micro_responses", "checkpointing", "both"])
@@ -68,14 +84,18 @@ def test_the_attention_implementation_changes_no_gradient(policy):
     plain = gradients(policy)
     policy.model.set_attn_implementation("eager")
     assert policy.model.config._attn_implementation == "eager"
-    assert_gradients_equal(gradients(policy), plain, tolerance=1e-4)  # its softmax is another algorithm
+    assert_gradients_equal(
+        gradients(policy), plain, tolerance=1e-4
+    )  # its softmax is another algorithm
 
 
 def test_no_phase_of_a_step_holds_more_than_its_share(tmp_path, reward_of_text, monkeypatch):
     """Prompts are sampled, attacked, measured and updated as few at a time as the settings say."""
     model, rows = small_run("qwen2_5_vl", tmp_path)
     seen, before = [], Policy.prefill
-    monkeypatch.setattr(Policy, "prefill", lambda self, p, *x, **y: seen.append(len(p)) or before(self, p, *x, **y))
+    monkeypatch.setattr(
+        Policy, "prefill", lambda self, p, *x, **y: seen.append(len(p)) or before(self, p, *x, **y)
+    )
     train(model, rows, tmp_path / "out", micro_prompts=1, sample_prompts=1, self_check=False)
     assert set(seen) == {1}
 
@@ -86,7 +106,9 @@ def test_a_lot_is_computed_again_and_no_more_than_that(monkeypatch):
     policy.micro_responses = 5
     seen, before = [], Policy.respond
     monkeypatch.setattr(
-        Policy, "respond", lambda self, tokens, *x: seen.append(len(tokens)) or before(self, tokens, *x)
+        Policy,
+        "respond",
+        lambda self, tokens, *x: seen.append(len(tokens)) or before(self, tokens, *x),
     )
     gradients(policy)
     assert sorted(seen) == [2, 2, 5, 5, 5, 5]
@@ -122,7 +144,9 @@ def test_freeze(policy, what):
     assert_gradients_equal(gradients(policy), plain, names)
     if what == "vision":
         assert any(re.search(PROJECTOR, name) for name in names)
-    assert what == "none" or not any("layers.0" in name or "blocks.0" in name for name in names - language(names))
+    assert what == "none" or not any(
+        "layers.0" in name or "blocks.0" in name for name in names - language(names)
+    )
 
 
 def language(names: set[str]) -> set[str]:
@@ -145,7 +169,9 @@ def test_lora_gradients_follow_from_those_of_the_merged_model(policy, tmp_path):
     policy.save_pretrained(tmp_path)
     merged = Policy.from_pretrained(tmp_path)
     theirs = gradients(merged)
-    assert type(merged.model) is type(make_policy(kind).model) and not any("lora" in name for name in theirs[1])
+    assert type(merged.model) is type(make_policy(kind).model) and not any(
+        "lora" in name for name in theirs[1]
+    )
     assert relative(ours[0], theirs[0]) <= 1e-4
     weights, want = dict(policy.named_parameters()), {}
     for name in ours[1]:
@@ -174,7 +200,9 @@ def test_adapters_of_a_bfloat16_model_are_float32(tmp_path):
     policy.save_pretrained(tmp_path)
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     before = make_policy("internvl").model.to(torch.bfloat16).state_dict()
-    assert all(torch.equal(saved[name], w) and saved[name].dtype == w.dtype for name, w in before.items())
+    assert all(
+        torch.equal(saved[name], w) and saved[name].dtype == w.dtype for name, w in before.items()
+    )
 
 
 def test_adapters_of_another_model_are_refused(tmp_path):
@@ -205,7 +233,9 @@ def train(model, rows, out, **changes) -> tuple[list[dict], dict[str, torch.Tens
     """-> metrics, the last checkpoint's parameters"""
     train_saei.main(train_saei.load_config(settings(model, rows, out, **changes)))
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    last = AutoModelForImageTextToText.from_pretrained(max((out / "checkpoints").glob("step-*"))).state_dict()
+    last = AutoModelForImageTextToText.from_pretrained(
+        max((out / "checkpoints").glob("step-*"))
+    ).state_dict()
     drop = ("seconds", "memory")
     return [{k: v for k, v in m.items() if not k.startswith(drop)} for m in metrics], last
 
@@ -219,11 +249,22 @@ def test_the_configuration_reaches_the_policy(tmp_path, reward_of_text, monkeypa
     model, rows = small_run("qwen2_5_vl", tmp_path)
     seen = []
     monkeypatch.setattr(Policy, "self_check", lambda self: seen.append(self) or {})
-    knobs = dict(micro_responses=7, checkpointing=True, min_pixels=16 * 16, max_pixels=32 * 32, freeze="vision")
+    knobs = dict(
+        micro_responses=7,
+        checkpointing=True,
+        min_pixels=16 * 16,
+        max_pixels=32 * 32,
+        freeze="vision",
+    )
     train(model, rows, tmp_path / "out", **knobs)
     (policy,) = seen
-    assert policy.micro_responses == 7 and policy.model.model.language_model.layers[1]._can_checkpoint_with_cache
-    size = Policy.from_pretrained(tmp_path / "out/checkpoints/step-000001").processor.image_processor.size
+    assert (
+        policy.micro_responses == 7
+        and policy.model.model.language_model.layers[1]._can_checkpoint_with_cache
+    )
+    size = Policy.from_pretrained(
+        tmp_path / "out/checkpoints/step-000001"
+    ).processor.image_processor.size
     assert (size["shortest_edge"], size["longest_edge"]) == (16 * 16, 32 * 32)
 
 
@@ -231,8 +272,12 @@ def test_the_configuration_reaches_the_policy(tmp_path, reward_of_text, monkeypa
 def test_a_run_with_all_recomputing_is_the_run_without(kind, tmp_path, reward_of_text):
     model, rows = small_run(kind, tmp_path)
     plain = train(model, rows, tmp_path / "plain", freeze="vision")
-    ours = train(model, rows, tmp_path / "ours", freeze="vision", checkpointing=True, micro_responses=2)
-    assert plain[0][0]["grad_norm"] > 0 and ours[0][0] == pytest.approx(plain[0][0], rel=1e-4, abs=1e-5)
+    ours = train(
+        model, rows, tmp_path / "ours", freeze="vision", checkpointing=True, micro_responses=2
+    )
+    assert plain[0][0]["grad_norm"] > 0 and ours[0][0] == pytest.approx(
+        plain[0][0], rel=1e-4, abs=1e-5
+    )
     before = AutoModelForImageTextToText.from_pretrained(model).state_dict()
     for name, w in before.items():
         frozen = bool(re.search(r"visual\.(?!.*merger)|vision_tower", name))
@@ -245,7 +290,9 @@ def test_a_lora_run_resumes_exactly_and_its_checkpoint_is_a_plain_model(tmp_path
     whole = train(model, rows, tmp_path / "whole", steps=3, **lora)
     train(model, rows, tmp_path / "parts", steps=2, **lora)
     parts = train(model, rows, tmp_path / "parts", steps=3, resume=True, self_check=False, **lora)
-    assert parts[0] == whole[0] and all(torch.equal(w, parts[1][name]) for name, w in whole[1].items())
+    assert parts[0] == whole[0] and all(
+        torch.equal(w, parts[1][name]) for name, w in whole[1].items()
+    )
     before = AutoModelForImageTextToText.from_pretrained(model).state_dict()
     assert before.keys() == whole[1].keys()
     for name, w in before.items():
@@ -272,7 +319,9 @@ def test_two_processes_with_text_alone_on_one(tmp_path, reward_of_text):
     knobs = dict(prompts_per_step=4, micro_prompts=1, checkpointing=True, micro_responses=3)
     _, one = train(tmp_path / "model", rows, tmp_path / "1", **knobs)
     launch(2, str(script), *settings(tmp_path / "model", rows, tmp_path / "2", **knobs))
-    two = AutoModelForImageTextToText.from_pretrained(tmp_path / "2/checkpoints/step-000001").state_dict()
+    two = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "2/checkpoints/step-000001"
+    ).state_dict()
     before = policy.model.state_dict()
     for part in ("vision_tower.", "multi_modal_projector.", "language_model."):
         flat = lambda a, b: torch.cat([(a[k] - b[k]).flatten() for k in before if part in k])  # noqa: B023, E731

@@ -19,7 +19,13 @@ def folder(tmp_path_factory):
     """The runs of all tests here, in two launches: most of their time is the start."""
     out = tmp_path_factory.mktemp("parallel")
     launch(1, "tests/parallel_cases.py", str(out / "1"), "ddp/mixed", "ddp/drop")
-    runs = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/half/2"]  # half: raises itself
+    runs = [
+        "ddp/mixed",
+        "fsdp2/mixed",
+        "fsdp2/drop/3",
+        "fsdp2/drop/resume",
+        "fsdp2/half/2",
+    ]  # half: raises itself
     launch(2, "tests/parallel_cases.py", str(out / "2"), *runs)
     return out
 
@@ -33,7 +39,9 @@ def test_two_processes_equal_one(folder, way, case):
     """
     one, two = folder / "1/ddp" / case, folder / "2" / way / case
     last = "checkpoints/step-000005"
-    a, b, start = (load_file(x / "model.safetensors") for x in (one / last, two / last, ROOT / "demo/mixed"))
+    a, b, start = (
+        load_file(x / "model.safetensors") for x in (one / last, two / last, ROOT / "demo/mixed")
+    )
     assert a.keys() == b.keys() == start.keys()
     moved = torch.cat([(a[name] - start[name]).flatten() for name in a])
     apart = torch.cat([(a[name] - b[name]).flatten() for name in a])
@@ -43,16 +51,28 @@ def test_two_processes_equal_one(folder, way, case):
     # each process leaves its own: a launcher may start fewer, without a word
     assert len(list((two / last / "state").glob("random_states_*"))) == 2
     sharded = list((two / last / "state").glob("optimizer_0/*.distcp"))
-    assert len(sharded) == (2 if way == "fsdp2" else 0)  # accelerate takes DDP on CPUs, whatever it is told
+    assert len(sharded) == (
+        2 if way == "fsdp2" else 0
+    )  # accelerate takes DDP on CPUs, whatever it is told
 
 
 def test_zero_2_refuses_what_it_would_sum_up_wrongly():
     """DeepSpeed sums gradients in the order in which they come; a process without pictures would have fewer."""
-    prompts, cfg = type("Four", (), {"counts": [1, 0, 0, 2], "__len__": lambda self: 4})(), train_saei.Config()
-    for changes, micro in (({}, 2), ({}, 4), ({"lora_rank": 4}, 1), ({"freeze": "vision+projector"}, 1)):
+    prompts, cfg = (
+        type("Four", (), {"counts": [1, 0, 0, 2], "__len__": lambda self: 4})(),
+        train_saei.Config(),
+    )
+    for changes, micro in (
+        ({}, 2),
+        ({}, 4),
+        ({"lora_rank": 4}, 1),
+        ({"freeze": "vision+projector"}, 1),
+    ):
         train_saei.refuse_text_alone(dataclasses.replace(cfg, **changes), prompts, micro, 7)
     for changes in ({}, {"freeze": "vision"}):
-        with pytest.raises(ValueError, match="step 7: a micro-batch of text alone, which ZeRO-2 cannot train: take"):
+        with pytest.raises(
+            ValueError, match="step 7: a micro-batch of text alone, which ZeRO-2 cannot train: take"
+        ):
             train_saei.refuse_text_alone(dataclasses.replace(cfg, **changes), prompts, 1, 7)
 
 

@@ -23,21 +23,32 @@ from transformers import (
 )
 from transformers.image_utils import SizeDict
 
-import policy as policy_module
 from demo.make_demo import build_model
-from policy import Policy
+from vlm import policy as policy_module
+from vlm.policy import Policy
 
 
 def build_qwen2_vl(tokenizer) -> Qwen2VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
-    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, eos_token_id=token("<|im_end|>"), bos_token_id=None)
-    text |= dict(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]})
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2
+    )
+    text |= dict(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=token("<|im_end|>"),
+        bos_token_id=None,
+    )
+    text |= dict(
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    )
     torch.manual_seed(0)
     model = Qwen2VLForConditionalGeneration(
         Qwen2VLConfig(
             text_config=text,
-            vision_config=dict(depth=2, embed_dim=64, hidden_size=64, num_heads=4, mlp_ratio=2, patch_size=16),
+            vision_config=dict(
+                depth=2, embed_dim=64, hidden_size=64, num_heads=4, mlp_ratio=2, patch_size=16
+            ),
             image_token_id=token("<|image_pad|>"),
             video_token_id=token("<|video_pad|>"),
             vision_start_token_id=token("<|vision_start|>"),
@@ -70,7 +81,9 @@ def fresh(processor):
 
 
 def make_policy(processor, build=build_model) -> Policy:
-    policy = Policy(reference.double(reference.sharpen(build(processor.tokenizer))), copy.deepcopy(processor))
+    policy = Policy(
+        reference.double(reference.sharpen(build(processor.tokenizer))), copy.deepcopy(processor)
+    )
     policy.eos_ids += list(range(40))  # end tokens are frequent, so that responses differ in length
     return policy
 
@@ -84,11 +97,18 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.
     return Image.fromarray(pixels).convert(mode)
 
 
-PROBLEMS = ["How many pips?", "Which of the two pictures shows the red die? Look, then say 1 or 2.", "3+4", "red"]
+PROBLEMS = [
+    "How many pips?",
+    "Which of the two pictures shows the red die? Look, then say 1 or 2.",
+    "3+4",
+    "red",
+]
 PICTURES = [[picture(96, 64)], [picture(64, 64, 1), picture(32, 96, 2)], [], [picture(64, 64, 3)]]
 
 
-def responses(policy: Policy, P: int, n: int, T: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def responses(
+    policy: Policy, P: int, n: int, T: int, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random allowed tokens of random lengths, the last rows the longest and the shortest.   -> (P n, T), (P n, T)"""
     g = torch.Generator().manual_seed(seed)
     allowed = torch.tensor(reference.allowed_tokens(policy.processor))
@@ -108,7 +128,13 @@ def reference_score(policy, problems, pictures, tokens, mask, temperature=1.0, i
         own = images[p] if images else None
         rows.append(
             reference.score(
-                policy.model, policy.processor, problems[p], pictures[p], row[keep].tolist(), temperature, own
+                policy.model,
+                policy.processor,
+                problems[p],
+                pictures[p],
+                row[keep].tolist(),
+                temperature,
+                own,
             )
         )
     return [list(x) for x in zip(*rows, strict=True)]
@@ -121,7 +147,15 @@ def assert_rows_equal(ours, mask, theirs, atol):
 
 # ------------------------------------------------------------------------------------------------------------- images
 
-SIZES = [(96, 96), (64, 128), (97, 61), (20, 20), (33, 500), (700, 300), (15, 900)]  # as is, rounded, enlarged, reduced
+SIZES = [
+    (96, 96),
+    (64, 128),
+    (97, 61),
+    (20, 20),
+    (33, 500),
+    (700, 300),
+    (15, 900),
+]  # as is, rounded, enlarged, reduced
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -134,7 +168,9 @@ def test_pixel_values_equal_the_processors(sharp, size):
 
 
 def test_pixel_values_of_several_images_are_in_order_and_equal_the_loops(sharp):
-    images = [sharp.to_unit_image(picture(64, 96, s)) for s in range(2)] + [sharp.to_unit_image(picture(32, 64))]
+    images = [sharp.to_unit_image(picture(64, 96, s)) for s in range(2)] + [
+        sharp.to_unit_image(picture(32, 64))
+    ]
     ours = sharp.to_pixel_values(images)
     loops = torch.cat([reference.pixel_values(x, sharp.processor) for x in images])
     torch.testing.assert_close(ours["pixel_values"], loops, atol=1e-6, rtol=0)
@@ -144,7 +180,9 @@ def test_pixel_values_of_several_images_are_in_order_and_equal_the_loops(sharp):
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
 def test_pictures_of_other_modes(sharp, mode):
     image = picture(64, 64, mode=mode)
-    theirs = sharp.processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"]
+    theirs = sharp.processor.image_processor(images=[image.convert("RGB")], return_tensors="pt")[
+        "pixel_values"
+    ]
     ours = sharp.to_pixel_values([sharp.to_unit_image(image)])["pixel_values"]
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
 
@@ -170,12 +208,20 @@ def test_trap_08_frames_of_an_attacked_picture_stay_equal(sharp):
 
     prompts = sharp.encode(PROBLEMS[:1], PICTURES[:1])
     tokens, mask = responses(sharp, 1, 2, 5)
-    objective = lambda images: sharp.score(prompts.with_images(images), tokens, mask)[1][mask].mean()  # noqa: E731
+    objective = lambda images: sharp.score(prompts.with_images(images), tokens, mask)[1][
+        mask
+    ].mean()  # noqa: E731
     (attacked,) = egas.pgd_ascent(objective, prompts.images, eps=8 / 255, steps=2)
     ip = sharp.processor.image_processor
-    patches = sharp.to_pixel_values([attacked])["pixel_values"].unflatten(1, (3, 2, -1))  # (patches, c, t, p * p)
+    patches = sharp.to_pixel_values([attacked])["pixel_values"].unflatten(
+        1, (3, 2, -1)
+    )  # (patches, c, t, p * p)
     assert torch.equal(patches[:, :, 0], patches[:, :, 1])
-    assert 0 <= attacked.min() and attacked.max() <= 1 and (attacked - prompts.images[0]).abs().max() > 7 / 255
+    assert (
+        0 <= attacked.min()
+        and attacked.max() <= 1
+        and (attacked - prompts.images[0]).abs().max() > 7 / 255
+    )
     # As an 8-bit picture it goes through the processor to what the model saw, up to half a grey level.
     saved = Image.fromarray((attacked * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
     theirs = ip(images=[saved], return_tensors="pt")["pixel_values"].unflatten(1, (3, 2, -1))
@@ -211,11 +257,15 @@ def test_encode_equals_the_processors_chat_call(family):
     for p, (problem, pictures) in enumerate(zip(PROBLEMS, PICTURES, strict=True)):
         want = reference.prompt_inputs(family.processor, problem, pictures)
         length = want["input_ids"].shape[1]
-        assert prompts.mask[p].tolist() == [False] * (prompts.ids.shape[1] - length) + [True] * length
+        assert (
+            prompts.mask[p].tolist() == [False] * (prompts.ids.shape[1] - length) + [True] * length
+        )
         assert torch.equal(prompts.ids[p, -length:], want["input_ids"][0])
         family.model.model.rope_deltas = None
         grid = {"image_grid_thw": want["image_grid_thw"]} if pictures else {}
-        positions, _ = family.model.model.get_rope_index(want["input_ids"], want["mm_token_type_ids"], **grid)
+        positions, _ = family.model.model.get_rope_index(
+            want["input_ids"], want["mm_token_type_ids"], **grid
+        )
         assert torch.equal(prompts.positions[:, p, -length:], positions[:, 0])
         assert prompts.next_position[p] == positions.max() + 1
 
@@ -241,8 +291,12 @@ def test_prompt_tokens_counts_image_tokens(sharp):
 def test_prompts_slice_and_take_new_images(sharp):
     prompts = sharp.encode(PROBLEMS, PICTURES)
     part = prompts[1:4]
-    assert [x.shape for x in part.images] == [x.shape for x in prompts.images[1:]] and part.counts == [2, 0, 1]
-    assert torch.equal(part.ids, prompts.ids[1:4]) and torch.equal(part.positions, prompts.positions[:, 1:4])
+    assert [x.shape for x in part.images] == [
+        x.shape for x in prompts.images[1:]
+    ] and part.counts == [2, 0, 1]
+    assert torch.equal(part.ids, prompts.ids[1:4]) and torch.equal(
+        part.positions, prompts.positions[:, 1:4]
+    )
     assert prompts[2:3].images == []
     black = prompts.with_images([torch.zeros_like(x) for x in prompts.images])
     assert black[3:].images[0].max() == 0 and prompts.images[0].max() > 0
@@ -299,7 +353,9 @@ def test_score_equals_the_plain_forward(family, temperature):
     """Left-padded prompts with one, two and no images, three responses each: within 3e-5 nats of the row-by-row way."""
     tokens, mask = responses(family, 4, 3, 6)
     with torch.no_grad():
-        logprobs, entropy = family.score(family.encode(PROBLEMS, PICTURES), tokens, mask, temperature)
+        logprobs, entropy = family.score(
+            family.encode(PROBLEMS, PICTURES), tokens, mask, temperature
+        )
         want = reference_score(family, PROBLEMS, PICTURES, tokens, mask, temperature)
     assert logprobs.dtype == entropy.dtype == torch.float32
     assert_rows_equal(logprobs, mask, want[0], 3e-5)
@@ -347,7 +403,9 @@ def test_one_token_responses(sharp):
     mask = torch.ones_like(tokens, dtype=torch.bool)
     with torch.no_grad():
         ours = sharp.score(sharp.encode(PROBLEMS[:2], PICTURES[:2]), tokens, mask)[0]
-        assert_rows_equal(ours, mask, reference_score(sharp, PROBLEMS[:2], PICTURES[:2], tokens, mask)[0], 3e-5)
+        assert_rows_equal(
+            ours, mask, reference_score(sharp, PROBLEMS[:2], PICTURES[:2], tokens, mask)[0], 3e-5
+        )
 
 
 def test_text_alone(sharp):
@@ -355,7 +413,9 @@ def test_text_alone(sharp):
     with torch.no_grad():
         prompts = sharp.encode(["3+4", "Which is larger, 3 or 4?"], [[], []])
         ours = sharp.score(prompts, tokens, mask)[0]
-        want = reference_score(sharp, ["3+4", "Which is larger, 3 or 4?"], [[], []], tokens, mask)[0]
+        want = reference_score(sharp, ["3+4", "Which is larger, 3 or 4?"], [[], []], tokens, mask)[
+            0
+        ]
     assert_rows_equal(ours, mask, want, 3e-5)
 
 
@@ -364,7 +424,9 @@ def test_padding_of_responses_has_no_influence(sharp):
     prompts = sharp.encode(PROBLEMS, PICTURES)
     tokens, mask = responses(sharp, 4, 2, 6)
     other = torch.where(mask, tokens, 77)
-    for a, b in zip(sharp.score(prompts, tokens, mask), sharp.score(prompts, other, mask), strict=True):
+    for a, b in zip(
+        sharp.score(prompts, tokens, mask), sharp.score(prompts, other, mask), strict=True
+    ):
         assert torch.equal(a[mask], b[mask])
 
 
@@ -372,7 +434,10 @@ def test_trap_06_rows_belong_to_their_own_prompt(sharp):
     """P = 3 prompts that differ in the picture alone, n = 2: rows 2p and 2p + 1 see picture p, in score and sample."""
     pictures = [[picture(64, 64, s)] for s in range(3)]
     prompts = sharp.encode(["How many?"] * 3, pictures)
-    tokens, mask = torch.tensor([[50, 60, 70, 80]]).expand(6, -1), torch.ones(6, 4, dtype=torch.bool)
+    tokens, mask = (
+        torch.tensor([[50, 60, 70, 80]]).expand(6, -1),
+        torch.ones(6, 4, dtype=torch.bool),
+    )
     with torch.no_grad():
         together = sharp.score(prompts, tokens, mask)[0]
         alone = [sharp.score(prompts[p : p + 1], tokens[:1], mask[:1])[0][0] for p in range(3)]
@@ -382,7 +447,9 @@ def test_trap_06_rows_belong_to_their_own_prompt(sharp):
     sampled = sharp.sample(prompts, 2, [1, 2, 3], 4)
     with torch.no_grad():
         scored = sharp.score(prompts, sampled.tokens, sampled.mask)[0]
-    torch.testing.assert_close(sampled.logprobs[sampled.mask], scored[sampled.mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        sampled.logprobs[sampled.mask], scored[sampled.mask], atol=1e-5, rtol=0
+    )
 
 
 def test_trap_02_stale_rope_deltas_change_nothing(fresh):
@@ -415,7 +482,9 @@ def test_trap_03_banned_tokens_have_no_probability(fresh):
     known = len(tokenizer)
     fresh.model.resize_token_embeddings(known + 9)
     with torch.no_grad():
-        fresh.model.lm_head.weight[known:] = fresh.model.lm_head.weight[:9] * 3  # ids of nothing, but likely ones
+        fresh.model.lm_head.weight[known:] = (
+            fresh.model.lm_head.weight[:9] * 3
+        )  # ids of nothing, but likely ones
         fresh.model.lm_head.weight[tokenizer.convert_tokens_to_ids("<|image_pad|>")] *= 4
     policy = Policy(fresh.model, fresh.processor)
     allowed = reference.allowed_tokens(policy.processor)
@@ -426,7 +495,9 @@ def test_trap_03_banned_tokens_have_no_probability(fresh):
     every = torch.arange(known + 9)[:, None]
     with torch.no_grad():
         logprobs, entropy = policy.score(prompts, every, torch.ones_like(every, dtype=torch.bool))
-        (want,) = reference.distributions(policy.model, policy.processor, PROBLEMS[0], PICTURES[0], [allowed[0]])
+        (want,) = reference.distributions(
+            policy.model, policy.processor, PROBLEMS[0], PICTURES[0], [allowed[0]]
+        )
     banned = policy.banned
     assert (logprobs[banned] == -math.inf).all() and logprobs[~banned].isfinite().all()
     torch.testing.assert_close(logprobs[~banned].squeeze(1), want, atol=1e-5, rtol=0)
@@ -459,7 +530,10 @@ def test_trap_10_checkpointing_is_exact_or_refused(fresh):
     assert all(torch.equal(a, b) for a, b in zip(ours, want, strict=True))
     assert all(g.abs().max() > 0 for g in torch.autograd.grad(ours[1][mask].sum(), images))
     fresh.train()
-    for call in (lambda: fresh.score(prompts, tokens, mask), lambda: fresh.sample(prompts, 2, [0] * 4, 3)):
+    for call in (
+        lambda: fresh.score(prompts, tokens, mask),
+        lambda: fresh.sample(prompts, 2, [0] * 4, 3),
+    ):
         with pytest.raises(RuntimeError, match="activation checkpointing"):
             call()
 
@@ -473,7 +547,9 @@ def test_no_dropout_although_the_model_came_in_train_mode(processor):
     prompts = policy.encode(PROBLEMS[:1], PICTURES[:1])
     tokens, mask = responses(policy, 1, 2, 4)
     assert not any(module.training for module in policy.modules())
-    assert torch.equal(policy.score(prompts, tokens, mask)[0], policy.score(prompts, tokens, mask)[0])
+    assert torch.equal(
+        policy.score(prompts, tokens, mask)[0], policy.score(prompts, tokens, mask)[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- head
@@ -525,7 +601,9 @@ def test_the_head_keeps_no_logits_for_the_backward(sharp):
     prompts = sharp.encode(PROBLEMS, PICTURES)
     tokens, mask = responses(sharp, 4, 12, 8)
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.shape) or x, lambda x: x
+    ):
         sharp.score(prompts, tokens, mask)
     assert len(saved) > 100 and not [shape for shape in saved if shape[-1:] == (len(sharp.banned),)]
 
@@ -554,26 +632,41 @@ def test_sampled_values_equal_scored_ones(family):
     prompts = family.encode(PROBLEMS, PICTURES)
     for temperature in (1.0, 0.7):
         sampled = family.sample(prompts, 3, [5, 6, 7, 8], 8, temperature)
-        assert sampled.tokens.shape == sampled.mask.shape == sampled.logprobs.shape == sampled.entropy.shape
+        assert (
+            sampled.tokens.shape
+            == sampled.mask.shape
+            == sampled.logprobs.shape
+            == sampled.entropy.shape
+        )
         assert len(set(sampled.mask.sum(1).tolist())) > 2  # of various lengths
         with torch.no_grad():
             logprobs, entropy = family.score(prompts, sampled.tokens, sampled.mask, temperature)
-            want = reference_score(family, PROBLEMS, PICTURES, sampled.tokens, sampled.mask, temperature)
+            want = reference_score(
+                family, PROBLEMS, PICTURES, sampled.tokens, sampled.mask, temperature
+            )
         assert_rows_equal(sampled.logprobs, sampled.mask, want[0], 3e-5)
         assert_rows_equal(sampled.entropy, sampled.mask, want[1], 3e-5)
-        torch.testing.assert_close(sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=1e-5, rtol=0)
-        torch.testing.assert_close(sampled.entropy[sampled.mask], entropy[sampled.mask], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            sampled.logprobs[sampled.mask], logprobs[sampled.mask], atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            sampled.entropy[sampled.mask], entropy[sampled.mask], atol=1e-5, rtol=0
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_first_tokens_follow_the_softmax(sharp, temperature):
     """12,000 first tokens against the reference's probabilities: chi-square over the cells that expect 10 or more."""
     prompts = sharp.encode(["red"], [[]])
-    drawn = [sharp.sample(prompts, 3000, [seed], 1, temperature).tokens.flatten() for seed in range(4)]
+    drawn = [
+        sharp.sample(prompts, 3000, [seed], 1, temperature).tokens.flatten() for seed in range(4)
+    ]
     counts = torch.cat(drawn).bincount(minlength=len(sharp.banned)).double()
     allowed = reference.allowed_tokens(sharp.processor)
     with torch.no_grad():
-        (logp,) = reference.distributions(sharp.model, sharp.processor, "red", [], [allowed[0]], temperature)
+        (logp,) = reference.distributions(
+            sharp.model, sharp.processor, "red", [], [allowed[0]], temperature
+        )
     expected, seen = logp.double().exp() * counts.sum(), counts[allowed]
     assert seen.sum() == counts.sum() == 12_000
     large = expected >= 10
@@ -596,7 +689,9 @@ def test_later_tokens_follow_the_softmax(sharp):
             for logp in reference.distributions(
                 sharp.model, sharp.processor, PROBLEMS[0], PICTURES[0], tokens[mask].tolist(), 0.8
             ):
-                variances.append(((logp.exp() * logp**2).sum() - (logp.exp() * logp).sum() ** 2).item())
+                variances.append(
+                    ((logp.exp() * logp**2).sum() - (logp.exp() * logp).sum() ** 2).item()
+                )
     surprise = (sampled.logprobs + sampled.entropy)[sampled.mask]
     assert abs(surprise.sum()) < 4 * math.sqrt(np.mean(variances) * len(surprise))
     assert 0.7 < surprise.var() / np.mean(variances) < 1.4
@@ -620,10 +715,14 @@ def test_temperature_zero_is_greedy(sharp):
     for p in range(4):
         response = greedy.tokens[2 * p][greedy.mask[2 * p]].tolist()
         with torch.no_grad():
-            logps = reference.distributions(sharp.model, sharp.processor, PROBLEMS[p], PICTURES[p], response)
+            logps = reference.distributions(
+                sharp.model, sharp.processor, PROBLEMS[p], PICTURES[p], response
+            )
         assert response == [allowed[int(logp.argmax())] for logp in logps]
         want = torch.stack([logp.max() for logp in logps])
-        torch.testing.assert_close(greedy.logprobs[2 * p][greedy.mask[2 * p]], want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            greedy.logprobs[2 * p][greedy.mask[2 * p]], want, atol=1e-5, rtol=0
+        )
 
 
 def test_rows_stop_at_their_end_token(sharp):
@@ -632,7 +731,9 @@ def test_rows_stop_at_their_end_token(sharp):
     sampled = sharp.sample(prompts, 8, [1, 2, 3, 4], 10)
     truncated = sampled.truncated(sharp.eos_ids)
     assert 0 < truncated.sum() < 32
-    for tokens, mask, cut in zip(sampled.tokens.tolist(), sampled.mask.tolist(), truncated.tolist(), strict=True):
+    for tokens, mask, cut in zip(
+        sampled.tokens.tolist(), sampled.mask.tolist(), truncated.tolist(), strict=True
+    ):
         ends = [t for t, token in enumerate(tokens) if token in sharp.eos_ids]
         length = 10 if cut else ends[0] + 1
         assert bool(ends) != cut
@@ -650,7 +751,9 @@ def test_sampling_ends_with_the_last_row(sharp):
 def test_rows_that_have_ended_leave_the_batch(sharp, monkeypatch):
     """The rows computed for each token: never fewer than those still alive, at most 4/3 of them."""
     respond, computed = Policy.respond, []
-    monkeypatch.setattr(Policy, "respond", lambda self, ids, *a: computed.append(len(ids)) or respond(self, ids, *a))
+    monkeypatch.setattr(
+        Policy, "respond", lambda self, ids, *a: computed.append(len(ids)) or respond(self, ids, *a)
+    )
     sampled = sharp.sample(sharp.encode(PROBLEMS, PICTURES), 8, [1, 2, 3, 4], 60)
     alive = sampled.mask.sum(dim=0).tolist()[1:]
     assert len(computed) == len(alive) and computed[0] > 4 * computed[-1]
@@ -663,7 +766,11 @@ def test_scoring_computes_lots_of_like_length(sharp, monkeypatch):
     prompts = sharp.encode(PROBLEMS, PICTURES)
     tokens, mask = responses(sharp, 4, 6, 40)
     respond, computed = Policy.respond, []
-    monkeypatch.setattr(Policy, "respond", lambda self, ids, *a: computed.append(ids.numel()) or respond(self, ids, *a))
+    monkeypatch.setattr(
+        Policy,
+        "respond",
+        lambda self, ids, *a: computed.append(ids.numel()) or respond(self, ids, *a),
+    )
     results = []
     for rows in (24, 4):
         monkeypatch.setattr("policy.ROWS", rows)
@@ -686,7 +793,9 @@ def test_trap_11_the_end_token_counts_although_it_is_the_padding_token(fresh):
     """pad = eos: the mask goes by position, so the final end token is in it, and has a gradient."""
     prompts = fresh.encode(PROBLEMS, PICTURES)
     often = fresh.sample(prompts, 8, [1, 2, 3, 4], 10)
-    fresh.pad_id = int(often.tokens[often.mask].mode().values)  # a token frequent enough to be the end token
+    fresh.pad_id = int(
+        often.tokens[often.mask].mode().values
+    )  # a token frequent enough to be the end token
     fresh.eos_ids = [fresh.pad_id]
     sampled = fresh.sample(prompts, 8, [1, 2, 3, 4], 10)
     ended = ~sampled.truncated(fresh.eos_ids)
@@ -710,7 +819,9 @@ def test_rollouts_depend_on_their_own_seed_alone(sharp):
     assert rows(sharp.sample(prompts[1:3], 4, [12, 13], 6)) == rows(whole)[4:12]
     alone = sharp.encode(PROBLEMS[3:], PICTURES[3:])
     assert rows(sharp.sample(alone, 4, [14], 6)) == rows(whole)[12:]
-    assert rows(sharp.sample(prompts, 2, [11, 12, 13, 14], 6)) == [r for i, r in enumerate(rows(whole)) if i % 4 < 2]
+    assert rows(sharp.sample(prompts, 2, [11, 12, 13, 14], 6)) == [
+        r for i, r in enumerate(rows(whole)) if i % 4 < 2
+    ]
     assert rows(sharp.sample(prompts, 4, [11, 12, 13, 14], 6)) == rows(whole)
     assert rows(sharp.sample(prompts, 4, [21, 22, 23, 24], 6)) != rows(whole)
     assert len({tuple(r) for r in rows(whole)}) > 12  # the four of a prompt differ
@@ -721,7 +832,14 @@ def test_trap_01_generation_config_cannot_make_rollouts_greedy(processor, tmp_pa
     plain = make_policy(processor)
     prompts = plain.encode(PROBLEMS, PICTURES)
     want = plain.sample(prompts, 4, [1, 2, 3, 4], 6)
-    greedy = dict(do_sample=True, top_k=1, top_p=0.001, temperature=1e-6, repetition_penalty=1.5, min_new_tokens=6)
+    greedy = dict(
+        do_sample=True,
+        top_k=1,
+        top_p=0.001,
+        temperature=1e-6,
+        repetition_penalty=1.5,
+        min_new_tokens=6,
+    )
     plain.model.generation_config.update(**greedy, suppress_tokens=[int(want.tokens[0, 0])])
     plain.save_pretrained(tmp_path)
     loaded = Policy.from_pretrained(tmp_path)
@@ -739,7 +857,9 @@ def test_decode_leaves_out_padding_and_the_end_token(sharp):
     texts = ["<think>3 + 4 = 7.</think> \\boxed{7}", " a , b . 's", "é 中"]
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     T = max(map(len, ids)) + 2
-    tokens = torch.tensor([row + [50] * (T - len(row)) for row in ids])  # by the mask, not by the padding's value
+    tokens = torch.tensor(
+        [row + [50] * (T - len(row)) for row in ids]
+    )  # by the mask, not by the padding's value
     mask = torch.arange(T) < torch.tensor([[len(row)] for row in ids])
     zeros = torch.zeros(tokens.shape)
     assert sharp.decode(policy_module.Responses(tokens, mask, zeros, zeros)) == texts
@@ -772,7 +892,10 @@ def test_a_saved_policy_loads_bit_for_bit(tiny, tmp_path, dtype, gathered):
     policy = Policy.from_pretrained(tiny, dtype=dtype)
     state = {k: v + 1 for k, v in policy.state_dict().items()}
     policy.save_pretrained(tmp_path, state if gathered else None)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     want, found = policy.model.state_dict(), model.state_dict()
     want = {k: v + 1 if gathered else v for k, v in want.items()}
     assert want.keys() == found.keys()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import eval as evaluation
 import train_saei
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import tables  # noqa: E402
+
+from benchmarks import tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 
@@ -21,19 +20,27 @@ README = (ROOT / "README.md").read_text()
 def test_tables_are_those_of_the_results():
     for name, makers in tables.PAGES.items():
         page = (ROOT / name).read_text()
-        assert tables.fill(page, makers) == page, f"{name}: run python benchmarks/tables.py"
-    if picture := tables.study_tables.picture(ROOT / "results"):
+        assert tables.fill(page, makers) == page, f"{name}: run python -m benchmarks.tables"
+    if picture := tables.study_tables.picture(ROOT / "study/results"):
         assert (ROOT / "docs/study.svg").read_text() == picture
 
 
 def anchors(page: str) -> set[str]:
     """What GitHub makes of a page's headings: lower case, no punctuation, hyphens for spaces."""
     text = re.sub(r"```[\s\S]*?```", "", page)
-    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    return {
+        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "WALKTHROUGH.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+    "name",
+    [
+        "README.md",
+        "docs/walkthrough/README.md",
+        *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
+    ],
 )
 def test_links_lead_somewhere(name):
     """To files that exist, to lines that they have, to headings of theirs."""
@@ -76,21 +83,33 @@ def test_the_readmes_figures_of_the_graders_are_the_measured_ones():
         assert not x["false positives"] or f"({x['false positives']}" in text, name
 
 
-@pytest.mark.parametrize("name", ["README.md", "WALKTHROUGH.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/walkthrough/README.md"])
 def test_commands_name_scripts_recipes_and_options_that_exist(name):
     """Of every shown command; my_... and out/... are the reader's."""
-    shown = "\n".join(re.findall(r"```bash\n([\s\S]*?)```", (ROOT / name).read_text())).replace("\\\n", " ")
-    spans = re.findall(
-        r"`((?:python|accelerate launch|bash) [^`]*)`", re.sub(r"```[\s\S]*?```", "", (ROOT / name).read_text())
+    shown = "\n".join(re.findall(r"```bash\n([\s\S]*?)```", (ROOT / name).read_text())).replace(
+        "\\\n", " "
     )
-    commands = [line.split("#")[0].split() for line in [*shown.splitlines(), *spans] if line.strip()]
+    spans = re.findall(
+        r"`((?:python|accelerate launch|bash) [^`]*)`",
+        re.sub(r"```[\s\S]*?```", "", (ROOT / name).read_text()),
+    )
+    commands = [
+        line.split("#")[0].split() for line in [*shown.splitlines(), *spans] if line.strip()
+    ]
     assert len(commands) >= 4
     known = {
         script: {field.name for field in dataclasses.fields(config)} | {"config", "help"}
-        for script, config in (("train_saei.py", train_saei.Config), ("eval.py", evaluation.EvalConfig))
+        for script, config in (
+            ("train_saei.py", train_saei.Config),
+            ("eval.py", evaluation.EvalConfig),
+        )
     }
     for words in commands:
-        files = [word for word in words if re.fullmatch(r"[\w/]+\.(py|yaml|sh)", word) and not word.startswith("my")]
+        files = [
+            word
+            for word in words
+            if re.fullmatch(r"[\w/]+\.(py|yaml|sh)", word) and not word.startswith("my")
+        ]
         assert [word for word in files if not (ROOT / word).exists()] == [], words
         for script in set(files) & set(known):
             options = [word[2:] for word in words[words.index(script) :] if word.startswith("--")]

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config import config_args
 
 import train_saei
-from presets import PRESETS
+from runtime.presets import PRESETS
 
 FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -24,15 +24,27 @@ def test_geometry3k_arms_have_one_budget():
     arms = {arm: asdict(load(f"geometry3k_{arm}")) for arm in ("grpo", "noisyrollout", "saei")}
     own = {"output", "intervention", "adversarial_rollouts", "eps"}
     for arm in arms.values():
-        assert {k: v for k, v in arm.items() if k not in own} == {k: v for k, v in arms["grpo"].items() if k not in own}
+        assert {k: v for k, v in arm.items() if k not in own} == {
+            k: v for k, v in arms["grpo"].items() if k not in own
+        }
     assert [arm["intervention"] for arm in arms.values()] == ["none", "noise", "egas"]
     assert [arm["rollouts"] - arm["adversarial_rollouts"] for arm in arms.values()] == [12, 6, 6]
 
 
 def test_geometry3k_arms_are_noisyrollouts():
     cfg = load("geometry3k_noisyrollout")
-    assert (cfg.prompts_per_step, cfg.prompts_per_step // cfg.updates_per_step, cfg.steps) == (512, 128, 60)
-    assert (cfg.lr, cfg.temperature, cfg.noise_t, cfg.clip_low, cfg.clip_high) == (1e-6, 1.0, 500.0, 0.2, 0.2)
+    assert (cfg.prompts_per_step, cfg.prompts_per_step // cfg.updates_per_step, cfg.steps) == (
+        512,
+        128,
+        60,
+    )
+    assert (cfg.lr, cfg.temperature, cfg.noise_t, cfg.clip_low, cfg.clip_high) == (
+        1e-6,
+        1.0,
+        500.0,
+        0.2,
+        0.2,
+    )
     assert train_saei.split_work(cfg, 8) == (1, 16)
 
 
@@ -41,7 +53,9 @@ def test_geometry3k_arms_see_and_train_what_noisyrollout_does():
         assert (cfg.freeze, cfg.min_pixels, cfg.max_pixels) == ("vision", 262_144, 1_000_000)
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("accelerate/*.yaml")), ids=lambda path: path.stem
+)
 def test_accelerate_reads_its_configurations(path):
     """accelerate refuses unknown keys; what a DeepSpeed file says must not be said beside it."""
     config = config_args.load_config_from_file(str(path))
@@ -50,9 +64,14 @@ def test_accelerate_reads_its_configurations(path):
     if kind == "DEEPSPEED":
         assert set(config.deepspeed_config) == {"deepspeed_config_file", "zero3_init_flag"}
         assert config.mixed_precision is None
-        engine = json.loads((FOLDER.parent / config.deepspeed_config["deepspeed_config_file"]).read_text())
+        engine = json.loads(
+            (FOLDER.parent / config.deepspeed_config["deepspeed_config_file"]).read_text()
+        )
         assert engine["zero_optimization"]["stage"] == 2 and engine["bf16"]["enabled"]
-        assert engine["train_micro_batch_size_per_gpu"] == 1 and engine["gradient_accumulation_steps"] == "auto"
+        assert (
+            engine["train_micro_batch_size_per_gpu"] == 1
+            and engine["gradient_accumulation_steps"] == "auto"
+        )
     else:
         assert config.mixed_precision == "bf16"
     if kind == "FSDP":
@@ -60,7 +79,11 @@ def test_accelerate_reads_its_configurations(path):
 
 
 def test_named_accelerate_configurations_exist():
-    named = {x for path in FOLDER.glob("*.yaml") for x in re.findall(r"--config_file (\S+)", path.read_text())}
+    named = {
+        x
+        for path in FOLDER.glob("*.yaml")
+        for x in re.findall(r"--config_file (\S+)", path.read_text())
+    }
     assert named and all((FOLDER.parent / x).is_file() for x in named)
 
 

@@ -59,7 +59,9 @@ CASES = [
     for verdict, predictions in ((True, right), (False, wrong))
     for prediction in predictions
 ]
-CASES_BY_KIND = {kind: [case for case in CASES if case[0] == kind] for kind in dict.fromkeys(c[0] for c in CASES)}
+CASES_BY_KIND = {
+    kind: [case for case in CASES if case[0] == kind] for kind in dict.fromkeys(c[0] for c in CASES)
+}
 
 OWN_EXTRACTIONS = [
     (r"so \boxed{11}", "11"),
@@ -80,7 +82,10 @@ OWN_EXTRACTIONS = [
     ("\\boxed{1\n+ 2}", "1\n+ 2"),
     (r"\boxed{3} then \boxed{}", ""),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
-    (r"<think>\boxed{1}</think> <answer>2</answer>", "2"),  # a box in the thinking does not beat a tag after it
+    (
+        r"<think>\boxed{1}</think> <answer>2</answer>",
+        "2",
+    ),  # a box in the thinking does not beat a tag after it
     (r"<think>\boxed{1}</think> so two", "1"),  # nothing after the thinking: the thinking is read
     (r"<think>a</think>\boxed{1}</think> \boxed{2", "1"),
     (r"a</think> \boxed{1} </think> <answer>2</answer>", "2"),
@@ -218,7 +223,12 @@ def test_grade(kind):
     """No false reward anywhere; no miss but the listed ones; in both families of wrappers."""
     for _, prediction, gold, choices, precision, verdict in CASES_BY_KIND[kind]:
         expected = verdict and (gold, prediction) not in MISSES
-        assert grade(prediction, gold, choices, precision) is expected, (prediction, gold, choices, precision)
+        assert grade(prediction, gold, choices, precision) is expected, (
+            prediction,
+            gold,
+            choices,
+            precision,
+        )
 
 
 def test_the_misses_are_these():
@@ -265,7 +275,10 @@ def second_last_box(text: str) -> str | None:
 
 @relaxed
 @given(
-    st.lists(st.sampled_from([r"\boxed{", r"\fbox{", "{", "}", "}", "1", " ", "x", r"\frac"]), max_size=30).map("".join)
+    st.lists(
+        st.sampled_from([r"\boxed{", r"\fbox{", "{", "}", "}", "1", " ", "x", r"\frac"]),
+        max_size=30,
+    ).map("".join)
 )
 def test_boxes_equal_a_second_implementation(text):
     assert extract_answer(text) == second_last_box(text)
@@ -286,7 +299,13 @@ def spellings(x: Fraction) -> list[str]:
         rf"\dfrac{{{3 * x.numerator}}}{{{3 * bottom}}}",
     ]
     if bottom == 1:
-        ways += [f"{sign}{top:,}", f"${sign}{top}$", f"{sign}{top}.0", f"{sign}{top}.", rf"\text{{{sign}{top}}}"]
+        ways += [
+            f"{sign}{top:,}",
+            f"${sign}{top}$",
+            f"{sign}{top}.0",
+            f"{sign}{top}.",
+            rf"\text{{{sign}{top}}}",
+        ]
     return ways + [f" {way} " for way in ways]
 
 
@@ -300,12 +319,18 @@ def test_numbers_equal_themselves_in_any_spelling(x, data):
 @relaxed
 @given(numbers, numbers.filter(bool), st.data())
 def test_a_changed_number_is_never_right(x, change, data):
-    one, other = data.draw(st.sampled_from(spellings(x))), data.draw(st.sampled_from(spellings(x + change)))
+    one, other = (
+        data.draw(st.sampled_from(spellings(x))),
+        data.draw(st.sampled_from(spellings(x + change))),
+    )
     assert not grade(one, other) and not grade(other, one)
 
 
 @relaxed
-@given(st.tuples(st.integers(-(10**9), 10**9), st.integers(1, 10**6)).map("{0[0]}.{0[1]}".format), st.data())
+@given(
+    st.tuples(st.integers(-(10**9), 10**9), st.integers(1, 10**6)).map("{0[0]}.{0[1]}".format),
+    st.data(),
+)
 def test_a_changed_digit_is_never_right(number, data):
     at = data.draw(st.sampled_from([i for i, c in enumerate(number) if c.isdigit()]))
     digit = data.draw(st.sampled_from([d for d in string.digits if d != number[at]]))
@@ -350,7 +375,11 @@ WRAPPERS = [
     "%s.",
     r"$\displaystyle %s$",
 ]
-PLAIN = [case for case in CASES if case[1].strip() and not re.search(r"[$*<]|\\[(\[]|boxed|[.\\]\s*$", case[1])]
+PLAIN = [
+    case
+    for case in CASES
+    if case[1].strip() and not re.search(r"[$*<]|\\[(\[]|boxed|[.\\]\s*$", case[1])
+]
 
 
 @relaxed
@@ -414,12 +443,15 @@ def test_hostile_kinds_are_wrong_and_fast(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", r"\boxed{", "}", "<answer>", "</think>", "\\", r"\boxed{}", r"\boxed ", r"\boxed{1,"]
+    "text",
+    ["{", r"\boxed{", "}", "<answer>", "</think>", "\\", r"\boxed{}", r"\boxed ", r"\boxed{1,"],
 )
 def test_time_is_linear_in_length(text):
     def run(n):
         return min(
-            seconds(lambda: (extract_answer(text * n), format_reward([text * n]), grade(text * n, "11")))
+            seconds(
+                lambda: (extract_answer(text * n), format_reward([text * n]), grade(text * n, "11"))
+            )
             for _ in range(5)
         )
 
@@ -427,25 +459,34 @@ def test_time_is_linear_in_length(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["9", "\\text{", "1/", " ", "$", "\\,", "\\frac", ",", "(", "**", "{,}", ",111", "\\frac{1}"]
+    "text",
+    ["9", "\\text{", "1/", " ", "$", "\\,", "\\frac", ",", "(", "**", "{,}", ",111", "\\frac{1}"],
 )
 def test_the_longest_answer_is_compared_in_a_moment(text):
     text = "1" + text * (rewards.MAX_CHARS // len(text))
-    assert seconds(grade, text[: rewards.MAX_CHARS], "11") < 0.1 and not grade(text[: rewards.MAX_CHARS], "11")
+    assert seconds(grade, text[: rewards.MAX_CHARS], "11") < 0.1 and not grade(
+        text[: rewards.MAX_CHARS], "11"
+    )
 
 
 def test_easy_answers_per_second():
     rng = random.Random(0)
     gold = [str(rng.randrange(1000)) for _ in range(2000)]
-    completions = [f"<think>{'so it goes ' * 20}</think> The answer is $\\boxed{{{g}}}$." for g in gold]
+    completions = [
+        f"<think>{'so it goes ' * 20}</think> The answer is $\\boxed{{{g}}}$." for g in gold
+    ]
     assert accuracy_reward(completions, gold) == [1.0] * 2000
-    assert seconds(accuracy_reward, completions, gold) < 1  # a ninth of the measured speed: other machines are slower
+    assert (
+        seconds(accuracy_reward, completions, gold) < 1
+    )  # a ninth of the measured speed: other machines are slower
 
 
 def test_grading_needs_no_main_thread():
     verdicts = []
     thread = threading.Thread(
-        target=lambda: verdicts.append(accuracy_reward([r"\boxed{1/2}", r"\boxed{2}"], ["0.5", "3"]))
+        target=lambda: verdicts.append(
+            accuracy_reward([r"\boxed{1/2}", r"\boxed{2}"], ["0.5", "3"])
+        )
     )
     thread.start()
     thread.join(10)
@@ -487,7 +528,9 @@ def test_trap_16_the_error_names_the_gold():
 def test_trap_16_nothing_is_swallowed(monkeypatch):
     """A bug in the rewards stops the run; it does not become a bad student."""
     source = inspect.getsource(rewards)
-    assert source.count("except Exception") == 1 and "except:" not in source  # the one raises again, with the row
+    assert (
+        source.count("except Exception") == 1 and "except:" not in source
+    )  # the one raises again, with the row
 
     def broken(*args):
         raise ZeroDivisionError("a bug")
@@ -500,7 +543,10 @@ def test_trap_16_nothing_is_swallowed(monkeypatch):
 @pytest.mark.parametrize("gold", [g for rows in GRADES.values() for g, _, _ in rows], ids=repr)
 def test_trap_17_every_gold_can_be_earned_in_both_families(gold):
     answer = extract_answer(gold) or gold if isinstance(gold, str) else str(Fraction(str(gold)))
-    boxed, tagged = rf"<think>so</think> \boxed{{{answer}}}", f"<think>so</think> <answer>{answer}</answer>"
+    boxed, tagged = (
+        rf"<think>so</think> \boxed{{{answer}}}",
+        f"<think>so</think> <answer>{answer}</answer>",
+    )
     assert total_reward([boxed, tagged], [gold, gold]) == {
         "reward": [1.0] * 2,
         "accuracy": [1.0] * 2,
@@ -518,7 +564,9 @@ def test_trap_17_right_answers_outside_of_box_and_tags_earn_nothing():
 
 
 def test_numpy_golds():
-    assert grade("3", np.int64(3)) and grade("0.1", np.float32(0.1)) and grade("1/10", np.float64(0.1))
+    assert (
+        grade("3", np.int64(3)) and grade("0.1", np.float32(0.1)) and grade("1/10", np.float64(0.1))
+    )
     with pytest.raises(ValueError, match="cannot be parsed"):
         grade("1", np.bool_(True))
 
@@ -533,7 +581,12 @@ def test_trl_calls_the_rewards(conversational):
         {"prompt": "1 / 2?", "answer": 0.5, "kind": "half"},
     )
     inputs = [sums, sums, halves, halves]
-    texts = [r"<think>a</think>\boxed{11}", r"\boxed{11}", r"<think>a</think>\boxed{2}", r"\boxed{\frac12}"]
+    texts = [
+        r"<think>a</think>\boxed{11}",
+        r"\boxed{11}",
+        r"<think>a</think>\boxed{2}",
+        r"\boxed{\frac12}",
+    ]
     prompts = [row["prompt"] for row in inputs]
     if conversational:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
@@ -570,16 +623,31 @@ def test_one_answer_for_each_completion(answer):
 def test_total_reward_weighs_and_keeps_each_apart():
     completions = [r"<think>a</think>\boxed{11}", r"\boxed{11}", r"<think>a</think>\boxed{2}", "11"]
     result = total_reward(completions, ["11"] * 4, prompts=["?"] * 4)
-    assert result == {"reward": [1.0, 0.9, 0.1, 0.0], "accuracy": [1.0, 1.0, 0.0, 0.0], "format": [1.0, 0.0, 1.0, 0.0]}
+    assert result == {
+        "reward": [1.0, 0.9, 0.1, 0.0],
+        "accuracy": [1.0, 1.0, 0.0, 0.0],
+        "format": [1.0, 0.0, 1.0, 0.0],
+    }
 
     def length(completions, answer, kind, **columns):
         return [len(c) + len(kind) for c in completions]
 
     own = rewards.REWARDS | {"length": (length, -0.5)}
     result = total_reward([r"\boxed{11}", ""], ["11", "11"], own, kind="sum")
-    assert result == {"reward": [0.9 - 6.5, -1.5], "accuracy": [1.0, 0.0], "format": [0.0, 0.0], "length": [13, 3]}
-    with pytest.raises(RuntimeError, match="'short' failed on .*it returned 1 values for 4 completions"):
-        total_reward(completions, ["11"] * 4, {**rewards.REWARDS, "short": (lambda completions, **_: [1.0], 1.0)})
+    assert result == {
+        "reward": [0.9 - 6.5, -1.5],
+        "accuracy": [1.0, 0.0],
+        "format": [0.0, 0.0],
+        "length": [13, 3],
+    }
+    with pytest.raises(
+        RuntimeError, match="'short' failed on .*it returned 1 values for 4 completions"
+    ):
+        total_reward(
+            completions,
+            ["11"] * 4,
+            {**rewards.REWARDS, "short": (lambda completions, **_: [1.0], 1.0)},
+        )
 
 
 @pytest.mark.parametrize("value", [None, "1", float("nan"), float("-inf"), [1.0]])
@@ -594,7 +662,10 @@ def test_a_reward_that_is_no_finite_number_is_an_error_that_names_the_row(value)
 
 
 def test_an_unparseable_gold_names_its_row():
-    with pytest.raises(RuntimeError, match="the reward 'accuracy' failed on row 8, completion .*gold answer '' cannot"):
+    with pytest.raises(
+        RuntimeError,
+        match="the reward 'accuracy' failed on row 8, completion .*gold answer '' cannot",
+    ):
         total_reward([r"\boxed{1}"] * 2, ["1", ""], row=[7, 8])
 
 
@@ -603,7 +674,9 @@ def test_length_penalty_equals_trls(lengths):
     from trl.rewards import get_soft_overlong_punishment
 
     ids = [[5] * n for n in lengths]
-    ours = rewards.length_penalty(100, 20)(["x"] * len(ids), completion_ids=ids, answer=["1"] * len(ids))
+    ours = rewards.length_penalty(100, 20)(
+        ["x"] * len(ids), completion_ids=ids, answer=["1"] * len(ids)
+    )
     assert ours == pytest.approx(get_soft_overlong_punishment(100, 20)(ids))
     for buffer in (0, -1, 101):
         with pytest.raises(ValueError, match="0 < buffer <= max_tokens"):
@@ -631,8 +704,12 @@ HANG = ("9^{9^{9^{9}}}+x", "x+1")
 
 def children() -> set[int]:
     """Processes below this one that have not ended, and zombies."""
-    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True)
-    return {int(line.split()[0]) for line in found.stdout.splitlines() if "ps" not in line.split()[1:]}
+    found = subprocess.run(
+        ["ps", "--ppid", str(os.getpid()), "-o", "pid=,comm="], capture_output=True, text=True
+    )
+    return {
+        int(line.split()[0]) for line in found.stdout.splitlines() if "ps" not in line.split()[1:]
+    }
 
 
 def fresh(text: str) -> str:
@@ -671,7 +748,9 @@ def test_a_worker_that_was_killed_or_stopped_is_replaced_and_no_answer_lost(harm
 def test_what_could_not_be_decided_is_wrong_and_not_remembered(monkeypatch):
     pair = sums()
     with monkeypatch.context() as m:
-        m.setattr(rewards._Worker, "read", lambda self, seconds: b"ready\n" if seconds > 10 else b"")
+        m.setattr(
+            rewards._Worker, "read", lambda self, seconds: b"ready\n" if seconds > 10 else b""
+        )
         assert not grade(*pair)
     assert grade(*pair)
 
@@ -707,7 +786,12 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (3000, max(3000, resource.getrlimit(r
 files = [open("/dev/null") for _ in range(1500)]
 print(rewards.grade(*{SAME!r}))
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "True\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        == "True\n"
+    )
 
 
 def test_threads_and_forked_processes_ask_for_themselves():
@@ -727,7 +811,9 @@ def test_threads_and_forked_processes_ask_for_themselves():
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
 def test_the_worker_ends_with_its_parent(end):
     code = f"import os, rewards; rewards.grade(*{SAME!r}); print(rewards._worker.process.pid, flush=True); {end}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     pid = int(done.stdout)
     for _ in range(100):
         if not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text():
@@ -780,13 +866,19 @@ def test_no_answer_is_right_for_two_choices(prediction, choices):
     assert all(grade(letter, letter, choices) for letter in letters)
 
 
-@pytest.mark.parametrize("percent, gold, precision", [("30%", "0", 0), ("51%", "1", 0), ("150%", "2", 0)])
+@pytest.mark.parametrize(
+    "percent, gold, precision", [("30%", "0", 0), ("51%", "1", 0), ("150%", "2", 0)]
+)
 def test_a_percent_sign_is_no_rounding(percent, gold, precision):
     assert not grade(percent, gold, precision=precision)
 
 
 def test_columns_as_data_sets_have_them():
-    assert grade("3.141", "3.14", precision=2.0) and grade("B", "B", [1, 2]) and grade("2", "B", [1, 2])
+    assert (
+        grade("3.141", "3.14", precision=2.0)
+        and grade("B", "B", [1, 2])
+        and grade("2", "B", [1, 2])
+    )
     assert grade("B", "B", ["red", "blue", ""]) and grade("B", "B", ["red", "blue", "x" * 600])
     assert grade("0.5", Decimal("0.50")) and grade("B", "Option B") and grade("Yes", "Yes, it is.")
 
@@ -859,8 +951,14 @@ def test_command_line_grades_files_again(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = run("--file", path).stdout.splitlines()
-    assert out == [r"line 1: '\\boxed{4}' was 1.0, is 0.0", "4 answers, 0.7500 right, 1 verdicts changed"]
+    assert out == [
+        r"line 1: '\\boxed{4}' was 1.0, is 0.0",
+        "4 answers, 0.7500 right, 1 verdicts changed",
+    ]
     path.write_text('{"answer": "3"}\n')
     done = run("--file", path)
-    assert done.returncode == 1 and "line 1: needs answer and one of responses, completion, prediction" in done.stderr
+    assert (
+        done.returncode == 1
+        and "line 1: needs answer and one of responses, completion, prediction" in done.stderr
+    )
     assert "Traceback" not in done.stderr and "usage" in run("one").stderr

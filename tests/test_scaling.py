@@ -5,20 +5,32 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.scaling import MODELS, Shape, score_flops
-from policy import Policy
+from vlm.policy import Policy
 
 
 @pytest.mark.parametrize("backward", ["none", "pixels", "all"])
 def test_flops_are_those_of_a_tiny_model(tiny, rows, backward):
-    policy = Policy.from_pretrained(tiny, attention="eager")  # the counter does not see the CPU's fused attention
+    policy = Policy.from_pretrained(
+        tiny, attention="eager"
+    )  # the counter does not see the CPU's fused attention
     text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
     head = text.hidden_size // text.num_attention_heads
     prompts = policy.encode([rows[0]["problem"]] * 2, [rows[0]["images"]] * 2)
     patches = (prompts.images[0][0].numel() // vision.patch_size**2, prompts.ids.shape[1])
     shape = Shape(
         *(text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.hidden_size),
-        *(text.num_key_value_heads * head, text.vocab_size, True, vision.hidden_size, vision.intermediate_size),
-        *(vision.depth, len(vision.fullatt_block_indexes), (vision.window_size // vision.patch_size) ** 2),
+        *(
+            text.num_key_value_heads * head,
+            text.vocab_size,
+            True,
+            vision.hidden_size,
+            vision.intermediate_size,
+        ),
+        *(
+            vision.depth,
+            len(vision.fullatt_block_indexes),
+            (vision.window_size // vision.patch_size) ** 2,
+        ),
         *(vision.temporal_patch_size * 3 * vision.patch_size**2, vision.spatial_merge_size**2),
     )
     tokens = torch.full((6, 5), 20)
@@ -33,7 +45,9 @@ def test_flops_are_those_of_a_tiny_model(tiny, rows, backward):
         elif backward == "all":
             logprobs.sum().backward()
     ours = score_flops(shape, 2, 6, patches[1], 5, patches[0], backward)
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05), ours / counter.get_total_flops()
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05), (
+        ours / counter.get_total_flops()
+    )
 
 
 def test_parameters_are_the_published_ones():

@@ -16,23 +16,33 @@ import reference
 import torch
 from PIL import Image
 
-import data
 import rewards
 import train_saei
 from demo.make_demo import build_model
-from policy import Policy
+from runtime import data
+from vlm.policy import Policy
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (height // 8, width // 8, 3), dtype=np.uint8
+    )
     return Image.fromarray(pixels).resize((width, height))
 
 
 ROWS = [
     {"images": [picture(96, 64, 0)], "problem": "How many pips?", "answer": "1"},
-    {"images": [picture(64, 64, 1), picture(32, 96, 2)], "problem": "Which picture shows the red die?", "answer": "2"},
+    {
+        "images": [picture(64, 64, 1), picture(32, 96, 2)],
+        "problem": "Which picture shows the red die?",
+        "answer": "2",
+    },
     {"images": [picture(64, 64, 3)], "problem": "red", "answer": "3"},
-    {"images": [picture(64, 32, 4)], "problem": "How many pips do the blue and red dice show?", "answer": "4"},
+    {
+        "images": [picture(64, 32, 4)],
+        "problem": "How many pips do the blue and red dice show?",
+        "answer": "4",
+    },
 ]
 TEXT_ONLY = {"images": [], "problem": "What is 3 + 4?", "answer": "7"}
 EPS, STEP_SIZE, LOW, HIGH, CLIP = 4 / 255, 3 / 255, 0.25, 0.75, (0.2, 0.28)
@@ -44,7 +54,10 @@ def mark(text: str) -> float:
 
 
 def new_policy(processor) -> Policy:
-    policy = Policy(reference.double(reference.sharpen(build_model(processor.tokenizer))), copy.deepcopy(processor))
+    policy = Policy(
+        reference.double(reference.sharpen(build_model(processor.tokenizer))),
+        copy.deepcopy(processor),
+    )
     policy.eos_ids += list(range(40))  # end tokens are frequent, so that responses differ in length
     return policy
 
@@ -62,15 +75,22 @@ def train(processor, out, monkeypatch, rows=ROWS, lr=1e-3, **changes) -> SimpleN
             super().step()
 
     def encode(self, problems, images, max_tokens=None):
-        order = [next(i for i, row in enumerate(rows) if row["problem"] == problem) for problem in problems]
+        order = [
+            next(i for i, row in enumerate(rows) if row["problem"] == problem)
+            for problem in problems
+        ]
         seen.rows = [rows[i] for i in order]
         return original["encode"](self, problems, images, max_tokens)
 
     def sample(self, prompts, n, *args, **kwargs):
         responses = original["sample"](self, prompts, n, *args, **kwargs)
-        tokens = [row[keep].tolist() for row, keep in zip(responses.tokens, responses.mask, strict=True)]
+        tokens = [
+            row[keep].tolist() for row, keep in zip(responses.tokens, responses.mask, strict=True)
+        ]
         seen.sampled.append([tokens[i : i + n] for i in range(0, len(tokens), n)])
-        seen.attacked = [prompts[p : p + 1].images for p in range(len(prompts))]  # the second call's stay
+        seen.attacked = [
+            prompts[p : p + 1].images for p in range(len(prompts))
+        ]  # the second call's stay
         seen.clean = seen.clean or seen.attacked
         return responses
 
@@ -80,11 +100,25 @@ def train(processor, out, monkeypatch, rows=ROWS, lr=1e-3, **changes) -> SimpleN
         m.setattr(Policy, "encode", encode)
         m.setattr(Policy, "sample", sample)
         m.setattr(Policy, "from_pretrained", lambda *args: new_policy(processor))
-        m.setattr(data, "load_rows", lambda *args, **kwargs: [row | {"row": i} for i, row in enumerate(rows)])
-        m.setattr(rewards, "accuracy_reward", lambda completions, **_: [mark(text) for text in completions])
-        settings = dict(model="tiny", output=str(out), steps=1, prompts_per_step=len(rows), rollouts=5, lr=lr)
-        settings |= dict(adversarial_rollouts=2, max_new_tokens=7, temperature=0.8, max_grad_norm=1e9, seed=3)
-        settings |= dict(eps=EPS, step_size=STEP_SIZE, pgd_steps=2, tsec_low=LOW, tsec_high=HIGH, log_prompts=0)
+        m.setattr(
+            data,
+            "load_rows",
+            lambda *args, **kwargs: [row | {"row": i} for i, row in enumerate(rows)],
+        )
+        m.setattr(
+            rewards,
+            "accuracy_reward",
+            lambda completions, **_: [mark(text) for text in completions],
+        )
+        settings = dict(
+            model="tiny", output=str(out), steps=1, prompts_per_step=len(rows), rollouts=5, lr=lr
+        )
+        settings |= dict(
+            adversarial_rollouts=2, max_new_tokens=7, temperature=0.8, max_grad_norm=1e9, seed=3
+        )
+        settings |= dict(
+            eps=EPS, step_size=STEP_SIZE, pgd_steps=2, tsec_low=LOW, tsec_high=HIGH, log_prompts=0
+        )
         settings |= dict(self_check=False)  # it encodes as well, and the test listens
         train_saei.main(train_saei.Config(**settings | changes))
     seen.metrics = json.loads((out / "metrics.jsonl").read_text())
@@ -94,7 +128,10 @@ def train(processor, out, monkeypatch, rows=ROWS, lr=1e-3, **changes) -> SimpleN
 def expected_advantages(processor, seen) -> list[list[float]]:
     groups = []
     for group in zip(*seen.sampled, strict=True):  # (clean, fresh) of a prompt
-        texts = [processor.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sum(group, [])]
+        texts = [
+            processor.tokenizer.decode(tokens, skip_special_tokens=True)
+            for tokens in sum(group, [])
+        ]
         groups.append(reference.advantages([0.9 * mark(text) for text in texts]))
     return groups
 
@@ -102,14 +139,24 @@ def expected_advantages(processor, seen) -> list[list[float]]:
 def score_prompt(model, processor, seen, p: int, condition: str) -> list[torch.Tensor]:
     """Log-probs of all responses of prompt p, the clean ones first, each (length,)."""
     row, rows = seen.rows[p], []
-    for responses, images in zip((g[p] for g in seen.sampled), (None, seen.attacked[p]), strict=True):
-        images = images if condition == "sampled" else None  # None: the processor's own pixel_values
+    for responses, images in zip(
+        (g[p] for g in seen.sampled), (None, seen.attacked[p]), strict=True
+    ):
+        images = (
+            images if condition == "sampled" else None
+        )  # None: the processor's own pixel_values
         for tokens in responses:
-            rows.append(reference.score(model, processor, row["problem"], row["images"], tokens, 0.8, images)[0])
+            rows.append(
+                reference.score(
+                    model, processor, row["problem"], row["images"], tokens, 0.8, images
+                )[0]
+            )
     return rows
 
 
-def assert_gradients_equal(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:
+def assert_gradients_equal(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float
+) -> None:
     """|a - b| <= tolerance * the largest entry, tensor by tensor; every tensor has a gradient at all."""
     for a, b in zip(ours, theirs, strict=True):
         assert b.abs().max() > 0
@@ -140,8 +187,12 @@ def test_a_step_equals_the_slow_one(processor, tmp_path, monkeypatch, condition)
         attacked_entropy.append(float(value))
         if not row["images"]:
             continue
-        images, certainty = reference.attack(*prompt, seen.clean[p], clean[p], keeps, EPS, STEP_SIZE, 2, 0.8)
-        for ours, theirs, x0, c in zip(seen.attacked[p], images, seen.clean[p], certainty, strict=True):
+        images, certainty = reference.attack(
+            *prompt, seen.clean[p], clean[p], keeps, EPS, STEP_SIZE, 2, 0.8
+        )
+        for ours, theirs, x0, c in zip(
+            seen.attacked[p], images, seen.clean[p], certainty, strict=True
+        ):
             assert (ours - theirs)[c > 1e-4].abs().max() <= 1e-6
             assert (ours - x0).abs().max() <= EPS + 1e-6 and ours.min() >= 0 and ours.max() <= 1
             assert (ours - x0).abs().mean() > EPS / 3  # it did something
@@ -154,7 +205,9 @@ def test_a_step_equals_the_slow_one(processor, tmp_path, monkeypatch, condition)
     assert seen.metrics["attack/linf"] == pytest.approx(EPS * np.mean(with_images), abs=1e-6)
 
     # steps 5 and 6: advantages, loss, gradients
-    new = [row for p in range(len(rows)) for row in score_prompt(model, processor, seen, p, condition)]
+    new = [
+        row for p in range(len(rows)) for row in score_prompt(model, processor, seen, p, condition)
+    ]
     flat = sum(advantages, [])
     assert any(flat)
     loss = reference.clipped_loss(new, new, flat, *CLIP)
@@ -176,10 +229,19 @@ def test_the_two_conditions_differ(processor, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("condition, micro", [("clean", 1), ("sampled", 1), ("sampled", 2)])
-def test_trap_15_micro_batches_give_the_same_gradient(processor, tmp_path, monkeypatch, condition, micro):
+def test_trap_15_micro_batches_give_the_same_gradient(
+    processor, tmp_path, monkeypatch, condition, micro
+):
     """1, 2 or all 4 prompts at a time, of very different numbers of tokens: the gradient agrees to 1e-5."""
     runs = [
-        train(processor, tmp_path / str(m), monkeypatch, condition=condition, micro_prompts=m, kl_coef=0.1)
+        train(
+            processor,
+            tmp_path / str(m),
+            monkeypatch,
+            condition=condition,
+            micro_prompts=m,
+            kl_coef=0.1,
+        )
         for m in (4, micro)
     ]
     assert len({sum(map(len, group)) for group in runs[0].sampled[0]}) > 1
@@ -216,7 +278,11 @@ def test_two_updates_of_a_step_equal_the_slow_ones(processor, tmp_path, monkeypa
         high = sum(int((r > 1.28).sum()) for r, a in zip(ratios, adv, strict=True) if a > 0)
         low = sum(int((r < 0.8).sum()) for r, a in zip(ratios, adv, strict=True) if a < 0)
         tokens = sum(map(len, ratios))
-        losses.append(loss.item()), kls.append(k3.item()), clipped.append((low / tokens, high / tokens))
+        (
+            losses.append(loss.item()),
+            kls.append(k3.item()),
+            clipped.append((low / tokens, high / tokens)),
+        )
         norms.append(sum(float(g.square().sum()) for g in grads) ** 0.5)
     low, high = np.mean(clipped, axis=0)
     assert low > 0 and high > 0 and kls[1] > 1e-3
@@ -239,7 +305,14 @@ def test_the_gradient_is_clipped_once_a_step(processor, tmp_path, monkeypatch):
 def test_micro_batches_give_the_same_random_start(processor, tmp_path, monkeypatch):
     """The noise a picture starts from follows from (seed, step, row), not from the prompts attacked along with it."""
     runs = [
-        train(processor, tmp_path / str(m), monkeypatch, random_start=True, micro_prompts=m, step_size=0.0)
+        train(
+            processor,
+            tmp_path / str(m),
+            monkeypatch,
+            random_start=True,
+            micro_prompts=m,
+            step_size=0.0,
+        )
         for m in (4, 1)
     ]
     for a, b in zip(sum(runs[0].attacked, []), sum(runs[1].attacked, []), strict=True):
@@ -263,7 +336,9 @@ def test_pictures_of_any_number_and_size_are_logged(processor, tmp_path, monkeyp
 def test_rescued_and_lost_prompts_are_counted(processor, tmp_path, monkeypatch):
     """Rescued: something right on the attacked image and nothing on the clean one; lost: the other way round."""
     seen = train(processor, tmp_path, monkeypatch, rollouts=2, adversarial_rollouts=1, seed=5)
-    decode = lambda group: any(mark(processor.tokenizer.decode(x, skip_special_tokens=True)) for x in group)  # noqa: E731
+    decode = lambda group: any(
+        mark(processor.tokenizer.decode(x, skip_special_tokens=True)) for x in group
+    )  # noqa: E731
     found = [(decode(clean), decode(fresh)) for clean, fresh in zip(*seen.sampled, strict=True)]
     assert {(True, False), (False, True)} < set(found)  # the seed is one that shows both
     assert seen.metrics["rescued"] == found.count((False, True)) / len(found)
@@ -272,6 +347,8 @@ def test_rescued_and_lost_prompts_are_counted(processor, tmp_path, monkeypatch):
 
 def test_the_two_rounds_draw_numbers_of_their_own(processor, tmp_path, monkeypatch):
     """With an attack of size 0 both rounds look at the same image, and still no group holds everything twice."""
-    seen = train(processor, tmp_path, monkeypatch, eps=0.0, step_size=0.0, rollouts=4, adversarial_rollouts=2)
+    seen = train(
+        processor, tmp_path, monkeypatch, eps=0.0, step_size=0.0, rollouts=4, adversarial_rollouts=2
+    )
     for clean, fresh in zip(*seen.sampled, strict=True):
         assert clean != fresh

@@ -15,16 +15,18 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import grpo
 import rewards
-import runs
 import train_saei
-from policy import Policy
+from runtime import run as runs
 from train_saei import Config, load_config, main
+from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def short(tiny: str, out: Path, **changes) -> Config:
-    settings = dict(model=tiny, split="plain/train", output=str(out), steps=2, prompts_per_step=2, rollouts=4)
+    settings = dict(
+        model=tiny, split="plain/train", output=str(out), steps=2, prompts_per_step=2, rollouts=4
+    )
     settings |= dict(adversarial_rollouts=2, max_new_tokens=6, pgd_steps=1, lr=1e-3, save_every=2)
     return Config(**settings | changes)
 
@@ -44,7 +46,11 @@ def parameters(checkpoint: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def half_right(monkeypatch):
     """A random model never answers right: reward every other response, so that there is a gradient."""
-    monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [i % 2.0 for i in range(len(completions))])
+    monkeypatch.setattr(
+        rewards,
+        "accuracy_reward",
+        lambda completions, **_: [i % 2.0 for i in range(len(completions))],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ configuration
@@ -53,7 +59,14 @@ def half_right(monkeypatch):
 def test_every_field_carries_its_mark():
     for field in fields(Config):
         mark = field.metadata["help"].split("]")[0].removeprefix("[")
-        assert mark in ("paper", "second-hand", "inferred", "ours", "ours, by the study", "known"), field.name
+        assert mark in (
+            "paper",
+            "second-hand",
+            "inferred",
+            "ours",
+            "ours, by the study",
+            "known",
+        ), field.name
 
 
 def test_recipe_then_command_line(tmp_path):
@@ -63,7 +76,9 @@ def test_recipe_then_command_line(tmp_path):
     assert (cfg.eps, cfg.lr, cfg.intervention, cfg.steps) == (0.02, 1e-4, "random", Config().steps)
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_recipes_are_valid(recipe):
     load_config(["--config", str(recipe)])
 
@@ -80,7 +95,10 @@ def test_unknown_recipe_key_is_named(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"intervention": "fgsm"}, "intervention must be one of none, random, noise, egas, got 'fgsm'"),
+        (
+            {"intervention": "fgsm"},
+            "intervention must be one of none, random, noise, egas, got 'fgsm'",
+        ),
         ({"condition": "both"}, "condition must be one of clean, sampled"),
         ({"zero_variance": "resample"}, "zero_variance must be one of keep, drop"),
         ({"eps": 8}, "0 <= eps <= 1"),
@@ -123,7 +141,9 @@ def test_command_line_says_one_line_and_no_traceback(tmp_path, recipe, message):
 
 
 def test_missing_tracker_is_named(tiny, tmp_path):
-    with pytest.raises(ValueError, match="the tracker comet_ml is not installed: pip install comet_ml"):
+    with pytest.raises(
+        ValueError, match="the tracker comet_ml is not installed: pip install comet_ml"
+    ):
         main(short(tiny, tmp_path, report_to="comet_ml"))
 
 
@@ -131,16 +151,22 @@ def test_fp16_is_refused_and_bfloat16_parameters_are_warned_of(tiny, tmp_path, m
     with pytest.warns(UserWarning, match="bfloat16 parameters lose most updates of a small lr"):
         main(short(tiny, tmp_path / "half", steps=1, dtype="bfloat16", self_check=False))
     monkeypatch.setattr(train_saei.Accelerator, "mixed_precision", "fp16")
-    with pytest.raises(ValueError, match="fp16 is not supported: take --mixed_precision bf16 or no"):
+    with pytest.raises(
+        ValueError, match="fp16 is not supported: take --mixed_precision bf16 or no"
+    ):
         main(short(tiny, tmp_path / "run"))
 
 
 def test_a_tracker_gets_plain_values(tiny, tmp_path, monkeypatch):
     """tensorboard takes no lists."""
     seen = {}
-    monkeypatch.setattr(train_saei.Accelerator, "init_trackers", lambda self, name, config: seen.update(config))
+    monkeypatch.setattr(
+        train_saei.Accelerator, "init_trackers", lambda self, name, config: seen.update(config)
+    )
     runs.Log(short(tiny, tmp_path, report_to="any"), train_saei.Accelerator(), 0)
-    assert seen["reward"] == "[]" and all(isinstance(value, (int, float, str, bool)) for value in seen.values())
+    assert seen["reward"] == "[]" and all(
+        isinstance(value, (int, float, str, bool)) for value in seen.values()
+    )
 
 
 def test_work_that_does_not_divide_is_refused():
@@ -148,7 +174,9 @@ def test_work_that_does_not_divide_is_refused():
         train_saei.split_work(Config(prompts_per_step=6), 4)
     with pytest.raises(ValueError, match="micro_prompts=3 must divide the 8 prompts"):
         train_saei.split_work(Config(prompts_per_step=8, micro_prompts=3), 1)
-    assert train_saei.split_work(Config(prompts_per_step=16, micro_prompts=2, updates_per_step=2), 2) == (2, 2)
+    assert train_saei.split_work(
+        Config(prompts_per_step=16, micro_prompts=2, updates_per_step=2), 2
+    ) == (2, 2)
 
 
 # --------------------------------------------------------------------------------------------------------------- arms
@@ -157,7 +185,9 @@ def test_work_that_does_not_divide_is_refused():
 @pytest.mark.parametrize("intervention", ["none", "random", "noise", "egas"])
 @pytest.mark.parametrize("condition", ["clean", "sampled"])
 def test_every_arm_trains_at_one_budget(tiny, tmp_path, half_right, intervention, condition):
-    main(short(tiny, tmp_path, intervention=intervention, condition=condition, steps=1, kl_coef=0.1))
+    main(
+        short(tiny, tmp_path, intervention=intervention, condition=condition, steps=1, kl_coef=0.1)
+    )
     (metrics,) = metrics_of(tmp_path)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 4  # G, whatever the arm
@@ -171,7 +201,9 @@ def test_every_arm_trains_at_one_budget(tiny, tmp_path, half_right, intervention
         assert metrics["entropy/attacked"] > metrics["entropy/selected"]
     for sample in samples:
         assert len(sample["tokens"]) == len(sample["entropy"])
-        assert (tmp_path / sample["picture"]).exists() and (tmp_path / sample["clean_picture"]).exists()
+        assert (tmp_path / sample["picture"]).exists() and (
+            tmp_path / sample["clean_picture"]
+        ).exists()
 
 
 def test_sampling_a_few_prompts_at_a_time_gives_the_same_responses(policy, rows, monkeypatch):
@@ -179,13 +211,21 @@ def test_sampling_a_few_prompts_at_a_time_gives_the_same_responses(policy, rows,
     prompts = policy.encode([r["problem"] for r in rows], [r["images"] for r in rows])
     policy.eos_ids = list(range(0, 400, 8))  # lengths differ
     want, seen, before = train_saei.sample(cfg, policy, prompts, 2, [5, 6, 7, 8]), [], Policy.sample
-    monkeypatch.setattr(Policy, "sample", lambda self, x, *rest: seen.append(len(x)) or before(self, x, *rest))
+    monkeypatch.setattr(
+        Policy, "sample", lambda self, x, *rest: seen.append(len(x)) or before(self, x, *rest)
+    )
     cfg.sample_prompts = 3
     ours = train_saei.sample(cfg, policy, prompts, 2, [5, 6, 7, 8])
-    assert seen == [3, 1] and torch.equal(ours.mask, want.mask) and torch.equal(ours.tokens, want.tokens)
+    assert (
+        seen == [3, 1]
+        and torch.equal(ours.mask, want.mask)
+        and torch.equal(ours.tokens, want.tokens)
+    )
     assert len(set(ours.mask.sum(dim=1).tolist())) > 2
     for name in ("logprobs", "entropy"):
-        assert torch.allclose(getattr(ours, name)[ours.mask], getattr(want, name)[want.mask], atol=1e-5)
+        assert torch.allclose(
+            getattr(ours, name)[ours.mask], getattr(want, name)[want.mask], atol=1e-5
+        )
 
 
 def test_noise_fades_and_eps_can(tiny):
@@ -199,7 +239,9 @@ def test_noise_fades_and_eps_can(tiny):
 def test_zero_variance_groups_can_be_dropped(tiny, tmp_path, monkeypatch):
     """All-wrong groups of differing format: dropped, they leave no gradient (trap 12)."""
     monkeypatch.setattr(
-        rewards, "format_reward", lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+        rewards,
+        "format_reward",
+        lambda completions, **_: [float(i % 2) for i in range(len(completions))],
     )
     main(short(tiny, tmp_path / "keep", steps=1))
     main(short(tiny, tmp_path / "drop", steps=1, zero_variance="drop"))
@@ -217,22 +259,43 @@ def test_rows_are_shuffled_each_epoch_and_shared_without_loss():
         def __init__(self, index):
             self.process_index = index
 
-    epoch = [i for step in range(3) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
-    again = [i for step in range(3, 6) for r in (0, 1) for i in train_saei.my_rows(cfg, step, 12, Process(r))]
+    epoch = [
+        i
+        for step in range(3)
+        for r in (0, 1)
+        for i in train_saei.my_rows(cfg, step, 12, Process(r))
+    ]
+    again = [
+        i
+        for step in range(3, 6)
+        for r in (0, 1)
+        for i in train_saei.my_rows(cfg, step, 12, Process(r))
+    ]
     assert sorted(epoch) == sorted(again) == list(range(12)) and epoch != again
-    rows = [i for r in (0, 1) for i in train_saei.my_rows(cfg, 0, 3, Process(r))]  # one comes twice in the step
-    assert sorted(i % 3 for i in rows) in ([0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]) and max(rows) >= 3
+    rows = [
+        i for r in (0, 1) for i in train_saei.my_rows(cfg, 0, 3, Process(r))
+    ]  # one comes twice in the step
+    assert (
+        sorted(i % 3 for i in rows) in ([0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]) and max(rows) >= 3
+    )
     assert len(set(train_saei.seeds_of(cfg, 0, rows, train_saei.CLEAN))) == 4
 
 
 def test_a_row_that_comes_twice_in_a_step_is_sampled_anew(tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "1 + 1? Answer in \\boxed{}.", "answer": "2"}) + "\n")
-    data = dict(dataset=str(rows), split="train", image_column="none", intervention="none", log_prompts=4)
+    data = dict(
+        dataset=str(rows), split="train", image_column="none", intervention="none", log_prompts=4
+    )
     main(short(tiny, tmp_path / "run", steps=1, **data))
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    assert len(lines) > len({line["prompt"] for line in lines}) > 1 and {line["row"] for line in lines} == {0}
-    groups = {p: [line["tokens"] for line in lines if line["prompt"] == p] for p in {x["prompt"] for x in lines}}
+    assert len(lines) > len({line["prompt"] for line in lines}) > 1 and {
+        line["row"] for line in lines
+    } == {0}
+    groups = {
+        p: [line["tokens"] for line in lines if line["prompt"] == p]
+        for p in {x["prompt"] for x in lines}
+    }
     assert groups[0] != groups[1]
 
 
@@ -242,7 +305,9 @@ def test_a_row_that_comes_twice_in_a_step_is_sampled_anew(tiny, tmp_path):
 def test_resume_is_exact(tiny, tmp_path, half_right):
     main(short(tiny, tmp_path / "whole", steps=4))
     main(short(tiny, tmp_path / "parts", steps=2))
-    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:  # a step after the checkpoint, half written
+    with open(
+        tmp_path / "parts" / "metrics.jsonl", "a"
+    ) as file:  # a step after the checkpoint, half written
         file.write('{"step": 2, "reward": 0.5}\n{"step": 3, "rew')
     main(short(tiny, tmp_path / "parts", steps=4, resume=True))
     whole, parts = (
@@ -253,12 +318,16 @@ def test_resume_is_exact(tiny, tmp_path, half_right):
     assert [comparable(m) for m in metrics_of(tmp_path / "whole")] == [
         comparable(m) for m in metrics_of(tmp_path / "parts")
     ]
-    assert any(not torch.equal(whole[name], start) for name, start in parameters(Path(tiny)).items())
+    assert any(
+        not torch.equal(whole[name], start) for name, start in parameters(Path(tiny)).items()
+    )
 
 
 def test_a_folder_that_holds_a_run_is_safe(tiny, tmp_path):
     main(short(tiny, tmp_path, steps=1))
-    with pytest.raises(ValueError, match="already holds a run: --resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(
+        ValueError, match="already holds a run: --resume goes on with it, --overwrite replaces it"
+    ):
         main(short(tiny, tmp_path, steps=1))
     main(short(tiny, tmp_path, steps=1, overwrite=True))
     assert len(metrics_of(tmp_path)) == 1
@@ -317,8 +386,12 @@ def test_non_finite_gradient_stops_with_the_batch_saved(tiny, tmp_path, half_rig
 
 
 def test_non_finite_reward_stops(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(rewards, "accuracy_reward", lambda completions, **_: [math.nan] * len(completions))
-    with pytest.raises(RuntimeError, match="the reward 'accuracy' failed on row 0.*nan, which is no finite number"):
+    monkeypatch.setattr(
+        rewards, "accuracy_reward", lambda completions, **_: [math.nan] * len(completions)
+    )
+    with pytest.raises(
+        RuntimeError, match="the reward 'accuracy' failed on row 0.*nan, which is no finite number"
+    ):
         main(short(tiny, tmp_path))
 
 
@@ -339,10 +412,21 @@ def late_error(completions, row, **columns):
 
 def test_own_rewards_are_added_weighed_and_logged_apart(tiny, tmp_path, half_right):
     (tmp_path / "mine.py").write_text(OWN_REWARDS)
-    cfg = short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:words:0.5"], length_weight=0.25, length_buffer=6)
+    cfg = short(
+        tiny,
+        tmp_path,
+        reward=[f"{tmp_path}/mine.py:words:0.5"],
+        length_weight=0.25,
+        length_buffer=6,
+    )
     main(cfg)
     for line in metrics_of(tmp_path):
-        parts = 0.9 * line["accuracy"] + 0.1 * line["format"] + 0.5 * line["words"] + 0.25 * line["length_penalty"]
+        parts = (
+            0.9 * line["accuracy"]
+            + 0.1 * line["format"]
+            + 0.5 * line["words"]
+            + 0.25 * line["length_penalty"]
+        )
         assert line["reward"] == pytest.approx(parts, abs=1e-6)
         assert -1 <= line["length_penalty"] < 0  # responses of up to 6 tokens in a buffer of 6
     assert cfg.reward == load_config(["--reward", *cfg.reward]).reward
@@ -376,19 +460,34 @@ def test_a_reward_that_cannot_work_is_refused_before_the_first_step(tiny, tmp_pa
 def test_an_error_in_a_reward_names_the_row(tiny, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OWN_REWARDS)
     monkeypatch.setattr(train_saei, "my_rows", lambda *_: [7, 3])
-    with pytest.raises(RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"):
+    with pytest.raises(
+        RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"
+    ):
         main(short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:late_error"]))
     rows = train_saei.data.load_rows("demo", "plain/train", limit=9)
-    rows.keep = [0, 1, 3, 4, 5, 6, 7, 8]  # row 2 is left out: a row is named by its number in the set
+    rows.keep = [
+        0,
+        1,
+        3,
+        4,
+        5,
+        6,
+        7,
+        8,
+    ]  # row 2 is left out: a row is named by its number in the set
     monkeypatch.setattr(train_saei.data, "load_rows", lambda *_, **__: rows)
     monkeypatch.setattr(train_saei, "my_rows", lambda *_: [7, 2])
-    with pytest.raises(RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"):
+    with pytest.raises(
+        RuntimeError, match="the reward 'late_error' failed on row 3, completion .*KeyError"
+    ):
         main(short(tiny, tmp_path, reward=[f"{tmp_path}/mine.py:late_error"], overwrite=True))
 
 
 def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
     main(short(tiny, tmp_path, steps=5, save_every=4, intervention="none"))
-    assert "no correct answer in 5 steps. Does the problem ask for \\boxed{}" in "".join(capfd.readouterr())
+    assert "no correct answer in 5 steps. Does the problem ask for \\boxed{}" in "".join(
+        capfd.readouterr()
+    )
     shutil.rmtree(tmp_path / "checkpoints/step-000005")
     main(short(tiny, tmp_path, steps=5, save_every=4, intervention="none", resume=True))
     assert "no correct answer" not in "".join(capfd.readouterr())  # one step tells nothing

@@ -1,4 +1,4 @@
-"""examples/trl_saei.py: who saw which picture in TRL's trainer, the attack beside train_saei.py's, the refusals."""
+"""extras/trl_saei.py: who saw which picture in TRL's trainer, the attack beside train_saei.py's, the refusals."""
 
 import functools
 import json
@@ -20,9 +20,9 @@ import egas
 import train_saei
 import tsec
 from demo.task import make_row
-from examples import trl_saei
-from policy import Policy, Responses
+from extras import trl_saei
 from tests import tiny as families
+from vlm.policy import Policy, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = str(ROOT / "demo" / "confident")
@@ -32,7 +32,9 @@ ROWS = [make_row("shifted/train", i) for i in range(2)]
 
 
 def config(folder, **options) -> trl.GRPOConfig:
-    plain = dict(max_steps=1, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=48)
+    plain = dict(
+        max_steps=1, per_device_train_batch_size=2 * G, num_generations=G, max_completion_length=48
+    )
     plain |= dict(
         temperature=TEMPERATURE,
         use_cpu=True,
@@ -42,29 +44,39 @@ def config(folder, **options) -> trl.GRPOConfig:
         learning_rate=1e-4,
         disable_tqdm=True,
     )
-    return trl.GRPOConfig(str(folder), **plain | dict(gradient_checkpointing=False, shuffle_dataset=False) | options)
+    return trl.GRPOConfig(
+        str(folder), **plain | dict(gradient_checkpointing=False, shuffle_dataset=False) | options
+    )
 
 
 def dataset(rows=ROWS) -> Dataset:
     rows = [{"images": r["images"], "answer": r["answer"], "problem": r["problem"]} for r in rows]
-    return Dataset.from_list([r | {"prompt": [{"role": "user", "content": r.pop("problem")}]} for r in rows])
+    return Dataset.from_list(
+        [r | {"prompt": [{"role": "user", "content": r.pop("problem")}]} for r in rows]
+    )
 
 
 class Spied:
     """A trainer; pixel_values and tokens of each of its generate calls, pixel_values of its update, its attacks."""
 
-    def __init__(self, folder, trainer=trl_saei.SaEITrainer, model=MODEL, rows=ROWS, options=None, **rest):
+    def __init__(
+        self, folder, trainer=trl_saei.SaEITrainer, model=MODEL, rows=ROWS, options=None, **rest
+    ):
         if trainer is trl_saei.SaEITrainer:
             rest = dict(adversarial=ADVERSARIAL, eps=EPS) | rest
         self.calls, self.updates, self.attacks, self.frozen, self.completions = [], [], [], [], []
-        self.trainer = trainer(model, self.reward, config(folder, **options or {}), dataset(rows), **rest)
+        self.trainer = trainer(
+            model, self.reward, config(folder, **options or {}), dataset(rows), **rest
+        )
         model = self.model = self.trainer.model
         generate, forward = model.generate, model.forward
 
         def spied_generate(*args, **kwargs):
             states = [(p.requires_grad, p.grad is None) for p in model.parameters()]
             tokens = generate(*args, **kwargs)
-            self.calls.append((kwargs["pixel_values"], tokens[:, kwargs["input_ids"].shape[1] :], set(states)))
+            self.calls.append(
+                (kwargs["pixel_values"], tokens[:, kwargs["input_ids"].shape[1] :], set(states))
+            )
             return tokens
 
         @functools.wraps(forward)  # generate reads its signature
@@ -78,7 +90,9 @@ class Spied:
         model.generate, model.forward = spied_generate, spied_forward
         if trainer is trl_saei.SaEITrainer:
             attack = self.trainer.attack
-            self.trainer.attack = lambda *args: self.attacks.append((args, attack(*args))) or self.attacks[-1][1]
+            self.trainer.attack = lambda *args: (
+                self.attacks.append((args, attack(*args))) or self.attacks[-1][1]
+            )
 
     def reward(self, completions, completion_ids, **columns):
         self.completions.append(completion_ids)
@@ -128,7 +142,9 @@ def test_attack_stays_in_its_ball_and_the_frames_are_one_picture(spied):
 
 
 def test_responses_come_back_in_the_rows_that_asked(spied):
-    generated = [row.tolist() for _, tokens, _ in spied.calls for row in tokens]  # clean 0 0 1 1, adversarial 0 0 1 1
+    generated = [
+        row.tolist() for _, tokens, _ in spied.calls for row in tokens
+    ]  # clean 0 0 1 1, adversarial 0 0 1 1
     (completions,) = spied.completions
     assert len(completions) == 2 * G
     for i, j in enumerate([0, 1, 4, 5, 2, 3, 6, 7]):
@@ -139,7 +155,9 @@ def test_responses_come_back_in_the_rows_that_asked(spied):
 
 def test_attack_leaves_the_parameters_as_they_were(spied):
     assert all(states == {(True, True)} for _, _, states in spied.calls)  # after the attack, too
-    assert spied.frozen == [True] * 2 * 3  # in it none asks for a gradient: two prompts, three steps
+    assert (
+        spied.frozen == [True] * 2 * 3
+    )  # in it none asks for a gradient: two prompts, three steps
 
 
 def test_attack_raises_the_entropy_and_is_logged(spied):
@@ -169,9 +187,13 @@ def test_attack_and_entropies_are_train_saeis(spied):
         objective = train_saei.entropy_objective(policy, prompts, clean, keep, TEMPERATURE)
         attacked = egas.pgd_ascent(objective, prompts.images, EPS, steps=3)
         ours = policy.to_pixel_values(attacked)["pixel_values"]
-        assert ((ours - theirs).abs() < 1e-5).float().mean() > 0.99  # but for signs of gradients that are rounding
+        assert (
+            (ours - theirs).abs() < 1e-5
+        ).float().mean() > 0.99  # but for signs of gradients that are rounding
         fresh = padded(
-            policy, prompts.with_images(attacked), spied.completions[0][(i + 1) * G - ADVERSARIAL : (i + 1) * G]
+            policy,
+            prompts.with_images(attacked),
+            spied.completions[0][(i + 1) * G - ADVERSARIAL : (i + 1) * G],
         )
         sums["entropy/selected"] += objective(prompts.images).item() / 2
         sums["entropy/attacked"] += objective(attacked).item() / 2
@@ -196,7 +218,9 @@ def test_eps_0_is_plain_grpo(tmp_path):
     assert saei.completions == plain.completions
     for name in ("loss", "reward"):
         assert log[name] == pytest.approx(plain_log[name], abs=1e-6)
-    for (name, ours), theirs in zip(saei.model.named_parameters(), plain.model.parameters(), strict=True):
+    for (name, ours), theirs in zip(
+        saei.model.named_parameters(), plain.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=name)
 
 
@@ -218,7 +242,9 @@ def test_several_pictures_and_gradient_accumulation(tmp_path):
 def test_other_qwens_with_checkpointing_and_lora(kind, tmp_path):
     torch.manual_seed(0)
     model, processor = families.build(kind)
-    processor.tokenizer.padding_side = "left"  # TRL pads so, and a processor that it did not load must do the same
+    processor.tokenizer.padding_side = (
+        "left"  # TRL pads so, and a processor that it did not load must do the same
+    )
     lora = LoraConfig(target_modules=["q_proj"], r=2)
     options = dict(gradient_checkpointing=True, max_completion_length=6)
     rest = dict(adversarial=1, pgd_steps=1, processing_class=processor, peft_config=lora)
@@ -236,25 +262,48 @@ def copied(folder: Path, *arguments: str) -> str:
     """Run the example where nothing of ours is but what its docstring says, on pictures in a folder of their own."""
     alone = folder / "alone"
     alone.mkdir()
-    for name in ("egas.py", "tsec.py", "examples/trl_saei.py"):
+    for name in ("egas.py", "tsec.py", "extras/trl_saei.py"):
         shutil.copy(ROOT / name, alone)
     data = folder / "rows" / "train"
     data.mkdir(parents=True)
     for i, row in enumerate(ROWS):
         row["images"][0].save(data / f"{i}.png")
-    lines = [{"file_name": f"{i}.png", "problem": r["problem"], "answer": r["answer"]} for i, r in enumerate(ROWS)]
+    lines = [
+        {"file_name": f"{i}.png", "problem": r["problem"], "answer": r["answer"]}
+        for i, r in enumerate(ROWS)
+    ]
     (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    command = [sys.executable, "trl_saei.py", "--model", MODEL, "--dataset", str(folder / "rows"), *arguments]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "trl_saei.py",
+        "--model",
+        MODEL,
+        "--dataset",
+        str(folder / "rows"),
+        *arguments,
+    ]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {
+        "OMP_NUM_THREADS": "1"
+    }
     environment |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(command, cwd=alone, env=environment, capture_output=True, text=True, timeout=200)
+    run = subprocess.run(
+        command, cwd=alone, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
 
 
 def test_copied_alone_it_trains_and_the_attack_raises_the_entropy(tmp_path):
-    size = dict(max_steps=2, per_device_train_batch_size=4, num_generations=2, adversarial=1, max_completion_length=24)
-    printed = copied(tmp_path, *(word for name, value in size.items() for word in (f"--{name}", str(value))))
+    size = dict(
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        adversarial=1,
+        max_completion_length=24,
+    )
+    printed = copied(
+        tmp_path, *(word for name, value in size.items() for word in (f"--{name}", str(value)))
+    )
     _, table = printed.split("step entropy/selected")
     rows = [list(map(float, line.split())) for line in table.splitlines()[1:]]
     assert [row[0] for row in rows] == [1, 2]
@@ -289,7 +338,11 @@ def test_prompt_asks_for_what_the_reward_reads(monkeypatch):
     rows = Dataset.from_list([{"problem": "<image>Find x.", "answer": "3"}])
     monkeypatch.setattr(trl_saei, "load_dataset", lambda name, split: rows)
     (message,) = trl_saei.load("some/set")["prompt"][0]
-    assert message["role"] == "user" and message["content"].startswith("Find x.") and "\\boxed{}" in message["content"]
+    assert (
+        message["role"] == "user"
+        and message["content"].startswith("Find x.")
+        and "\\boxed{}" in message["content"]
+    )
 
 
 def test_reward_reads_the_last_box():
@@ -302,7 +355,9 @@ def test_reward_reads_the_last_box():
 
 def test_a_trl_that_generates_otherwise_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", lambda self, prompts: None)
-    with pytest.raises(RuntimeError, match=r"\['self', 'prompts'\], not .*written for trl 1.16.0, this is"):
+    with pytest.raises(
+        RuntimeError, match=r"\['self', 'prompts'\], not .*written for trl 1.16.0, this is"
+    ):
         Spied(tmp_path)
     monkeypatch.delattr(trl.GRPOTrainer, "_generate_single_turn")
     with pytest.raises(RuntimeError, match=r"arguments are \[\]"):

@@ -47,7 +47,9 @@ def assert_same_entropy(logits, temperature=1.0, gradient_tolerance=GRADIENT):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000])
 def test_entropy_of_equal_logits_is_log_n(n):
-    torch.testing.assert_close(token_entropy(torch.full((2, 3, n), 5.0)), torch.full((2, 3), math.log(n)), **VALUE)
+    torch.testing.assert_close(
+        token_entropy(torch.full((2, 3, n), 5.0)), torch.full((2, 3), math.log(n)), **VALUE
+    )
 
 
 def test_entropy_of_two_tokens():
@@ -66,14 +68,18 @@ def test_entropy_and_gradient_equal_torch_distributions(shape, temperature):
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_entropy_of_bfloat16_logits_is_computed_in_float32(temperature):
     """Only the gradient, handed back in bfloat16, is rounded (8 bits)."""
-    assert_same_entropy(random_logits(4, 5, 300).bfloat16(), temperature, {"atol": 1e-5, "rtol": 2**-8})
+    assert_same_entropy(
+        random_logits(4, 5, 300).bfloat16(), temperature, {"atol": 1e-5, "rtol": 2**-8}
+    )
 
 
 def test_entropy_equals_trl():
     logits = random_logits(3, 5, 40)
     weights = random_logits(3, 5, seed=1)
     ours = value_and_gradient(token_entropy, logits, weights)
-    torch.testing.assert_close(ours, value_and_gradient(entropy_from_logits, logits, weights), **VALUE)
+    torch.testing.assert_close(
+        ours, value_and_gradient(entropy_from_logits, logits, weights), **VALUE
+    )
 
 
 def test_entropy_passes_gradcheck():
@@ -92,7 +98,9 @@ def test_banned_tokens_count_as_absent(banned, dtype):
     weights = random_logits(2, 5, seed=1)
     value, gradient = value_and_gradient(lambda x: token_entropy(x, 0.8), logits, weights)
     expected, expected_gradient = value_and_gradient(
-        lambda x: Categorical(logits=x / 0.8).entropy(), logits[..., allowed].double(), weights.double()
+        lambda x: Categorical(logits=x / 0.8).entropy(),
+        logits[..., allowed].double(),
+        weights.double(),
     )
     torch.testing.assert_close(value.double(), expected, **VALUE)
     tolerance = GRADIENT if dtype == torch.float32 else {"atol": 1e-5, "rtol": 2**-8}
@@ -121,7 +129,9 @@ def numpy_quantile(values: np.ndarray, q: float) -> np.float32:
     return np.quantile(values.astype(np.float64), q).astype(np.float32)
 
 
-def select_by_loop(entropy: np.ndarray, mask: np.ndarray, low: float, high: float, scope: str) -> list[list[bool]]:
+def select_by_loop(
+    entropy: np.ndarray, mask: np.ndarray, low: float, high: float, scope: str
+) -> list[list[bool]]:
     """One token at a time, over numpy quantiles."""
     keep = []
     for row, row_mask in zip(entropy, mask, strict=True):
@@ -136,15 +146,20 @@ def ragged_entropies(draw):
     """(N, T) entropies with ties, and a mask: prefixes of any length, 0 included, or holes anywhere."""
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
     few = st.sampled_from([0.0, 0.25, 0.5, 2.0])  # ties
-    value = draw(st.sampled_from([few, st.floats(0, 12, width=32, allow_subnormal=False), st.just(1.0)]))
+    value = draw(
+        st.sampled_from([few, st.floats(0, 12, width=32, allow_subnormal=False), st.just(1.0)])
+    )
     entropy = draw(st.lists(value, min_size=rows * length, max_size=rows * length))
     if draw(st.booleans()):
         mask = [
-            [t < n for t in range(length)] for n in draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
+            [t < n for t in range(length)]
+            for n in draw(st.lists(st.integers(0, length), min_size=rows, max_size=rows))
         ]
     else:
         mask = draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length))
-    return np.array(entropy, np.float32).reshape(rows, length), np.array(mask, bool).reshape(rows, length)
+    return np.array(entropy, np.float32).reshape(rows, length), np.array(mask, bool).reshape(
+        rows, length
+    )
 
 
 percent = st.integers(0, 100).map(lambda p: p / 100)
@@ -166,7 +181,10 @@ def test_choice_equals_a_loop_over_numpy_quantiles(data, cuts, scope):
 @given(ragged_entropies(), percent, st.sampled_from(["response", "batch"]))
 def test_quantiles_equal_numpy(data, q, scope):
     entropy, mask = data
-    pools = [row[on] if scope == "response" else entropy[mask] for row, on in zip(entropy, mask, strict=True)]
+    pools = [
+        row[on] if scope == "response" else entropy[mask]
+        for row, on in zip(entropy, mask, strict=True)
+    ]
     expected = [numpy_quantile(pool, q) if len(pool) else np.nan for pool in pools]
     quantile = entropy_quantile(torch.tensor(entropy), torch.tensor(mask), q, scope)
     assert quantile.dtype == torch.float32
@@ -202,7 +220,10 @@ def test_batch_scope_pools_the_responses():
 @given(data=ragged_entropies())
 def test_cuts_zero_and_one_keep_every_token(scope, data):
     entropy, mask = data
-    assert select_tokens(torch.tensor(entropy), torch.tensor(mask), 0.0, 1.0, scope).tolist() == mask.tolist()
+    assert (
+        select_tokens(torch.tensor(entropy), torch.tensor(mask), 0.0, 1.0, scope).tolist()
+        == mask.tolist()
+    )
 
 
 def test_short_responses():
@@ -229,7 +250,11 @@ def test_padding_may_hold_anything(scope, garbage):
     mask = torch.arange(8) < torch.tensor([[8], [5], [0]])
     padded = entropy.masked_fill(~mask, garbage)
     keep = select_tokens(padded, mask, scope=scope)
-    assert torch.equal(keep, select_tokens(entropy, mask, scope=scope)) and not keep[~mask].any() and keep.any()
+    assert (
+        torch.equal(keep, select_tokens(entropy, mask, scope=scope))
+        and not keep[~mask].any()
+        and keep.any()
+    )
 
 
 def test_choice_carries_no_gradient():
@@ -251,10 +276,16 @@ def test_choice_leaves_its_arguments_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"must be \(N, T\), got \(2, 3\) and \(2, 4\)"),
+        (
+            {"mask": torch.ones(2, 4, dtype=torch.bool)},
+            r"must be \(N, T\), got \(2, 3\) and \(2, 4\)",
+        ),
         ({"mask": torch.ones(2, 3)}, "torch.float32"),
         ({"mask": torch.ones(2, 3, dtype=torch.long)}, "torch.int64"),
-        ({"entropy": torch.ones(3), "mask": torch.ones(3, dtype=torch.bool)}, r"must be \(N, T\), got \(3,\)"),
+        (
+            {"entropy": torch.ones(3), "mask": torch.ones(3, dtype=torch.bool)},
+            r"must be \(N, T\), got \(3,\)",
+        ),
         ({"low": 0.8, "high": 0.2}, "low=0.8, high=0.2"),
         ({"low": 0.5, "high": 0.5}, "0 <= low < high <= 1"),
         ({"low": -0.1}, "low=-0.1"),
@@ -294,13 +325,17 @@ def test_garbage_at_dropped_tokens_changes_neither_value_nor_gradient(garbage):
     weights = torch.tensor([1.0, 2.0, 3.0])
     ours = value_and_gradient(lambda x: selective_entropy(x, keep), dirty, weights)
     assert ours[0].isfinite().all() and ours[1].isfinite().all()
-    torch.testing.assert_close(ours, value_and_gradient(lambda x: selective_entropy(x, keep), entropy, weights))
+    torch.testing.assert_close(
+        ours, value_and_gradient(lambda x: selective_entropy(x, keep), entropy, weights)
+    )
 
 
 def test_trap_11_the_end_token_counts_when_it_equals_padding():
     """A mask from positions: the choice sees no token values, so an end token with the padding's id stays."""
     eos = pad = 0
     tokens = torch.tensor([[5, 7, 6, eos, pad, pad]])
-    mask = torch.arange(6) < (tokens != pad).sum(dim=1, keepdim=True) + 1  # the first eos is part of the response
+    mask = (
+        torch.arange(6) < (tokens != pad).sum(dim=1, keepdim=True) + 1
+    )  # the first eos is part of the response
     keep = select_tokens(torch.tensor([[0.0, 5.0, 1.0, 2.0, 2.0, 2.0]]), mask, low=0.2, high=0.8)
     assert keep.tolist() == [[False, False, True, True, False, False]]

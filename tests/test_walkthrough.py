@@ -1,4 +1,4 @@
-"""WALKTHROUGH.md and walkthrough/: the page shows what its script prints, the exercises' checks tell right from wrong.
+"""docs/walkthrough/README.md and walkthrough/: the page shows what its script prints, the exercises' checks tell right from wrong.
 
 Links, lines and quoted code of all pages: tests/test_readme.py.
 """
@@ -14,16 +14,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "walkthrough"))
+sys.path.insert(0, str(ROOT / "docs/walkthrough"))
 import test_exercises as exercises  # noqa: E402
 import worked_example  # noqa: E402
 
-PAGE = (ROOT / "WALKTHROUGH.md").read_text()
+PAGE = (ROOT / "docs/walkthrough/README.md").read_text()
 
 # exercise -> what a solution often has instead: (text of the solution, text in its place)
 WRONG = {
     "exercise_1_entropy": [
-        ("checkpoint(of_chunk, rows, use_reentrant=False)", "of_chunk(rows)"),  # keeps all for the backward
+        (
+            "checkpoint(of_chunk, rows, use_reentrant=False)",
+            "of_chunk(rows)",
+        ),  # keeps all for the backward
         ("hidden.split(size)", "hidden.split(len(hidden))"),  # all logits at once
         ("logp.masked_fill(banned, 0.0)", "logp"),  # 0 * -inf
         ("rows @ head.T", "rows.detach() @ head.T"),
@@ -66,7 +69,10 @@ WRONG = {
         ),
         ("torch.minimum(ratio * a, ", "("),  # clipped on both sides, whatever the sign
         ("return -surrogate", "return surrogate"),
-        ("(logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()", "(logprobs - old_logprobs).exp()"),
+        (
+            "(logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()",
+            "(logprobs - old_logprobs).exp()",
+        ),
         ("surrogate.masked_fill(~mask, 0.0)", "surrogate"),  # padding counts as ratio 1
         ("1 + clip_high", "1 + clip_low"),
     ],
@@ -90,8 +96,8 @@ def load(text: str, folder: Path):
 
 def parts(name: str):
     """-> an exercise's check, the name of its function, its solution's text"""
-    module = exercises.load(ROOT / "walkthrough" / f"{name}.py")
-    solution = ROOT / "walkthrough/solutions" / f"{name}.py"
+    module = exercises.load(ROOT / "docs/walkthrough" / f"{name}.py")
+    solution = ROOT / "docs/walkthrough/solutions" / f"{name}.py"
     return module.check, exercises.stub(module).__name__, solution.read_text()
 
 
@@ -100,43 +106,49 @@ def test_a_solution_passes_and_has_the_stubs_signature(name, tmp_path):
     check, function, text = parts(name)
     solution = getattr(load(text, tmp_path), function)
     check(solution)
-    stub = exercises.stub(exercises.load(ROOT / "walkthrough" / f"{name}.py"))
+    stub = exercises.stub(exercises.load(ROOT / "docs/walkthrough" / f"{name}.py"))
     assert list(stub.__annotations__) == list(solution.__annotations__)
 
 
-@pytest.mark.parametrize("name, wrong", [(name, i) for name in WRONG for i in range(len(WRONG[name]))])
+@pytest.mark.parametrize(
+    "name, wrong", [(name, i) for name in WRONG for i in range(len(WRONG[name]))]
+)
 def test_a_typical_wrong_solution_fails(name, wrong, tmp_path):
     check, function, text = parts(name)
     old, new = WRONG[name][wrong]
     assert old in text, f"the solution has no {old!r} any more"
     text = text.replace(old, new)
-    text = text.replace("rewards.sub_(rewards.mean(dim=1, keepdim=True)", "rewards.sub_(rewards.mean(1, True))")
+    text = text.replace(
+        "rewards.sub_(rewards.mean(dim=1, keepdim=True)", "rewards.sub_(rewards.mean(1, True))"
+    )
     with pytest.raises(AssertionError):
         check(getattr(load(text, tmp_path), function))
 
 
 def test_every_exercise_has_wrong_solutions_and_a_place_in_the_page():
     assert list(WRONG) == exercises.EXERCISES
-    assert {path.stem for path in (ROOT / "walkthrough/solutions").glob("*.py")} == set(WRONG)
+    assert {path.stem for path in (ROOT / "docs/walkthrough/solutions").glob("*.py")} == set(WRONG)
     assert [name for name in WRONG if f"walkthrough/{name}.py" not in PAGE] == []
 
 
 @pytest.mark.parametrize("name", exercises.EXERCISES)
 def test_a_stub_is_unsolved(name):
-    """Solve them in a copy (WALKTHROUGH.md): what is committed is the task."""
-    module = exercises.load(ROOT / "walkthrough" / f"{name}.py")
+    """Solve them in a copy (docs/walkthrough/README.md): what is committed is the task."""
+    module = exercises.load(ROOT / "docs/walkthrough" / f"{name}.py")
     with pytest.raises(NotImplementedError):
         module.check(exercises.stub(module))
 
 
 def test_a_reader_who_has_solved_some(tmp_path):
     """In a copy, by the page's command: those pass, the others fail; the project's own test run sees none of it."""
-    shutil.copytree(ROOT / "walkthrough", tmp_path / "mine")
+    shutil.copytree(ROOT / "docs/walkthrough", tmp_path / "mine")
     solved = exercises.EXERCISES[::2]
     for name in solved:
         path = tmp_path / "mine" / f"{name}.py"
         _, _, text = parts(name)
-        path.write_text(path.read_text().replace("def check(", f"{text}\n\ndef check("))  # after the stub, over it
+        path.write_text(
+            path.read_text().replace("def check(", f"{text}\n\ndef check(")
+        )  # after the stub, over it
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "mine"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -159,7 +171,9 @@ def differences(shown: str, now: str) -> list[str]:
         digits = [10 ** -len(x.partition(".")[2]) for x in NUMBER.findall(a)]
         numbers = [[float(x) for x in NUMBER.findall(line)] for line in (a, b)]
         words = NUMBER.sub("#", a) == NUMBER.sub("#", b)
-        if not words or any(abs(x - y) > 1.01 * d for x, y, d in zip(*numbers, digits, strict=True)):
+        if not words or any(
+            abs(x - y) > 1.01 * d for x, y, d in zip(*numbers, digits, strict=True)
+        ):
             found.append(f"- {a}\n+ {b}")
     return found
 
@@ -176,10 +190,13 @@ def printed():
 
 
 def test_the_page_shows_what_the_script_prints(printed):
-    shown = {name: PAGE.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0] for name in printed}
+    shown = {
+        name: PAGE.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
+        for name in printed
+    }
     found = {name: differences(shown[name], printed[name]) for name in printed}
-    assert not any(found.values()), "python walkthrough/worked_example.py --write\n" + "\n".join(
-        sum(found.values(), [])
+    assert not any(found.values()), (
+        "python docs/walkthrough/worked_example.py --write\n" + "\n".join(sum(found.values(), []))
     )
     assert len(re.findall(r"<!-- (worked|otherwise) \d -->", PAGE)) == len(printed)
 
@@ -199,13 +216,15 @@ def test_every_fenced_block_is_one_that_is_made_or_run():
     page = re.sub(r"<!-- code .+ -->\n\[.+\n\n```python\n[\s\S]*?\n```\n<!-- /code -->", "", page)
     blocks = re.findall(r"```(\w*)\n([\s\S]*?)\n```", page)
     assert {kind for kind, _ in blocks} == {"bash"} and page.count("```") == 2 * len(blocks)
-    lines = [line.split("#")[0].split() for line in "\n".join(text for _, text in blocks).splitlines()]
+    lines = [
+        line.split("#")[0].split() for line in "\n".join(text for _, text in blocks).splitlines()
+    ]
     assert lines == [
         ["bash", "run.sh", "test"],
         [".", ".venv/bin/activate"],
         ["python", "walkthrough/worked_example.py"],
-        ["python", "-m", "pytest", "walkthrough"],
-        ["cp", "-r", "walkthrough", "mine"],
+        ["python", "-m", "pytest", "docs/walkthrough"],
+        ["cp", "-r", "docs/walkthrough", "mine"],
         ["python", "-m", "pytest", "mine", "-k", "exercise_3"],
     ]
 
@@ -214,7 +233,8 @@ def test_worked_numbers_are_those_of_the_formulas(printed):
     """By hand: prompt 1 has rewards 0.1, 1, 1, 1, so A = (r - 0.775) / 0.45; the loss is -sum A_i |y_i| / tokens."""
     table = printed["worked 5"].split("prompt 1")[1]
     rewards, advantages = (
-        [float(x) for x in re.findall(rf"{name} +(.+?)(?:   |\n)", table)[0].split()] for name in ("reward", "A")
+        [float(x) for x in re.findall(rf"{name} +(.+?)(?:   |\n)", table)[0].split()]
+        for name in ("reward", "A")
     )
     mean = sum(rewards) / 4
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)

@@ -53,13 +53,19 @@ TOWER |= dict(image_size=SIDE, patch_size=PATCH)
 FIXED = dict(size={"height": SIDE, "width": SIDE})
 
 
-def build_tokenizer(named: dict[str, str], special: list[str], bos: bool = False) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    named: dict[str, str], special: list[str], bos: bool = False
+) -> PreTrainedTokenizerFast:
     """named: tokens that a processor reads as attributes of its tokenizer; special: further ones."""
     vocabulary = ["<unk>", "<pad>", "<end>", "<bos>", *WORDS]
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    words = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
+    )
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     if bos:
-        words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 3)])
+        words.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 3)]
+        )
     names = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<end>", bos_token="<bos>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=named, **names)
     tokenizer.add_tokens(special, special_tokens=True)
@@ -69,7 +75,9 @@ def build_tokenizer(named: dict[str, str], special: list[str], bos: bool = False
 def chat_template(image: str, start: str = "") -> str:
     return (
         "{% for message in messages %}" + start + "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}" + image + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if part['type'] == 'image' %}"
+        + image
+        + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
         " answer :"
     )
 
@@ -80,7 +88,11 @@ def qwen(kind: str):
     tokenizer.add_tokens(special)  # known from the configuration alone
     sizes = dict(patch_size=PATCH, merge_size=2, temporal_patch_size=2)
     limits = dict(size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
-    classes = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}
+    classes = {
+        "qwen2_vl": Qwen2VLProcessor,
+        "qwen2_5_vl": Qwen2_5_VLProcessor,
+        "qwen3_vl": Qwen3VLProcessor,
+    }
     video = Qwen3VLVideoProcessor if kind == "qwen3_vl" else Qwen2VLVideoProcessor
     template = chat_template("<|vision_start|><|image_pad|><|vision_end|>")
     image_processor = Qwen2VLImageProcessor(**sizes, **limits)
@@ -94,11 +106,16 @@ def qwen(kind: str):
         tower |= dict(fullatt_block_indexes=[1])
     else:
         rope["mrope_interleaved"] = True
-        tower |= dict(hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=64)
+        tower |= dict(
+            hidden_size=32, intermediate_size=48, out_hidden_size=32, num_position_embeddings=64
+        )
         tower |= dict(deepstack_visual_indexes=[0])
     text = TEXT | dict(rope_parameters=rope) | (dict(head_dim=8) if kind == "qwen3_vl" else {})
     names = ("vision_start", "vision_end", "image", "video")
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(t) for name, t in zip(names, special, strict=True)}
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(t)
+        for name, t in zip(names, special, strict=True)
+    }
     return dict(text_config=text, vision_config=tower, **ids), processor
 
 
@@ -109,7 +126,9 @@ def smolvlm(kind: str):
     sizes = dict(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
     tokens, template = SIDE**2 // PATCH**2 // 4, chat_template("<image>")
     if kind == "smolvlm":
-        videos = SmolVLMVideoProcessor(**sizes, video_sampling={"fps": 1, "max_frames": 2, "video_size": sizes["size"]})
+        videos = SmolVLMVideoProcessor(
+            **sizes, video_sampling={"fps": 1, "max_frames": 2, "video_size": sizes["size"]}
+        )
         parts = (SmolVLMImageProcessor(**sizes), tokenizer, videos)
         processor = SmolVLMProcessor(*parts, image_seq_len=tokens, chat_template=template)
     else:
@@ -117,7 +136,9 @@ def smolvlm(kind: str):
         processor = Idefics3Processor(*parts, image_seq_len=tokens, chat_template=template)
     text = TEXT | dict(model_type="llama")
     image = tokenizer.convert_tokens_to_ids("<image>")
-    config = dict(text_config=text, vision_config=TOWER, scale_factor=2, image_token_id=image, pad_token_id=1)
+    config = dict(
+        text_config=text, vision_config=TOWER, scale_factor=2, image_token_id=image, pad_token_id=1
+    )
     return config, processor
 
 
@@ -125,11 +146,17 @@ def llava(kind: str):
     tokenizer = build_tokenizer({}, ["<image>", "<video>"], bos=kind != "llava_onevision")
     template, clip = chat_template("<image>"), TOWER | dict(model_type="clip_vision_model")
     crop = dict(size={"shortest_edge": SIDE}, crop_size=FIXED["size"])
-    cls = dict(patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    cls = dict(
+        patch_size=PATCH, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
     image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-    config = dict(text_config=TEXT | dict(model_type="llama"), vision_config=clip, image_token_index=image)
+    config = dict(
+        text_config=TEXT | dict(model_type="llama"), vision_config=clip, image_token_index=image
+    )
     if kind == "llava":
-        processor = LlavaProcessor(CLIPImageProcessor(**crop), tokenizer, chat_template=template, **cls)
+        processor = LlavaProcessor(
+            CLIPImageProcessor(**crop), tokenizer, chat_template=template, **cls
+        )
     elif kind == "llava_next":
         tiles = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
         image_processor = LlavaNextImageProcessor(**crop, image_grid_pinpoints=tiles)
@@ -142,33 +169,47 @@ def llava(kind: str):
         tokens = dict(num_image_tokens=(SIDE // PATCH) ** 2, vision_feature_select_strategy="full")
         processor = LlavaOnevisionProcessor(*parts, chat_template=template, **tokens)
         siglip = TOWER | dict(model_type="siglip_vision_model", vision_use_head=False)
-        config |= dict(text_config=TEXT | dict(model_type="qwen2"), vision_config=siglip, video_token_index=video)
+        config |= dict(
+            text_config=TEXT | dict(model_type="qwen2"),
+            vision_config=siglip,
+            video_token_index=video,
+        )
         config |= dict(image_grid_pinpoints=tiles)
     return config, processor
 
 
 def internvl(kind: str):
-    named = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>")
+    named = dict(
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>"
+    )
     tokenizer = build_tokenizer(named | dict(video_token="<video>"), [])
     parts = (GotOcr2ImageProcessor(**FIXED), tokenizer, InternVLVideoProcessor(**FIXED))
-    processor = InternVLProcessor(*parts, image_seq_length=4, chat_template=chat_template("<IMG_CONTEXT>"))
+    processor = InternVLProcessor(
+        *parts, image_seq_length=4, chat_template=chat_template("<IMG_CONTEXT>")
+    )
     tower = TOWER | dict(image_size=[SIDE, SIDE], patch_size=[PATCH, PATCH])
     image = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     text = TEXT | dict(model_type="qwen2", tie_word_embeddings=False)
-    return dict(text_config=text, vision_config=tower, image_token_id=image, image_seq_length=4), processor
+    return dict(
+        text_config=text, vision_config=tower, image_token_id=image, image_seq_length=4
+    ), processor
 
 
 def gemma3(kind: str):
-    named = dict(boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>")
+    named = dict(
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"
+    )
     tokenizer = build_tokenizer(named, [], bos=True)
     template = chat_template("<start_of_image>", start="{{ bos_token }}")
     parts = (Gemma3ImageProcessor(**FIXED), tokenizer)
     processor = Gemma3Processor(*parts, chat_template=template, image_seq_length=4)
-    text = TEXT | dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    text = TEXT | dict(
+        head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]
+    )
     tower, ids = TOWER | dict(model_type="siglip_vision_model", vision_use_head=False), {}
     for name, token in named.items():
-        ids[{"image_token": "image_token_id"}.get(name, f"{name[:3]}_token_index")] = tokenizer.convert_tokens_to_ids(
-            token
+        ids[{"image_token": "image_token_id"}.get(name, f"{name[:3]}_token_index")] = (
+            tokenizer.convert_tokens_to_ids(token)
         )
     ids = {"image_token_index": ids.pop("image_token_id"), **ids}
     return dict(text_config=text, vision_config=tower, mm_tokens_per_image=4, **ids), processor

@@ -1,0 +1,1 @@
+"""Speed, grading, attack: one command per table."""

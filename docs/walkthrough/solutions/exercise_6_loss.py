@@ -1,0 +1,19 @@
+import torch
+from torch import Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    tokens: int,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Tensor:
+    ratio = (
+        (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()
+    )  # padding: exactly 1, no gradient
+    a = advantages[:, None]
+    surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
+    return -surrogate.masked_fill(~mask, 0.0).sum() / tokens

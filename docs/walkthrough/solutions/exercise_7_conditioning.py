@@ -1,0 +1,22 @@
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def log_ratios(
+    logp: Callable[[Tensor, Tensor], Tensor],
+    logp_old: Callable[[Tensor, Tensor], Tensor],
+    condition: str,
+    clean: Tensor,
+    attacked: Tensor,
+    tokens: Tensor,
+    adversarial: Tensor,
+    recorded: Tensor,
+) -> Tensor:
+    images = clean if condition == "clean" else torch.where(adversarial[:, None], attacked, clean)
+    with torch.no_grad():
+        old = logp_old(
+            images, tokens
+        )  # `recorded` would do for "sampled", and for the clean half of "clean"
+    return logp(images, tokens) - old

@@ -1,0 +1,1 @@
+"""The experiments behind the README's tables: runs, results, tables, pictures."""
