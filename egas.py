@@ -147,6 +147,11 @@ def diffusion_noise(
     ]
 
 
+def annealed_time(step: int, steps: int, start: float = 500.0) -> float:
+    """NoisyRollout's schedule: start * (1 - 1 / (1 + exp(-30 (step / steps - 2 / 3)))), start -> 0."""
+    return start * (1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps)))
+
+
 def psnr(x: Tensor, x0: Tensor) -> float:
     """10 log10(1 / mean((x - x0)^2)) in dB, of two images in [0, 1]; infinite when they are equal."""
     mse = (x.double() - x0.double()).pow(2).mean().item()

@@ -1,0 +1,358 @@
+"""Options: small dataclasses, one flat command line, recipes in YAML.
+
+    class Config(NamedTuple):                    # what one program takes: a dataclass per group
+        model: ModelArgs
+        data: DataArgs
+    config = parse(Config, ["--config", "recipe.yaml", "--model", "demo/mixed"], "what it does")
+    config.model.model, flat(config)["model"]    # an attribute of its group, an entry of one mapping
+
+An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options to
+values. Its values pass through the command line's parser, so both are checked alike. The command line
+goes before the recipe, and the recipe before the defaults. A float may be written as a fraction (2/255).
+"""
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from runtime import data
+from vlm import adapt
+from vlm.policy import Policy
+
+CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
+CONTROLS += ("clip_cov", "kl_cov", "sent")
+
+# What an option of an earlier version is called now. Old recipes and checkpoints are refused with it.
+RENAMED = {
+    "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
+    "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
+    "length_weight": "write --reward ... length_penalty:WEIGHT",
+    "length_buffer": "removed: the penalty grows over the last quarter of max_new_tokens",
+    "image_column": "write --columns image=NAME",
+    "problem_column": "write --columns problem=NAME",
+    "answer_column": "write --columns answer=NAME",
+    "choices_column": "write --columns choices=NAME",
+    "dataset_config": "removed: a preset names its own configuration",
+    "checkpointing": "now called gradient_checkpointing",
+    "lora_alpha": "removed: it is 2 * lora_rank",
+    "log_prompts": "removed: one prompt per step goes to samples.jsonl",
+    "tsec_scope": "removed: the quantiles are those of each response",
+    "step_size": "removed: it is min(2.5 * eps / pgd_steps, eps)",
+    "random_start": "removed: PGD starts at the clean image",
+    "anneal": "removed: eps stays constant",
+    "noise_t": "removed: it is 500, NoisyRollout's value",
+    "skywork_step": "removed: it is entropy_coef / 10",
+    "skywork_max": "removed: it is 5 * entropy_coef",
+    "aer_rate": "removed: it is 0.01",
+    "aer_threshold": "removed: it is 1",
+    "ecvgpo_power": "removed: it is 1",
+    "vogue_visual": "removed: it is VOGUE's value, 1",
+    "vogue_entropy": "removed: it is VOGUE's value, 0.4",
+    "vogue_cap": "removed: it is VOGUE's value, 2",
+}
+
+
+def option(default: Any, source: str, text: str, **bounds: float) -> Any:
+    """A field of Options: its default, where the choice comes from, what it does, its bounds.
+
+    bounds: low (value >= low), high (value <= high), above (value > above).
+    """
+    metadata = {"help": f"[{source}] {text}"} | bounds
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(holds: bool, rule: str) -> None:
+    """Raise ValueError that states the rule unless it holds."""
+    if not holds:
+        raise ValueError(f"the options must satisfy {rule}")
+
+
+class Options:
+    """What the groups of options share: numbers are checked against their bounds."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, bounds = getattr(self, item.name), item.metadata
+            if value is None:
+                continue
+            said = f"{item.name}={value}: it must be"
+            if "low" in bounds and value < bounds["low"]:
+                raise ValueError(f"{said} at least {bounds['low']}")
+            if "high" in bounds and value > bounds["high"]:
+                raise ValueError(f"{said} at most {bounds['high']}")
+            if "above" in bounds and value <= bounds["above"]:
+                raise ValueError(f"{said} above {bounds['above']}")
+
+
+@dataclass
+class ModelArgs(Options):
+    _argument_group_name = "model"
+    model: str = option("demo/confident", "ours", "hub id or folder of a vision-language model")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "ours", "dtype of the parameters")
+    attention: str = option("sdpa", "ours", "sdpa | eager | flash_attention_2")
+    min_pixels: int | None = option(None, "ours", "smallest image area (Qwen); unset: processor's")
+    max_pixels: int | None = option(None, "ours", "largest image area (Qwen); unset: processor's")
+
+    def load(self, folder: str | None = None, weights: bool = True) -> Policy:
+        """The policy, from the checkpoint `folder` if one is given.
+
+        weights False: parameters without values, on the meta device.
+        """
+        source = folder or self.model
+        sizes = (self.min_pixels, self.max_pixels)
+        return Policy.from_pretrained(source, self.dtype, self.attention, *sizes, weights)
+
+
+@dataclass
+class MemoryArgs(Options):
+    _argument_group_name = "memory"
+    freeze: Literal["none", "vision", "vision+projector"] = option("none", "ours", "not trained")
+    lora_rank: int = option(0, "ours", "train LoRA adapters of this rank alone; 0: none", low=0)
+    gradient_checkpointing: bool = option(False, "ours", "recompute each layer in the backward")
+    micro_prompts: int = option(16, "ours", "prompts a device attacks, updates at a time", low=1)
+    micro_responses: int = option(0, "ours", "responses per backward chunk; 0: all", low=0)
+    sample_prompts: int = option(0, "ours", "prompts a device samples at a time; 0: all", low=0)
+
+    def apply(self, policy: Policy, seed: int, checkpoint: str | None = None) -> None:
+        """Freeze parts, add LoRA (its adapters from the checkpoint folder), recompute layers."""
+        adapt.freeze(policy, self.freeze)
+        if self.lora_rank:
+            adapt.add_lora(policy, self.lora_rank, seed, checkpoint)
+        if self.gradient_checkpointing:
+            adapt.checkpoint_layers(policy)
+        policy.micro_responses = self.micro_responses
+
+
+@dataclass
+class DataArgs(Options):
+    _argument_group_name = "data"
+    dataset: str = option("demo", "ours", "demo, a preset, a data file, a folder or a hub id")
+    preset: str | None = option(None, "ours", "read the data as this entry of runtime/presets.py")
+    template: str | None = option(None, "ours", "added to the prompt: boxed | tags | none | a YAML")
+    columns: list[str] = option([], "ours", "image=NAME problem=NAME answer=NAME choices=NAME")
+    streaming: bool = option(False, "ours", "read rows as they come, without storing the data set")
+    bad_rows: Literal["refuse", "skip"] = option("refuse", "ours", "what to do with unusable rows")
+
+    def load(self, split: str | None, **settings: Any) -> data.Rows | data.Stream:
+        """The checked rows of a split. settings: limit, seed, prompt_tokens, max_prompt_tokens."""
+        return data.load_rows(
+            self.dataset,
+            split,
+            self.bad_rows,
+            preset=self.preset,
+            template=self.template,
+            columns=data.parse_columns(self.columns),
+            streaming=self.streaming,
+            **settings,
+        )
+
+
+@dataclass
+class TrainDataArgs(DataArgs):
+    split: str | None = option(None, "ours", "unset: the preset's, train, the demo's shifted/train")
+    order: str | None = option(None, "ours", "JSON list of row numbers to train in; unset: shuffled")
+    max_prompt_tokens: int = option(2048, "ours", "longer prompts are left out, counted", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.order and self.streaming), "order only without streaming")
+
+
+@dataclass
+class ControlArgs(Options):
+    _argument_group_name = "entropy control in the update, by other methods"
+    update_control: Literal[CONTROLS] = option("none", "ours", "see extras/entropy_controls.py")
+    entropy_coef: float = option(1e-3, "ours", "entropy bonus; skywork, aer: its start", low=0)
+    skywork_target: float = option(0.2, "known", "skywork: the bonus acts up to this many nats")
+    aer_target: float = option(0.4, "second-hand", "aer: target, a share of the initial entropy")
+    top_entropy: float = option(0.2, "known", "top_entropy: share of tokens kept", low=0, high=1)
+    cov_share: float = option(2e-4, "known", "*_cov, sent: share of tokens", above=0, high=1)
+    penalty_coef: float | None = option(
+        None, "known", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent", above=0
+    )
+
+
+@dataclass
+class RunArgs(Options):
+    _argument_group_name = "run"
+    output: str = option("out/demo", "ours", "the run's folder")
+    overwrite: bool = option(False, "ours", "replace the run that the folder holds")
+    resume: bool = option(False, "ours", "continue exactly from the newest checkpoint")
+    dry_run: bool = option(False, "ours", "print plan and memory, then stop; reads no weights")
+    seed: int = option(0, "ours", "of data order, rollouts and random images", low=0)
+    steps: int = option(100, "ours", "batches of rollouts", low=1)
+    save_every: int = option(50, "ours", "steps between checkpoints; the last has one", low=1)
+    keep_last: int = option(0, "ours", "how many checkpoints are kept; 0: all", low=0)
+    report_to: str = option("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
+    self_check: bool = option(True, "ours", "compare pixels and logits with transformers' first")
+    profile: bool = option(False, "ours", "trace the second step into trace.json")
+
+
+# -------------------------------------------------------------------------------------- the parser
+
+
+def number(text: str) -> float:
+    """"0.5", "1e-6" or a fraction such as "2/255"."""
+    top, slash, bottom = text.partition("/")
+    value = float(top) / float(bottom) if slash else float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"not a finite number: {text}")
+    return value
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """One spelling per option, its choices or type, its default."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        if action.choices:
+            values = " | ".join(action.choices)
+        else:
+            values = {int: "N", float: "X", string_to_bool: "true | false"}.get(action.type, "NAME")
+        return f"{action.option_strings[0]} {values}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, argparse.SUPPRESS, []):
+            return action.help
+        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        default = f"{default:.4g}" if isinstance(default, float) else default
+        return f"{action.help} (default: {default})".replace("%", "%%")
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser for groups of Options. It raises ValueError where argparse would exit."""
+
+    def __init__(self, groups: Sequence[type], description: str):
+        usage = "%(prog)s [--config RECIPE.yaml] [--option value ...]"
+        super().__init__(
+            groups,
+            usage=usage,
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.register("type", float, number)
+        self.add_argument("--config", help="a recipe: a YAML mapping of options to values")
+        for action in self._actions:
+            if action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS  # the twin of an option that is on by default
+        self.known = sorted({action.dest for action in self._actions} - {"help"})
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, item: Field) -> None:
+        plain = copy(item)  # every entry of its metadata would go to add_argument
+        plain.metadata = {"help": item.metadata["help"]}
+        HfArgumentParser._parse_dataclass_field(parser, plain)
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def values(self, argv: list[str]) -> argparse.Namespace:
+        """The options' values. Raises ValueError for an unknown option or a wrong value."""
+        namespace, rest = self.parse_known_args(argv)
+        if rest:
+            name = rest[0].split("=")[0]
+            found = self.explain(name.lstrip("-")) if name.startswith("-") else "no option takes it"
+            raise ValueError(f"unknown {name}: {found}")
+        return namespace
+
+    def explain(self, name: str) -> str:
+        """What an unknown option may have been meant to be."""
+        name = name.replace("-", "_")
+        if name in RENAMED:
+            return RENAMED[name]
+        near = difflib.get_close_matches(name, self.known, n=1)
+        return f"did you mean {near[0]}?" if near else "--help lists the options"
+
+
+def to_argv(name: str, value: Any) -> list[str]:
+    """An option and its value as words of the command line. None: no words, the default stays."""
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        value = [f"{key}={entry}" for key, entry in value.items()]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)] if value else []
+    return [f"--{name}={value}"]
+
+
+def read_recipe(path: str, parser: Parser) -> list[str]:
+    """A recipe's options as words of the command line. Raises ValueError that names file and line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node, recipe = yaml.compose(text), yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+    if recipe is None:
+        return []
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must map options to values, got {recipe!r:.80}")
+    words, seen = [], set()
+    for key, _ in node.value:
+        name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
+        if name in seen:
+            raise ValueError(f"{place}: {name} is given twice")
+        if name not in parser.known or name == "config":
+            raise ValueError(f"{place}: unknown {name}: {parser.explain(name)}")
+        seen.add(name)
+        option_words = to_argv(name, recipe[name])
+        try:
+            if not option_words and recipe[name] is None and parser.get_default(name) is not None:
+                raise ValueError(f"{name} has no value")
+            parser.values(option_words)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from error
+        words += option_words
+    return words
+
+
+def parse(kind: type[NamedTuple], argv: list[str], description: str = "", **options: Any) -> Any:
+    """A Config of that kind from argv, its --config recipe, and `options` given in Python.
+
+    `options` go before argv, argv before the recipe, the recipe before the defaults.
+    Raises ValueError, one line, for whatever is wrong.
+    """
+    parser = Parser(list(kind.__annotations__.values()), description)
+    words = list(argv)
+    for name, value in options.items():
+        if name not in parser.known:
+            raise ValueError(f"unknown {name}: {parser.explain(name)}")
+        words += to_argv(name, value)
+    recipe = parser.values(words).config
+    words = (read_recipe(recipe, parser) if recipe else []) + words
+    *groups, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    return kind(*groups)
+
+
+def flat(config: NamedTuple) -> dict[str, Any]:
+    """{option: value} of all groups."""
+    return {name: value for group in config for name, value in asdict(group).items()}
+
+
+def command_line(load_config: Callable, main: Callable) -> None:
+    """Run main on the configuration of sys.argv. A wrong one ends with one line and exit code 2."""
+    try:
+        config = load_config(sys.argv[1:])
+    except ValueError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    main(config)

@@ -1,0 +1,256 @@
+"""The rollouts of a step: responses, rewards, what is measured and logged of them, what the update trains on.
+
+Symbols: P prompts of this process, G responses per prompt (the clean ones first), T tokens (padded).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import egas
+import grpo
+import rewards
+import tsec
+from vlm.policy import Policy, Prompts, Responses
+
+
+@dataclass
+class Rollouts:
+    """What sampling, attack and grading made of P prompts. Plain GRPO: adversarial None, attacked = prompts."""
+
+    rows: list[dict]
+    prompts: Prompts
+    attacked: Prompts  # the same questions about the images that adversarial responses were sampled on
+    responses: list[Responses]  # P * G_clean on the clean images, P * G_adv on the attacked ones
+    tsec_mask: Tensor  # the tokens of `clean` that TsEC chose
+    texts: list[list[str]]  # (P, G)
+    scores: dict[str, Tensor]  # reward, accuracy, format, ...: (P, G)
+    advantages: Tensor  # (P, G)
+
+    @property
+    def clean(self) -> Responses:
+        return self.responses[0]
+
+    @property
+    def adversarial(self) -> Responses | None:
+        return self.responses[1] if len(self.responses) > 1 else None
+
+
+def by_prompt(x: Tensor, prompts: int) -> Tensor:
+    """(P * n, ...) -> (P, n, ...)"""
+    return x.unflatten(0, (prompts, -1))
+
+
+def micro_batches(stop: int, size: int, start: int = 0) -> list[slice]:
+    """The prompts from start to stop in slices of `size`, the last one shorter if it must be."""
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def load_rewards(specs: list[str], max_new_tokens: int, row: dict) -> rewards.Rewards:
+    """rewards.load_rewards, each function called once on `row`, so that a broken one fails here."""
+    functions = rewards.load_rewards(specs, max_new_tokens)
+    columns = {name: [value] for name, value in row.items() if name != "images"}
+    columns["completion_ids"] = [[0]]
+    text = "<think>a synthetic call</think> \\boxed{0}"
+    rewards.total_reward([text], rewards=functions, **columns)
+    return functions
+
+
+def grade(
+    functions: rewards.Rewards, policy: Policy, rows: list[dict], responses: list[Responses]
+) -> tuple[list[list[str]], dict[str, Tensor]]:
+    """The responses' texts and {"reward", "accuracy", "format", ...}, all (P, G), the clean ones first.
+
+    A reward function gets TRL's arguments: completions, completion_ids and the rows' columns.
+    """
+    texts, ids = [[] for _ in rows], [[] for _ in rows]
+    for part in responses:
+        per_prompt = len(part.tokens) // len(rows)
+        for i, text in enumerate(policy.decode(part)):
+            texts[i // per_prompt].append(text)
+            ids[i // per_prompt].append(part.tokens[i][part.mask[i]].tolist())
+    G = len(texts[0])
+    columns = {"completion_ids": sum(ids, [])}
+    for name in rows[0]:
+        if name != "images":
+            columns[name] = [row[name] for row in rows for _ in range(G)]
+    found = rewards.total_reward(sum(texts, []), rewards=functions, **columns)
+    scores = {}
+    for name, values in found.items():
+        scores[name] = by_prompt(torch.tensor(values, device=policy.device), len(rows))
+    return texts, scores
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+@torch.no_grad()
+def metrics(
+    rollouts: Rollouts,
+    policy: Policy,
+    cuts: tuple[float, float],
+    objective: Callable[[slice], Callable],
+    micro: int,
+) -> dict[str, float]:
+    """Means over this process's prompts. docs/metrics.md defines each name.
+
+    cuts: TsEC's quantiles. objective(part): the attack's, a function of the images of prompts[part].
+    """
+    clean, scores, parts = rollouts.clean, rollouts.scores, rollouts.responses
+    distinct = [len(set(group)) / len(group) for group in rollouts.texts]
+    values = scores | {
+        "zero_variance": grpo.equal_groups(scores["accuracy"]),
+        "entropy/clean": tsec.selective_entropy(clean.entropy, clean.mask),
+        "entropy/selected": tsec.selective_entropy(clean.entropy, rollouts.tsec_mask),
+        "tsec/kept": rollouts.tsec_mask.sum(dim=1) / clean.mask.sum(dim=1),
+        "tsec/low": tsec.entropy_quantile(clean.entropy, clean.mask, cuts[0]),
+        "tsec/high": tsec.entropy_quantile(clean.entropy, clean.mask, cuts[1]),
+        "distinct": torch.tensor(distinct),
+        "length": torch.cat([part.mask.sum(dim=1) for part in parts]),
+        "truncated": torch.cat([part.truncated(policy.eos_ids) for part in parts]),
+    }
+    if rollouts.adversarial is not None:
+        values |= adversarial_metrics(rollouts)
+        reached = []
+        for part in micro_batches(len(rollouts.prompts), micro):
+            reached.append(objective(part)(rollouts.attacked[part].images))
+        values["entropy/attacked"] = torch.cat(reached)
+    return {name: value.float().mean().item() for name, value in values.items()}
+
+
+def adversarial_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
+    """What only exists where responses were sampled on changed images. A value per prompt or response.
+
+    A prompt of text alone counts as a change of 0 and a PSNR of 99, so that means over processes agree.
+    """
+    P, n = len(rollouts.prompts), len(rollouts.clean.tokens) // len(rollouts.prompts)
+    largest_changes, psnrs = [], []
+    for i in range(P):
+        largest, psnr = 0.0, 99.0
+        pairs = zip(
+            rollouts.attacked[i : i + 1].images, rollouts.prompts[i : i + 1].images, strict=True
+        )
+        for attacked, clean in pairs:
+            largest = max(largest, (attacked - clean).abs().max().item())
+            psnr = min(psnr, egas.psnr(attacked, clean))
+        largest_changes.append(largest)
+        psnrs.append(psnr)
+    adversarial = rollouts.adversarial
+    values = {
+        "entropy/fresh": tsec.selective_entropy(adversarial.entropy, adversarial.mask),
+        "attack/linf": torch.tensor(largest_changes),
+        "attack/psnr": torch.tensor(psnrs),
+    }
+    for name in ("reward", "accuracy"):
+        values[f"{name}/clean"] = rollouts.scores[name][:, :n]
+        values[f"{name}/adversarial"] = rollouts.scores[name][:, n:]
+    clean_right = values["accuracy/clean"].any(dim=1)  # (P,)
+    adversarial_right = values["accuracy/adversarial"].any(dim=1)
+    values["rescued"] = adversarial_right & ~clean_right
+    values["lost"] = clean_right & ~adversarial_right
+    return values
+
+
+def sample_lines(rollouts: Rollouts, policy: Policy) -> tuple[list[dict], dict[str, list[Tensor]]]:
+    """The first prompt's responses for samples.jsonl, with tokens, entropies and TsEC's choice; its images."""
+    row, lines, texts = rollouts.rows[0], [], rollouts.texts[0]
+    for kind, part in zip(("clean", "adversarial"), rollouts.responses, strict=False):
+        for i in range(len(part.tokens) // len(rollouts.rows)):
+            mask, g = part.mask[i], len(lines)
+            tokens = part.tokens[i][mask].tolist()
+            line = {"prompt": 0, "row": row["row"], "image": kind, "response": texts[g]}
+            line |= {"problem": row["problem"], "answer": row["answer"]}
+            for name, values in (rollouts.scores | {"advantage": rollouts.advantages}).items():
+                line[name] = values[0, g].item()
+            line["truncated"] = tokens[-1] not in policy.eos_ids
+            line["entropy"] = [round(entropy, 4) for entropy in part.entropy[i][mask].tolist()]
+            line["tokens"] = [policy.processor.tokenizer.decode([token]) for token in tokens]
+            line["kept"] = rollouts.tsec_mask[i][mask].tolist() if kind == "clean" else None
+            lines.append(line)
+    pictures = {}
+    if rollouts.prompts.counts[0]:
+        pictures["clean"] = rollouts.prompts[:1].images
+        if rollouts.adversarial is not None:
+            pictures["adversarial"] = rollouts.attacked[:1].images
+    return lines, pictures
+
+
+# --------------------------------------------------------------------------- what the update trains on
+
+
+class TrainingBatch(NamedTuple):
+    """Responses that are updated on the same prompts and images."""
+
+    prompts: Prompts
+    tokens: Tensor  # (P, n, T)
+    mask: Tensor  # (P, n, T) bool: the tokens that the loss is normalised by
+    loss_mask: Tensor  # (P, n, T) bool: the tokens whose policy gradient counts
+    penalty_weights: Tensor  # (P, n, T) of |log pi - log pi_old|
+    advantages: Tensor  # (P, n)
+    entropy_coef: Tensor  # (P, n) of the entropy bonus
+
+    def rows(self, prompts: slice) -> "TrainingBatch":
+        """The part of some prompts."""
+        return TrainingBatch(*(x[prompts] for x in self))
+
+    def responses(self, which: slice, width: int) -> "TrainingBatch":
+        """Some responses of every prompt, cut to `width` tokens."""
+        parts = [x[:, which, :width] if x.ndim == 3 else x[:, which] for x in self[1:]]
+        return TrainingBatch(self.prompts, *parts)
+
+    def score(self, policy: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of all responses.   -> (P * n, T) each"""
+        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)
+
+
+def joined(rollouts: Rollouts, name: str) -> Tensor:
+    """A field of all responses, the clean ones first, padded with 0.   -> (P, G, T)"""
+    parts = [getattr(responses, name) for responses in rollouts.responses]
+    longest = max(x.shape[1] for x in parts)
+    padded = []
+    for x in parts:
+        x = nn.functional.pad(x, (0, longest - x.shape[1]))
+        padded.append(by_prompt(x, len(rollouts.prompts)))
+    return torch.cat(padded, dim=1)
+
+
+def all_responses(rollouts: Rollouts, zero_variance: str) -> TrainingBatch:
+    """All G responses on the clean image. zero_variance "drop": without groups of equal accuracy."""
+    mask = joined(rollouts, "mask")
+    if zero_variance == "drop":
+        mask = mask & ~grpo.equal_groups(rollouts.scores["accuracy"])[:, None, None]
+    return TrainingBatch(
+        rollouts.prompts,
+        joined(rollouts, "tokens"),
+        mask,
+        loss_mask=mask,
+        penalty_weights=torch.zeros(mask.shape, device=mask.device),
+        advantages=rollouts.advantages,
+        entropy_coef=torch.zeros_like(rollouts.advantages),
+    )
+
+
+def by_condition(batch: TrainingBatch, rollouts: Rollouts, condition: str) -> list[TrainingBatch]:
+    """clean: all responses on the clean image. sampled: each on the image it was sampled on."""
+    if condition == "clean" or rollouts.adversarial is None:
+        return [batch]
+    clean, adversarial = rollouts.clean, rollouts.adversarial
+    n = len(clean.tokens) // len(rollouts.prompts)
+    on_clean = batch.responses(slice(None, n), clean.tokens.shape[1])
+    on_attacked = batch.responses(slice(n, None), adversarial.tokens.shape[1])
+    return [on_clean, on_attacked._replace(prompts=rollouts.attacked)]
+
+
+@torch.no_grad()
+def score_all(
+    batches: list[TrainingBatch], policy: nn.Module, temperature: float, micro: int
+) -> dict[tuple[int, int], Tensor]:
+    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)}, before the first update."""
+    found = {}
+    for part in micro_batches(len(batches[0].prompts), micro):
+        for k, batch in enumerate(batches):
+            found[part.start, k] = batch.rows(part).score(policy, temperature)[0]
+    return found
