@@ -1,21 +1,25 @@
-"""Rows {images, problem, answer, ...} from the demo, local data or the hub, checked before the first step.
+"""Rows {images, problem, answer, ...} of a data set, checked before the first step.
 
     rows = load_rows("demo", "plain/test", limit=100)
-    rows = load_rows("my_data.jsonl")                                  # columns found by their common names
-    rows = load_rows("demo", preset="mathvista", template="boxed")     # a named set of presets.py, from the hub
+    rows = load_rows("my_data.jsonl")                                 # columns by common names
+    rows = load_rows("demo", preset="mathvista", template="boxed")    # presets.py, from the hub
     rows[0]["images"][0].size, rows[0]["problem"], rows[0]["answer"]
 
-A row's images are PIL pictures in RGB. Its problem is a text, or messages where there is more than one; <image> marks
-the place of a picture in it, and pictures whose places are nowhere marked come first. Other columns pass through, to
-rewards and logs. A bad row is refused with its index and the reason, or, with bad_rows="skip", left out, counted and
-named. Nothing is ever truncated.
+images: PIL pictures in RGB. problem: a text, or messages where there are several. <image> marks
+the place of a picture. Pictures without marks come first. answer: the gold answer, a text. row: the
+row's number in the set. Other columns pass through to rewards and logs. A bad row is refused with
+its number and the reason, or left out and counted with bad_rows="skip". Nothing is truncated.
 """
 
+import difflib
 import io
 import itertools
 import json
 import re
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from inspect import signature
 from pathlib import Path
 
@@ -33,66 +37,70 @@ COLUMNS = {
     "answer": ("answer", "solution", "ground_truth"),
     "choices": ("choices", "options"),
 }
-# What the prompt asks for, in EasyR1's (boxed) and R1-V's (tags) way; a file of one's own has the same two keys.
-TEMPLATES = {
+THINK = "{problem}\nReason inside <think></think> first, then put the final answer in "
+TEMPLATES = {  # a YAML file has the same keys: user and, if wanted, system
     "none": {"user": "{problem}"},
-    "boxed": {
-        "user": "{problem}\nReason inside <think></think> first, then put the final answer in \\boxed{}."
-    },
-    "tags": {
-        "user": "{problem}\nReason inside <think></think> first, then put the final answer in <answer></answer>."
-    },
+    "boxed": {"user": THINK + "\\boxed{}."},  # EasyR1's way
+    "tags": {"user": THINK + "<answer></answer>."},  # R1-V's way
 }
-OPTIONS = (
-    "preset",
-    "dataset_config",
-    "template",
-    "streaming",
-    *(f"{name}_column" for name in COLUMNS),
-)
-DEMO_ROWS = 1_000_000  # rows that a demo split pretends to have; each is drawn when it is asked for
-BUFFER = 1000  # a streamed set is shuffled within so many rows
+FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+UNREADABLE = (OSError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
+DEMO_ROWS = 1_000_000  # length of a demo split, whose rows are drawn on demand
+BUFFER = 1000  # rows within which a stream is shuffled
+# until train_saei.py, eval.py and plan.py pass these by name
+OPTIONS = ("preset", "template", "streaming")
 
 
 class Rows(Sequence):
-    """A list whose items are made when they are asked for: rows[i] = make(keep[i]), with its number in the set, row."""
+    """The usable rows of a stored set: rows[i] = make(keep[i]) plus the column row = keep[i].
 
-    def __init__(self, make: Callable[[int], dict], keep: Sequence[int]):
-        self.make, self.keep = make, keep
+    keep: numbers of the usable rows in the set. A row is made each time it is asked for.
+    """
+
+    def __init__(self, make: Callable[[int], dict], keep: Sequence[int], checksum: str = ""):
+        self.make, self.keep, self.checksum = make, keep, checksum
 
     def __len__(self) -> int:
         return len(self.keep)
 
     def __getitem__(self, i: int) -> dict:
+        number = self.keep[i]
         try:
-            return self.make(self.keep[i]) | {"row": self.keep[i]}
+            return self.make(number) | {"row": number}
         except ValueError as error:
-            error.add_note(
-                f"row {self.keep[i]}: it could be read when the run began; was a file moved or deleted?"
-            )
+            error.add_note(f"row {number} was readable at the start; was a file moved or deleted?")
             raise
+
+    def fingerprint(self) -> str:
+        """Checksum of the rows' texts and pictures as stored (row_record), in their order.
+
+        Equal on all processes and machines. The demo's is a constant for each split.
+        """
+        return self.checksum
 
 
 class Stream:
-    """stream[i], i never falling: the i-th usable row of endless epochs, each checked when it comes.
+    """stream[i], for i that never falls: the i-th usable row of endless epochs.
 
-    The order follows from the seed alone, so that a resumed run gets the same rows: it reads up to its place again.
+    Each row is checked when it comes. The order follows from the seed, so a resumed run gets the
+    same rows. It reads the stream again up to its place.
     """
 
     def __init__(self, table: datasets.IterableDataset, check: Callable, seed: int):
-        table = table.map(
-            lambda _, i: {"__index__": i}, with_indices=True
-        )  # a bad row is named by its place in the set
-        self.table, self.check, self.next = table.shuffle(seed=seed, buffer_size=BUFFER), check, 0
+        # a row keeps its number in the set, which names it if it is bad
+        table = table.map(lambda _, i: {"__index__": i}, with_indices=True)
+        self.table = table.shuffle(seed=seed, buffer_size=BUFFER)
+        self.check = check
+        self.next = 0
         self.rows = self._endless()
 
     def _endless(self) -> Iterator[dict]:
         for epoch in itertools.count():
             self.table.set_epoch(epoch)
             empty = True
-            for i, row in self.check((raw["__index__"], raw) for raw in self.table):
+            for number, _, row in self.check((raw["__index__"], raw) for raw in self.table):
                 empty = False
-                yield row | {"row": i}
+                yield row | {"row": number}
             if empty:
                 raise ValueError("the streamed set has no usable row")
 
@@ -104,6 +112,10 @@ class Stream:
             self.last = next(itertools.islice(self.rows, skip, None))
         return self.last
 
+    def fingerprint(self) -> str:
+        """Always empty: what is not stored cannot be compared before it is read."""
+        return ""
+
 
 def load_rows(
     dataset: str = "demo",
@@ -114,54 +126,55 @@ def load_rows(
     max_prompt_tokens: int | None = None,
     *,
     preset: str | None = None,
-    dataset_config: str | None = None,
     template: str | None = None,
     streaming: bool = False,
     seed: int = 0,
-    **columns: str | None,
+    columns: dict[str, str] | None = None,
 ) -> Rows | Stream:
-    """The rows of a split, checked.
+    """The checked rows of a split.
 
-    dataset: "demo", a preset's name, a .json/.jsonl/.parquet/.csv file, a folder (of images with metadata, of such
-    files, or written by save_to_disk), or a hub id. preset: read it, or the preset's own set if it is "demo", as this
-    entry of presets.py. template: a name of TEMPLATES or a YAML file with the keys user and, if wanted, system.
-    image_column, problem_column, answer_column, choices_column: unset, the first of their common names is taken.
-    streaming: a Stream; with a limit, Rows that were read up to there.
+    dataset: "demo", a preset's name, a .json/.jsonl/.parquet/.csv file, a hub id, or a folder of
+        such files, of images with metadata, or written by save_to_disk.
+    preset: how to read the data set, an entry of presets.py. With "demo": the preset's own set.
+    template: a key of TEMPLATES or a YAML file.
+    columns: keys of COLUMNS -> names in the data. {"image": "none"}: there is no picture column.
+        Unset keys: the first of their common names.
+    streaming: a Stream, shuffled by `seed`. With a limit, Rows of its first `limit` rows.
+    prompt_tokens(row) > max_prompt_tokens: the row is left out and counted.
 
-    prompt_tokens(row) > max_prompt_tokens: the row is left out, and the number of such rows is said.
-    Raises ValueError for an empty set, a missing column or (bad_rows "refuse") the first bad row.
+    Raises ValueError for an empty set, a missing column, or the first bad row (bad_rows "refuse").
     """
-    preset, dataset = find_preset(preset, dataset)
+    known, dataset = find_preset(preset, dataset)
     if dataset == "demo":
         return demo_rows(split or "shifted/train", limit, template)
-    split = split or default_split(preset, "train")
-    title, folder = (
-        f"{dataset} ({split})",
-        Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent,
-    )
-    table = open_table(
-        dataset, split, dataset_config or (preset.config if preset else None), streaming
-    )
-    convert = by_preset(preset, table, title) if preset else by_columns(table, columns)
-    words = load_template(template or (preset.template if preset else "none"))
+    split = split or default_split(known, "train")
+    title = f"{dataset} ({split})"
+    folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
+    table = open_table(dataset, split, known.config if known else None, streaming)
+    convert = by_preset(known, table, title) if known else by_columns(table, columns or {})
+    template = load_template(template or (known.template if known else "none"))
 
     def make(raw: dict) -> dict:
-        return to_row(convert(raw), words, folder)
+        return to_row(convert(raw), template, folder)
 
-    def check(raws: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, dict]]:
+    def check(raws: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, dict, dict]]:
         return usable(raws, make, title, bad_rows, prompt_tokens, max_prompt_tokens)
 
     if streaming and limit is None:
         return Stream(table, check, seed)
     if streaming:
         table = datasets.Dataset.from_list(list(table.take(limit)), features=table.features)
-    read, total = reader(table), len(table) if limit is None else min(limit, len(table))
+    total = len(table) if limit is None else min(limit, len(table))
     if total == 0:
         raise ValueError(f"{title} has no rows")
-    keep = [i for i, _ in check((i, read(i)) for i in range(total))]
+    read = reader(table)
+    keep, checksum = [], 0
+    for number, raw, _ in check((i, read(i)) for i in range(total)):
+        keep.append(number)
+        checksum = zlib.crc32(row_record(convert(raw), folder), checksum)
     if not keep:
         raise ValueError(f"{title} has no usable row")
-    return Rows(lambda i: make(read(i)), keep)
+    return Rows(lambda number: make(read(number)), keep, f"{checksum:08x}")
 
 
 def usable(
@@ -171,81 +184,162 @@ def usable(
     bad_rows: str,
     prompt_tokens: Callable[[dict], int] | None,
     max_prompt_tokens: int | None,
-) -> Iterator[tuple[int, dict]]:
-    """(index, stored row) -> (index, row) of the good ones; others are refused, or named as they come and counted."""
-    bad = long = 0
-    for i, raw in raws:
+) -> Iterator[tuple[int, dict, dict]]:
+    """(number, stored row) -> (number, stored row, row) of the good rows.
+
+    Bad rows are refused, or named and counted. Rows with too long prompts are counted.
+    """
+    bad = too_long = 0
+    for number, raw in raws:
         try:
             row = make(raw)
             length = prompt_tokens(row) if prompt_tokens else 0
         except (ValueError, OSError) as error:
             if bad_rows == "refuse":
-                raise ValueError(
-                    f"{title}, row {i}: {error}; --bad_rows skip leaves such rows out"
-                ) from error
+                text = f"{title}, row {number}: {error}; --bad_rows skip leaves such rows out"
+                raise ValueError(text) from error
             bad += 1
             if bad <= 5 or bad % 100 == 0:
-                print(f"{title}: skipped row {i}: {error} ({bad} so far)")
+                print(f"{title}: skipped row {number}: {error} ({bad} so far)")
             continue
         if prompt_tokens and length > max_prompt_tokens:
-            long += 1
+            too_long += 1
             continue
-        yield i, row
+        yield number, raw, row
     if bad:
         print(f"{title}: skipped {bad} bad rows")
-    if long:
-        print(f"{title}: left out {long} rows with more than {max_prompt_tokens} prompt tokens")
+    if too_long:
+        print(f"{title}: left out {too_long} rows with more than {max_prompt_tokens} prompt tokens")
 
 
-# ------------------------------------------------------------------------------------------------- where rows come from
+def row_record(row: dict, folder: Path) -> bytes:
+    """What Rows.fingerprint covers of a row before it is decoded: its texts and picture_id's."""
+    pictures = [picture_id(image, folder) for image in as_list(row["images"])]
+    texts = [row["problem"], row["answer"], row["choices"], row["precision"]]
+    return json.dumps([*texts, *pictures], default=str).encode()
+
+
+def picture_id(image: str | bytes | dict, folder: Path) -> str:
+    """A path as text, or the length and checksum of bytes.
+
+    The loader's absolute paths become relative to the data's folder, or file names outside of it:
+    the same on another machine.
+    """
+    if isinstance(image, str):
+        return image
+    content = image if isinstance(image, bytes) else image.get("bytes")
+    if content:
+        return f"{len(content)} {zlib.crc32(content):08x}"
+    folder = folder.absolute()
+    path = folder / image["path"]
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
+
+
+# -------------------------------------------------------------------------------- order and seeds
+
+
+def step_rows(
+    step: int, prompts_per_step: int, n: int | None, seed: int, order: list[int] | None = None
+) -> list[int]:
+    """The row numbers of a step, for all processes together. No batch is short.
+
+    n rows are shuffled anew each epoch. order: these rows instead, again and again. n None: a
+    stream, read as it comes. A row that comes again within a step is named row + n, row + 2n, ...
+    so that it has random numbers of its own. The caller reads rows[number % n].
+    """
+    places = range(step * prompts_per_step, (step + 1) * prompts_per_step)
+    if n is None:
+        return list(places)
+    if order:
+        rows = [order[i % len(order)] for i in places]
+    else:
+        rows = [int(epoch_order(seed, i // n, n)[i % n]) for i in places]
+    seen = Counter()
+    for i, row in enumerate(rows):
+        rows[i] += n * seen[row]
+        seen[row] += 1
+    return rows
+
+
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """A permutation of n row numbers.   -> (n,)"""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def load_order(path: str, rows: Rows) -> list[int]:
+    """The row numbers of a JSON list, as extras/curriculum.py writes it.
+
+    Raises ValueError for other content. The file counts all rows of the set: raises ValueError too
+    if one before the last usable row was left out.
+    """
+    order = json.loads(Path(path).read_text())
+    n = len(rows)
+    if not order or not all(isinstance(row, int) and 0 <= row < n for row in order):
+        raise ValueError(f"{path} must be a JSON list of row numbers from 0 to {n - 1}")
+    dropped = rows.keep[-1] + 1 - n
+    if dropped:
+        raise ValueError(f"{path} counts all rows, of which {dropped} are left out here")
+    return order
+
+
+def row_seeds(seed: int, step: int, rows: list[int], branch: int) -> list[int]:
+    """A seed for each row from (run's seed, step, row, branch), so each draws its own numbers."""
+    seeds = []
+    for row in rows:
+        high, low = np.random.SeedSequence((seed, step, row, branch)).generate_state(2)
+        seeds.append(int(high) << 31 ^ int(low))
+    return seeds
+
+
+# ------------------------------------------------------------------------------------ the sources
 
 
 def find_preset(preset: str | None, dataset: str) -> tuple[Preset | None, str]:
-    """The preset that is named, by --preset or as the data set, and what to read with it."""
-    if preset is not None and preset not in PRESETS:
+    """The preset that --preset or --dataset names, and the set to read with it.
+
+    A file or folder called like a preset is that file or folder.
+    """
+    if preset is None and not Path(dataset).exists() and dataset in PRESETS:
+        preset = dataset
+    if preset is None:
+        return None, dataset
+    if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    found = PRESETS.get(
-        preset or ("" if Path(dataset).exists() else dataset)
-    )  # a folder of that name is that folder
-    return found, found.dataset if found and dataset in ("demo", preset or dataset) else dataset
+    known = PRESETS[preset]
+    return known, known.dataset if dataset in ("demo", preset) else dataset
 
 
 def default_split(preset: Preset | None, purpose: str) -> str:
-    """The split to train on or to evaluate ("test") on, where none is named."""
+    """The split for a purpose ("train" or "test") where none is named."""
     split = getattr(preset, purpose) if preset else purpose
     if split is None:
-        raise ValueError(
-            f"{preset.dataset} has no split for this purpose ({purpose}); name one by --split or --splits"
-        )
+        text = f"{preset.dataset} has no split to {purpose} on"
+        raise ValueError(f"{text}: name one by --split (eval.py: --splits)")
     return split
 
 
 def demo_rows(split: str, limit: int | None, template: str | None) -> Rows:
-    from demo.task import make_row  # the demo's rows are right by construction (tests/test_demo.py)
+    """Rows of the demo. They need no check (tests/test_demo.py)."""
+    from demo.task import make_row
 
     if template not in (None, "none"):
-        raise ValueError(
-            f"the demo's problems say how to answer already: no template, got {template!r}"
-        )
+        raise ValueError(f"the demo's problems say how to answer: no template, got {template!r}")
     make_row(split, 0)  # refuses an unknown split
-    return Rows(lambda i: make_row(split, i), range(min(limit or DEMO_ROWS, DEMO_ROWS)))
+    numbers = range(min(limit or DEMO_ROWS, DEMO_ROWS))
+    return Rows(lambda i: make_row(split, i), numbers, f"demo {split}")
 
 
 def open_table(
     dataset: str, split: str, config: str | None = None, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
-    """The split as it is stored, or a stream of it with images undecoded."""
-    path, kinds = (
-        Path(dataset),
-        {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"},
-    )
-    if path.suffix in kinds and not path.exists():
+    """The split as it is stored, or a stream of it with undecoded images."""
+    path = Path(dataset)
+    if path.suffix in FILES and not path.exists():
         raise ValueError(f"{dataset} does not exist")
-    if path.is_file() and path.suffix not in kinds:
-        raise ValueError(f"{dataset}: only files ending in {', '.join(kinds)} can be read")
-    if path.is_dir() and any(
-        (path / name).exists() for name in ("dataset_info.json", "dataset_dict.json")
-    ):
+    if path.is_file() and path.suffix not in FILES:
+        raise ValueError(f"{dataset}: only files ending in {', '.join(FILES)} can be read")
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         table = datasets.load_from_disk(dataset)
         if isinstance(table, datasets.DatasetDict):
             if split not in table:
@@ -253,48 +347,59 @@ def open_table(
             table = table[split]
         table = table.to_iterable_dataset() if streaming else table
     else:
-        options = {"split": split, "streaming": streaming}
-        source, files = (
-            (kinds[path.suffix], str(path))
-            if path.is_file()
-            else (dataset, json_files(path, split))
-        )
-        if path.is_file():
-            options["split"] = "train"  # a file is one split, called so
-        try:
-            table = datasets.load_dataset(source, config, data_files=files, **options)
-        except (FileNotFoundError, ConnectionError) as error:
-            raise ValueError(
-                f"{dataset} cannot be found: no local file or folder, and no hub id that can be reached ({error}); "
-                f"presets are {', '.join(PRESETS)}"
-            ) from error
-        except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-            raise ValueError(
-                f"{dataset} cannot be read or has no rows: {error.__cause__ or error}"
-            ) from error
+        table = open_by_loader(dataset, split, config, streaming)
     return table.cast(undecoded(table.features)) if streaming and table.features else table
 
 
+def open_by_loader(
+    dataset: str, split: str, config: str | None, streaming: bool
+) -> datasets.Dataset | datasets.IterableDataset:
+    """A file, a folder or a hub id, read by the datasets library."""
+    path = Path(dataset)
+    if path.is_file():  # it is a single split, which the library calls train
+        source, files, split = FILES[path.suffix], str(path), "train"
+    else:
+        source, files = dataset, json_files(path, split)
+    options = {"data_files": files, "split": split, "streaming": streaming}
+    try:
+        return datasets.load_dataset(source, config, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        text = f"{dataset} cannot be found: no local file or folder, and no hub id that can be"
+        presets = ", ".join(PRESETS)
+        raise ValueError(f"{text} reached ({error}); presets are {presets}") from error
+    except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{dataset} cannot be read or has no rows: {cause}") from error
+
+
 def json_files(folder: Path, split: str) -> dict[str, list[str]] | None:
-    """The .json/.jsonl files of a split in a folder that may hold pictures too; None: the loader knows what to do."""
+    """{split: its .json/.jsonl files} in a folder that may hold pictures too.
+
+    A file belongs to a split if the split is a word of its name or its folder's name. A single file
+    is the split train. None: the loader finds the files itself.
+    """
     if not folder.is_dir() or list(folder.rglob("metadata.*")) or (folder / "README.md").exists():
         return None
     found = sorted(p for p in folder.rglob("*.json*") if p.suffix in (".json", ".jsonl"))
     if not found:
         return None
-    mine = [str(p) for p in found if split in re.split(r"[\W_]+", p.stem) or p.parent.name == split]
-    mine = (
-        [str(p) for p in found] if len(found) == 1 and split == "train" else mine
-    )  # a file is one split, called so
-    if not mine:
-        raise ValueError(
-            f"no file of {folder} is named after the split {split!r}: {', '.join(p.name for p in found)}"
-        )
-    return {split: mine}
+    if len(found) == 1 and split == "train":
+        return {split: [str(found[0])]}
+    files = []
+    for path in found:
+        if split in re.split(r"[\W_]+", path.stem) or path.parent.name == split:
+            files.append(str(path))
+    if not files:
+        names = ", ".join(path.name for path in found)
+        raise ValueError(f"no file of {folder} is named after the split {split!r}: {names}")
+    return {split: files}
 
 
 def undecoded(feature):
-    """The feature with images as stored, {"bytes", "path"}: a broken one is then a bad row, not the reader's end."""
+    """The feature with images as stored, {"bytes", "path"}.
+
+    A broken image is then a bad row. Decoded by the reader, it would end the reading.
+    """
     if isinstance(feature, datasets.Image):
         return datasets.Image(decode=False)
     if isinstance(feature, datasets.List | datasets.LargeList):
@@ -305,139 +410,162 @@ def undecoded(feature):
 
 
 def reader(table: datasets.Dataset) -> Callable[[int], dict]:
-    """i -> row i with images undecoded, without the copy of all data that a cast would make."""
+    """i -> row i with undecoded images. A cast of the table would copy all data."""
     features, arrow = undecoded(table.features), table.with_format("arrow")
     return lambda i: features.decode_example(arrow[i].to_pylist()[0])
 
 
-# ------------------------------------------------------------------------------------------------ from columns to a row
+# ------------------------------------------------------------------------- from columns to fields
+
+
+def parse_columns(pairs: list[str]) -> dict[str, str]:
+    """["image=picture", "problem=query"] -> {"image": "picture", "problem": "query"}
+
+    Raises ValueError for a pair without "=", an unknown key and a key that comes twice.
+    """
+    columns = {}
+    for pair in pairs:
+        key, _, column = pair.partition("=")
+        if not key or not column:
+            raise ValueError(f"--columns takes pairs like image=picture, got {pair!r:.80}")
+        if key in columns:
+            raise ValueError(f"--columns names {key} twice: {columns[key]} and {column}")
+        columns[key] = column
+    check_keys(columns)
+    return columns
+
+
+def check_keys(columns: dict[str, str]) -> None:
+    """Raises ValueError for a key that is not in COLUMNS."""
+    for key in columns:
+        if key not in COLUMNS:
+            near = difflib.get_close_matches(key, COLUMNS, n=1)
+            hint = f", did you mean {near[0]}?" if near else ";"
+            raise ValueError(f"--columns: unknown key {key!r}{hint} Keys are {', '.join(COLUMNS)}")
+
+
+def find_columns(found: list[str], columns: dict[str, str]) -> dict[str, str]:
+    """{key of COLUMNS: column in the data}, as asked for or the first common name.
+
+    Only choices may be missing, and image where {"image": "none"} says so.
+    """
+    check_keys(columns)
+    names = {}
+    for key, common in COLUMNS.items():
+        asked = columns.get(key)
+        if asked == "none" and key in ("image", "choices"):
+            continue
+        candidates = [asked] if asked else common
+        present = [name for name in candidates if name in found]
+        if present:
+            names[key] = present[0]
+        elif asked or key != "choices":
+            text = f"no column for {key}: looked for {', '.join(candidates)}"
+            text += f", found {', '.join(sorted(found))}"
+            if key == "image":
+                text += " (text alone, or pictures within messages: --columns image=none)"
+            raise ValueError(text)
+    return names
+
+
+def check_reward_names(found: list[str]) -> None:
+    """Raises ValueError for a column that is called like an argument of the reward functions."""
+    free = {"answer", "choices", "precision", "columns"}
+    taken = {"completion_ids"}
+    for function in (rewards.total_reward, rewards.accuracy_reward):
+        taken |= set(signature(function).parameters) - free
+    clash = sorted(taken & set(found))
+    if clash:
+        raise ValueError(f"a column must not be called {' or '.join(clash)}: rename it")
 
 
 def by_preset(preset: Preset, table, title: str) -> Callable[[dict], dict]:
+    """stored row -> {images, problem, answer, choices, precision, ...} by the preset's function."""
     found = sorted(table.column_names)
-    if missing := sorted(set(preset.columns) - set(found)):
-        raise ValueError(
-            f"{title} is no copy of {preset.dataset}: it lacks {', '.join(missing)} and has {', '.join(found)}"
-        )
+    missing = sorted(set(preset.columns) - set(found))
+    if missing:
+        text = f"{title} is no copy of {preset.dataset}: it lacks {', '.join(missing)}"
+        raise ValueError(f"{text} and has {', '.join(found)}")
 
     def convert(raw: dict) -> dict:
         try:
             return preset.row(raw)
-        except (
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:  # None or another kind of value in a column
+        except (KeyError, TypeError, AttributeError) as error:  # a value of another kind, or None
             raise ValueError(f"not as in {preset.dataset}: {error!r}") from error
 
     return convert
 
 
-def by_columns(table, columns: dict[str, str | None]) -> Callable[[dict], dict]:
-    """raw row -> {images, problem, answer, choices, precision} by column names, and the other columns but pictures."""
+def by_columns(table, columns: dict[str, str]) -> Callable[[dict], dict]:
+    """stored row -> {images, problem, answer, choices, precision, ...} by names of columns.
+
+    All other columns stay, except further picture columns.
+    """
     found = list(table.column_names)
-    names = find_columns(
-        found, {name.removesuffix("_column"): column for name, column in columns.items()}
-    )
-    arguments = {
-        **signature(rewards.total_reward).parameters,
-        **signature(rewards.accuracy_reward).parameters,
-    }
-    free = {"answer", "choices", "precision", "columns"}
-    if clash := sorted((set(arguments) - free | {"completion_ids"}) & set(found)):
-        raise ValueError(f"a column must not be called {' or '.join(clash)}: rename it")
+    names = find_columns(found, columns)
+    check_reward_names(found)
     features = table.features or {}
-    others = [
-        x
-        for x in found
-        if x not in names.values() and undecoded(features.get(x)) == features.get(x)
-    ]
+    others = []
+    for name in found:
+        has_pictures = undecoded(features.get(name)) != features.get(name)
+        if name not in names.values() and not has_pictures:
+            others.append(name)
 
     def convert(raw: dict) -> dict:
-        choices = raw[names["choices"]] if "choices" in names else None
+        fields = {key: raw[column] for key, column in names.items()}
+        choices, images = fields.get("choices"), fields.get("image")
         if choices is not None and not isinstance(choices, list):
             raise ValueError(f"choices must be a list of texts, got {choices!r:.80}")
         choices = [str(choice) for choice in choices or []] or None
-        row = {name: raw[name] for name in others} | {
-            "images": raw[names["image"]] if "image" in names else None
-        }
-        row |= {
-            "problem": raw[names["problem"]],
-            "answer": raw[names["answer"]],
-            "choices": choices,
-        }
-        messages, embedded = to_messages(row["problem"])
-        messages[-1]["content"] = with_choices(messages[-1]["content"], row["choices"])
-        if embedded and row["images"]:
+        messages, embedded = to_messages(fields["problem"])
+        messages[-1]["content"] = with_choices(messages[-1]["content"], choices)
+        if embedded and images:
             raise ValueError("pictures stand both in the messages and in the image column")
-        return row | {
-            "problem": messages,
-            "images": embedded or row["images"],
-            "precision": raw.get("precision"),
-        }
+        row = {name: raw[name] for name in others}
+        row |= {"images": embedded or images, "problem": messages, "answer": fields["answer"]}
+        return row | {"choices": choices, "precision": raw.get("precision")}
 
     return convert
 
 
-def find_columns(found: list[str], wanted: dict[str, str | None]) -> dict[str, str]:
-    """{"image", "problem", "answer", and "choices" if there is one: column}: as wanted, or the first common name."""
-    if unknown := sorted(set(wanted) - set(COLUMNS)):
-        raise TypeError(f"unknown options: {', '.join(name + '_column' for name in unknown)}")
-    names = {}
-    for name, common in COLUMNS.items():
-        column = wanted.get(name)
-        if column == "none" and name in ("image", "choices"):
-            continue
-        present = [x for x in ([column] if column else common) if x in found]
-        if present:
-            names[name] = present[0]
-        elif column or name != "choices":
-            looked = column or ", ".join(common)
-            cure = (
-                " (text alone, or pictures within messages: --image_column none)"
-                if name == "image"
-                else ""
-            )
-            raise ValueError(
-                f"no column for {name}: looked for {looked}, found {', '.join(sorted(found))}{cure}"
-            )
-    return names
-
-
 def to_messages(problem: object) -> tuple[list[dict], list]:
-    """A text, or messages whose content is text or parts, -> messages of text with <image> marks, pictures in parts."""
+    """A text, or messages whose content is a text or parts -> messages of text, pictures in parts.
+
+    A picture's place in the text becomes <image>.
+    """
     if isinstance(problem, str):
         return [{"role": "user", "content": problem}], []
-    if (
-        not isinstance(problem, list)
-        or not all(isinstance(m, dict) and "role" in m for m in problem)
-        or not problem
-    ):
-        raise ValueError(
-            "the problem is empty" if not problem else f"the problem is no text: {problem!r:.80}"
-        )
+    if not problem:
+        raise ValueError("the problem is empty")
+    if not is_dicts(problem) or not all("role" in message for message in problem):
+        raise ValueError(f"the problem is no text: {problem!r:.80}")
     messages, pictures = [], []
     for message in problem:
-        content, text = message.get("content"), ""
+        content = message.get("content")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-            raise ValueError(
-                f"a message's content is neither a text nor a list of parts: {content!r:.80}"
-            )
+        if not is_dicts(parts):
+            text = "a message's content is neither a text nor a list of parts"
+            raise ValueError(f"{text}: {content!r:.80}")
+        text = ""
         for part in parts:
-            if part.get("type") not in ("text", "image"):
-                raise ValueError(
-                    f"a message has a part of type {part.get('type')!r}: only text and image are known"
-                )
-            text += "<image>" if part["type"] == "image" else part.get("text") or ""
-            if part["type"] == "image" and part.get("image") is not None:
+            kind = part.get("type")
+            if kind not in ("text", "image"):
+                raise ValueError(f"a message has a part of type {kind!r}, not text or image")
+            text += "<image>" if kind == "image" else part.get("text") or ""
+            if kind == "image" and part.get("image") is not None:
                 pictures.append(part["image"])
         messages.append({"role": message["role"], "content": text})
-    if messages[-1]["role"] != "user":
-        raise ValueError(
-            f"the prompt must end with the user's message, not with the {messages[-1]['role']}'s"
-        )
+    last = messages[-1]["role"]
+    if last != "user":
+        raise ValueError(f"the prompt must end with the user's message, not with the {last}'s")
     return messages, pictures
+
+
+def is_dicts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+# --------------------------------------------------------------------------- from fields to a row
 
 
 def load_template(name: str) -> dict[str, str]:
@@ -445,75 +573,82 @@ def load_template(name: str) -> dict[str, str]:
     template = TEMPLATES.get(name)
     if template is None:
         if not Path(name).is_file():
-            raise ValueError(
-                f"template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
-            )
+            known = ", ".join(TEMPLATES)
+            raise ValueError(f"template {name!r} is neither a file nor one of {known}")
         try:
             template = yaml.safe_load(Path(name).read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"template {name} is no YAML: {error}") from error
     keys = set(template) if isinstance(template, dict) else set()
     if not {"user"} <= keys <= {"user", "system"} or "{problem}" not in str(template["user"]):
-        raise ValueError(
-            f"template {name}: needs the key user with {{problem}} in it, and may have system; has {keys}"
-        )
+        text = f"template {name}: needs the key user with {{problem}} in it, and may have system"
+        raise ValueError(f"{text}; has {keys}")
     return template
 
 
 def to_row(row: dict, template: dict[str, str], folder: Path) -> dict:
-    """One checked row, decoded. Raises ValueError for an unreadable image, an empty problem, a gold answer that cannot
-    be parsed, and where the number of <image> marks is neither 0 nor that of the images.
+    """{images, problem, answer, choices, precision, ...} as stored -> a checked, decoded row.
+
+    Raises ValueError for an empty problem, <image> marks that do not fit the images, a gold answer
+    that cannot be graded, and an unreadable image.
     """
-    messages, _ = to_messages(row["problem"])
-    if not messages[-1]["content"].strip():
-        raise ValueError("the problem is empty")
-    messages[-1]["content"] = template["user"].replace("{problem}", messages[-1]["content"])
-    if template.get("system"):
-        if messages[0]["role"] == "system":
-            raise ValueError("the row has a system message and so has the template")
-        messages.insert(0, {"role": "system", "content": template["system"]})
-    images = (
-        row["images"]
-        if isinstance(row["images"], list)
-        else []
-        if row["images"] is None
-        else [row["images"]]
-    )
+    messages = fill_template(row["problem"], template)
+    images = as_list(row["images"])
     marks = sum(message["content"].count("<image>") for message in messages)
     if marks not in (0, len(images)):
         raise ValueError(f"the problem has {marks} <image> marks for {len(images)} images")
-    answer, choices, precision = row["answer"], row["choices"], row["precision"]
-    answer = "" if answer is None else answer if isinstance(answer, str) else json.dumps(answer)
-    if precision is not None and not str(precision).removesuffix(".0").isdigit():
-        raise ValueError(f"precision must be a whole number of decimals, got {precision!r:.80}")
-    precision = None if precision is None else int(precision)
-    rewards.accuracy_reward(
-        [""], answer=[answer], choices=[choices], precision=[precision]
-    )  # the gold can be parsed
-    several = re.fullmatch(r"[A-Z](?: ?, ?[A-Z])+", answer)  # "A, C": more than one choice
-    letters = [chr(65 + i) for i in range(len(choices or []))]
-    if (
-        letters
-        and not several
-        and not any(rewards.grade(x, answer, choices, precision) for x in letters)
-    ):
-        raise ValueError(
-            f"the answer {answer!r:.80} is none of the choices {choices}: give its letter or its text"
-        )
-    problem = messages[0]["content"] if len(messages) == 1 else messages
-    done = {
+    answer, precision = row["answer"], row["precision"]
+    if not isinstance(answer, str):
+        answer = "" if answer is None else json.dumps(answer)
+    if precision is not None:
+        if not str(precision).removesuffix(".0").isdigit():
+            raise ValueError(f"precision must be a whole number of decimals, got {precision!r:.80}")
+        precision = int(precision)
+    check_gold(answer, row["choices"], precision)
+    return row | {
         "images": [to_image(image, folder) for image in images],
-        "problem": problem,
+        "problem": messages[0]["content"] if len(messages) == 1 else messages,
         "answer": answer,
+        "precision": precision,
     }
-    return row | done | {"precision": precision}
+
+
+def as_list(images: object) -> list:
+    """No image, one or a list of them -> a list."""
+    if images is None:
+        return []
+    return images if isinstance(images, list) else [images]
+
+
+def fill_template(problem: str | list[dict], template: dict[str, str]) -> list[dict]:
+    """The problem's messages, with the template's texts in the last and before the first."""
+    messages, _ = to_messages(problem)
+    last = messages[-1]
+    if not last["content"].strip():
+        raise ValueError("the problem is empty")
+    last["content"] = template["user"].replace("{problem}", last["content"])
+    if not template.get("system"):
+        return messages
+    if messages[0]["role"] == "system":
+        raise ValueError("the row has a system message and so has the template")
+    return [{"role": "system", "content": template["system"]}, *messages]
+
+
+def check_gold(answer: str, choices: list[str] | None, precision: int | None) -> None:
+    """Raises ValueError for a gold answer that cannot be parsed or is none of the choices."""
+    rewards.accuracy_reward([""], answer=[answer], choices=[choices], precision=[precision])
+    if not choices or re.fullmatch(r"[A-Z](?: ?, ?[A-Z])+", answer):  # "A, C": several choices
+        return
+    letters = [chr(65 + i) for i in range(len(choices))]
+    if not any(rewards.grade(letter, answer, choices, precision) for letter in letters):
+        raise ValueError(f"the answer {answer!r:.80} is none of the choices {choices}")
 
 
 def to_image(image: object, folder: Path) -> Image.Image:
-    """A PIL picture, bytes, a path (relative to `folder`) or {"bytes", "path"} -> RGB picture, upright.
+    """A PIL picture, bytes, a path (relative to `folder`) or {"bytes", "path"} -> RGB, upright.
 
-    Transparency is laid on white, 16 bits become 8, of an animation the first frame is taken. A 32-bit picture is
-    refused: nobody knows its range.
+    Transparency is laid on white, 16 bits become 8, an animation gives its first frame. A 32-bit
+    picture is refused, because its range is unknown.
     """
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
@@ -531,12 +666,5 @@ def to_image(image: object, folder: Path) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        SyntaxError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:
+    except (*UNREADABLE, ValueError) as error:
         raise ValueError(f"unreadable image: {error}") from error

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import data
 from vlm import adapt as memory
-from vlm.policy import HEAD_NUMBERS, Policy
+from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 LOOK = 64  # rows whose prompts are measured
 GIB = 2**30
@@ -79,7 +79,7 @@ def load(cfg) -> Policy:
     )
     memory.freeze(policy, cfg.freeze)
     if cfg.lora_rank:
-        memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, cfg.seed)
+        memory.add_lora(policy, cfg.lora_rank, cfg.seed)
     return policy
 
 
@@ -89,7 +89,7 @@ def shapes(policy: Policy) -> tuple[Shape, Shape]:
     layers = {True: [], False: []}
     for name, m in policy.model.model.named_modules():
         if isinstance(m, GradientCheckpointingLayer):
-            layers[memory.inside(name, (policy.family.tower,))].append(m)
+            layers[policy.family.in_tower(name)].append(m)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
     wide = getattr(vision, "embed_dim", None) or vision.hidden_size
@@ -181,7 +181,9 @@ def estimate(
                 out[f"{phase}: computed again"] = c * recomputing(
                     policy, micro, rows, *common[:2], c == 2
                 )
-    chunk = min(max(1, HEAD_NUMBERS // vocabulary), lots(micro * cfg.rollouts) * cfg.max_new_tokens)
+    chunk = min(
+        max(1, LOGITS_PER_CHUNK // vocabulary), lots(micro * cfg.rollouts) * cfg.max_new_tokens
+    )
     out["update, attack: a chunk of the head"] = 6 * 4 * chunk * vocabulary
     rows = min(prompts, cfg.sample_prompts or prompts) * max(
         cfg.clean_rollouts, cfg.adversarial_rollouts

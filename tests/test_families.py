@@ -24,8 +24,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E40
 import egas  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
-from vlm import policy as policy_module  # noqa: E402
-from vlm.policy import FAMILIES, Policy  # noqa: E402
+from vlm import policy as policy_module
+from vlm import families as families_module  # noqa: E402
+from vlm.families import FAMILIES
+from vlm.policy import Policy  # noqa: E402
 
 KINDS = list(tiny.BUILD)
 FIXED = [kind for kind in KINDS if not kind.startswith("qwen")]
@@ -482,8 +484,8 @@ def test_the_self_check_passes_and_names_its_figures(family):
 
 def test_the_self_check_refuses_another_normalisation(family, monkeypatch):
     """As if the library subtracted another mean: 0.01 of it."""
-    before = policy_module.normalise
-    monkeypatch.setattr(policy_module, "normalise", lambda x, ip: before(x, ip) + 0.01)
+    before = families_module.normalise
+    monkeypatch.setattr(families_module, "normalise", lambda x, ip: before(x, ip) + 0.01)
     with pytest.raises(
         RuntimeError, match="pixel_values differ from the image processor's by 0.01"
     ):
@@ -553,7 +555,7 @@ def notes(policy: Policy) -> str:
     family = policy.family
     size = (
         "one size"
-        if family.resize is policy_module.fixed_resize
+        if family.resize is families_module.fixed_resize
         else "any size, min_pixels, max_pixels"
     )
     words = [size, *(f"{name}={value}" for name, value in family.untiled.items())]

@@ -16,7 +16,8 @@ import train_saei
 from runtime import plan
 from train_saei import Config
 from vlm import adapt as memory
-from vlm.policy import FAMILIES, Policy
+from vlm.families import FAMILIES
+from vlm.policy import Policy
 
 FACTOR = (
     1.5  # of the kept activations: the projector, the patches and what a family adds are left out
@@ -58,7 +59,7 @@ def test_kept_activations_are_near_the_measured_ones(kind, what, half):
     if what == "freeze":
         memory.freeze(policy, "vision+projector")
     if what == "lora":
-        memory.add_lora(policy, rank=4, alpha=8.0, seed=0)
+        memory.add_lora(policy, rank=4, seed=0)
     if what == "checkpointing":
         memory.checkpoint_layers(policy)
     with train_saei.frozen(policy) if what == "attack" else contextlib.nullcontext():
@@ -78,7 +79,7 @@ def test_parameters_are_counted_exactly(tiny, tmp_path, changes):
     real = Policy.from_pretrained(tiny, cfg.dtype)
     memory.freeze(real, cfg.freeze)
     if cfg.lora_rank:
-        memory.add_lora(real, cfg.lora_rank, cfg.lora_alpha, 0)
+        memory.add_lora(real, cfg.lora_rank, 0)
     ours = plan.load(Config(model=without_weights(tiny, tmp_path / "model"), **changes))
     numbers = lambda policy: [
         (n, p.shape, p.dtype, p.requires_grad) for n, p in policy.named_parameters()
@@ -265,7 +266,7 @@ def test_the_lora_recipes_memory_is_the_formulas():
     torch.nn.Module.__init__(policy)
     policy.model, policy.family = released("3B", getattr(torch, cfg.dtype)), FAMILIES["qwen2_5_vl"]
     policy.banned = torch.zeros(151_936, dtype=torch.bool)
-    memory.add_lora(policy, cfg.lora_rank, cfg.lora_alpha, 0)
+    memory.add_lora(policy, cfg.lora_rank, 0)
     patches = cfg.max_pixels // 14**2
     parts = plan.estimate(
         cfg, policy, cfg.prompts_per_step, cfg.micro_prompts, cfg.max_prompt_tokens, patches

@@ -584,10 +584,10 @@ def test_the_head_in_chunks_is_exact_and_never_holds_all_logits(sharp, monkeypat
             grads = torch.autograd.grad((logprobs + entropy.square())[mask].sum(), leaves)
         return logprobs, entropy, grads, largest.rows
 
-    monkeypatch.setattr("policy.ROWS", 48)
+    monkeypatch.setattr("vlm.policy.RESPONSES_PER_CHUNK", 48)
     whole = run()
     assert whole[3] == 4 * 12 * 8
-    monkeypatch.setattr("policy.HEAD_NUMBERS", 7 * V)
+    monkeypatch.setattr("vlm.policy.LOGITS_PER_CHUNK", 7 * V)
     chunked = run()
     assert chunked[3] <= 128
     for a, b in zip(chunked[:2], whole[:2], strict=True):
@@ -658,9 +658,7 @@ def test_sampled_values_equal_scored_ones(family):
 def test_first_tokens_follow_the_softmax(sharp, temperature):
     """12,000 first tokens against the reference's probabilities: chi-square over the cells that expect 10 or more."""
     prompts = sharp.encode(["red"], [[]])
-    drawn = [
-        sharp.sample(prompts, 3000, [seed], 1, temperature).tokens.flatten() for seed in range(4)
-    ]
+    drawn = [sharp.sample(prompts, 3000, [seed], 1, temperature).tokens[:, 0] for seed in range(4)]
     counts = torch.cat(drawn).bincount(minlength=len(sharp.banned)).double()
     allowed = reference.allowed_tokens(sharp.processor)
     with torch.no_grad():
@@ -745,7 +743,8 @@ def test_sampling_ends_with_the_last_row(sharp):
     prompts = sharp.encode(PROBLEMS[:1], PICTURES[:1])
     sampled = sharp.sample(prompts, 3, [1], 200)
     assert sampled.tokens.shape[1] == sampled.mask.sum(1).max() < 200
-    assert sharp.sample(prompts, 3, [1], 1).tokens.shape == (3, 1)
+    one = sharp.sample(prompts, 3, [1], 1)
+    assert one.tokens.shape == (3, 2) and one.mask.tolist() == [[True, False]] * 3
 
 
 def test_rows_that_have_ended_leave_the_batch(sharp, monkeypatch):
@@ -773,7 +772,7 @@ def test_scoring_computes_lots_of_like_length(sharp, monkeypatch):
     )
     results = []
     for rows in (24, 4):
-        monkeypatch.setattr("policy.ROWS", rows)
+        monkeypatch.setattr("vlm.policy.RESPONSES_PER_CHUNK", rows)
         results.append([x[mask] for x in sharp.score(prompts, tokens, mask)])
     assert computed[0] == 24 * 39 and sum(computed[1:]) < 0.7 * computed[0]
     for whole, lots in zip(*results, strict=True):

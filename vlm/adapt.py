@@ -1,68 +1,71 @@
-"""Knobs that trade time or trained parameters for memory: frozen vision, LoRA, activation checkpointing.
+"""What is trained, and what is computed again: frozen vision, LoRA, activation checkpointing.
 
-Apart from policy.py so that the policy reads without them. Each is called once, after loading and before the optimiser
-is made, and leaves the gradients of what is still trained as they were (tests/test_memory.py). The fourth knob,
-responses a few at a time, is `Policy.micro_responses`.
+Each function is called once, after loading and before the optimiser is made. Each leaves the
+gradients of what is still trained as they were (tests/test_adapt.py). Another saving, of responses
+held at a time, is `Policy.micro_responses`.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 ADAPTER = "adapter.safetensors"
-LANGUAGE_PART = (
+LORA_TARGETS = (
     r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 )
 
 
 def freeze(policy: nn.Module, what: str) -> None:
-    """what: none | vision (the tower) | vision+projector. The gradient still passes through, to the pixels."""
-    family, tower = policy.family, (policy.family.tower,)
-    for name, p in policy.model.model.named_parameters():
-        is_projector = inside(name, family.projector)  # Qwen's is within the tower
-        if what == "vision+projector" if is_projector else what != "none" and inside(name, tower):
-            p.requires_grad_(False)
-
-
-def inside(name: str, modules: tuple[str, ...]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
+    """what: none | vision (the tower) | vision+projector. Pixels still get their gradients."""
+    family = policy.family
+    for name, parameter in policy.model.model.named_parameters():
+        if family.in_projector(name):  # asked first: Qwen's projector is inside the tower
+            frozen = what == "vision+projector"
+        else:
+            frozen = what != "none" and family.in_tower(name)
+        if frozen:
+            parameter.requires_grad_(False)
 
 
 def checkpoint_layers(policy: nn.Module) -> None:
-    """Keep only the input of each layer of language model and vision tower; the rest is computed again in the backward.
+    """Activation checkpointing: keep only each layer's input, compute the rest in the backward.
 
-    transformers does so in training mode only, and takes the cache away from the layers. Here the layer alone is in
-    training mode (its dropouts, being modules of their own or asking the attention's mode, stay off), and keeps the
-    cache: PromptLayer is written once, so computing a layer again does not change it.
+    For the layers of the language model and of the vision tower. transformers does so in training
+    mode only, and takes the cache away from the layers. Here only the layer itself is in training
+    mode. Its dropouts stay off: they are modules of their own or ask the attention's mode. The layer
+    keeps the cache: a PromptLayer is written once, so computing a layer again does not change it.
+    The attributes are set one by one because the library's own call has another name in every other
+    version.
     """
-    policy.model.activation_checkpointing_enable({"use_reentrant": False})
     for layer in policy.model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = layer._can_checkpoint_with_cache = True
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            layer._can_checkpoint_with_cache = True
+            layer.training = True
 
 
-def add_lora(
-    policy: nn.Module, rank: int, alpha: float, seed: int, folder: str | Path | None = None
-) -> None:
-    """Low-rank adapters on the language model's projections, the only parameters that are trained then.
+def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None = None) -> None:
+    """Low-rank adapters on the language model's projections. Only they are trained then.
 
-    W x + (alpha / rank) B A x, B = 0 at the start, A and B in float32. folder: a checkpoint whose adapters to load.
+    W x + (alpha / rank) B A x with alpha = 2 * rank, B = 0 at the start, A and B in float32.
+    folder: a checkpoint whose adapters to load. Raises ValueError if they are another model's.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
-    torch.manual_seed(seed)  # A's values
-    inject_adapter_in_model(
-        LoraConfig(r=rank, lora_alpha=alpha, target_modules=LANGUAGE_PART), policy.model
-    )
-    policy.lora_scale = alpha / rank
+    torch.manual_seed(seed)  # for the values of A
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
+    inject_adapter_in_model(config, policy.model)
+    policy.lora_scale = 2.0
+    policy.requires_grad_(False)
     adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
-    for p in policy.parameters():
-        p.requires_grad_(False)
     for p in adapters.values():
         p.data = p.data.float()
         p.requires_grad_(True)
@@ -75,8 +78,10 @@ def add_lora(
                 p.copy_(saved[name])
 
 
-def save_adapters(state: dict[str, Tensor], scale: float, folder: str | Path) -> dict[str, Tensor]:
-    """Write the adapters of a state dict to the folder.   -> the state dict of the plain model, adapters merged in"""
+def save_adapters(
+    policy: nn.Module, state: dict[str, Tensor], folder: str | Path
+) -> dict[str, Tensor]:
+    """Write the adapters of a state dict to the folder.   -> the plain model's state dict, merged"""
     adapters = {name: w.contiguous() for name, w in state.items() if ".lora_" in name}
     save_file(adapters, Path(folder) / ADAPTER)
     merged = {}
@@ -85,10 +90,8 @@ def save_adapters(state: dict[str, Tensor], scale: float, folder: str | Path) ->
             continue
         if name.endswith(".base_layer.weight"):
             stem = name.removesuffix("base_layer.weight")
-            a, b = (
-                adapters[f"{stem}lora_A.default.weight"],
-                adapters[f"{stem}lora_B.default.weight"],
-            )
-            w = (w.float() + scale * (b.float() @ a.float())).to(w.dtype)
+            a = adapters[f"{stem}lora_A.default.weight"].float()
+            b = adapters[f"{stem}lora_B.default.weight"].float()
+            w = (w.float() + policy.lora_scale * (b @ a)).to(w.dtype)
         merged[name.replace(".base_layer.", ".")] = w
     return merged

@@ -1,4 +1,4 @@
-"""memory.py and Policy.micro_responses: each knob leaves the gradients of what is still trained as they were."""
+"""adapt.py and Policy.micro_responses: each knob leaves the gradients of what is still trained as they were."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from test_families import (
 from transformers import AutoModelForImageTextToText
 
 import train_saei
-from vlm import adapt as memory
+from vlm import adapt
 from vlm.policy import Policy
 
 TOLERANCE = 1e-5  # of a tensor's largest entry: float32 sums in another order
@@ -73,7 +73,7 @@ def test_recomputing_changes_no_gradient_and_keeps_less(policy, knobs):
     if knobs != "checkpointing":
         policy.micro_responses = 5  # of 12 rows: lots of 5, 5 and 2, across prompts
     if knobs != "micro_responses":
-        memory.checkpoint_layers(policy)
+        adapt.checkpoint_layers(policy)
     ours = gradients(policy)
     assert_gradients_equal(ours, plain)
     assert ours[2] < {"micro_responses": 0.8, "checkpointing": 0.6, "both": 0.4}[knobs] * plain[2]
@@ -92,9 +92,9 @@ def test_the_attention_implementation_changes_no_gradient(policy):
 def test_no_phase_of_a_step_holds_more_than_its_share(tmp_path, reward_of_text, monkeypatch):
     """Prompts are sampled, attacked, measured and updated as few at a time as the settings say."""
     model, rows = small_run("qwen2_5_vl", tmp_path)
-    seen, before = [], Policy.prefill
+    seen, before = [], Policy.read
     monkeypatch.setattr(
-        Policy, "prefill", lambda self, p, *x, **y: seen.append(len(p)) or before(self, p, *x, **y)
+        Policy, "read", lambda self, p, *x, **y: seen.append(len(p)) or before(self, p, *x, **y)
     )
     train(model, rows, tmp_path / "out", micro_prompts=1, sample_prompts=1, self_check=False)
     assert set(seen) == {1}
@@ -117,7 +117,7 @@ def test_a_lot_is_computed_again_and_no_more_than_that(monkeypatch):
 def test_sampling_is_the_same_with_checkpointed_layers(policy):
     prompts = policy.encode(PROBLEMS, PICTURES)
     want = policy.sample(prompts, 3, [1, 2, 3], 6)
-    memory.checkpoint_layers(policy)
+    adapt.checkpoint_layers(policy)
     ours = policy.sample(prompts, 3, [1, 2, 3], 6)
     assert torch.equal(ours.tokens, want.tokens) and torch.equal(ours.entropy, want.entropy)
 
@@ -129,7 +129,7 @@ def test_checkpointed_layers_leave_dropout_off():
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.9)
-    memory.checkpoint_layers(policy)
+    adapt.checkpoint_layers(policy)
     assert_gradients_equal(gradients(policy), gradients(policy))
     assert torch.equal(gradients(policy)[0][0], gradients(policy)[0][0])
 
@@ -138,7 +138,7 @@ def test_checkpointed_layers_leave_dropout_off():
 def test_freeze(policy, what):
     """The tower's or the projector's parameters get no gradient; all others, and the pixels, the one they had."""
     plain = gradients(policy)
-    memory.freeze(policy, what)
+    adapt.freeze(policy, what)
     trained = {"none": "", "vision": f"{PROJECTOR}|{LANGUAGE}", "vision+projector": LANGUAGE}[what]
     names = {name for name in plain[1] if re.search(trained, name)}
     assert_gradients_equal(gradients(policy), plain, names)
@@ -157,7 +157,7 @@ def test_lora_gradients_follow_from_those_of_the_merged_model(policy, tmp_path):
     """W + s B A: dL/dB = s dL/dW A^T, dL/dA = s B^T dL/dW, on every projection of the language model and nothing else;
     pixels as of the merged model."""
     kind = policy.model.config.model_type
-    memory.add_lora(policy, rank=3, alpha=6.0, seed=0)
+    adapt.add_lora(policy, rank=3, seed=0)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
@@ -185,7 +185,7 @@ def test_lora_gradients_follow_from_those_of_the_merged_model(policy, tmp_path):
 def test_the_attack_moves_the_same_pixels_with_lora():
     policy = make_policy("smolvlm")
     plain = gradients(policy)[0]
-    memory.add_lora(policy, rank=2, alpha=4.0, seed=0)  # B = 0: the same policy
+    adapt.add_lora(policy, rank=2, seed=0)  # B = 0: the same policy
     with train_saei.frozen(policy):
         assert relative(gradients(policy)[0], plain) <= TOLERANCE
     assert sum(p.requires_grad for p in policy.parameters()) == 28
@@ -194,7 +194,7 @@ def test_the_attack_moves_the_same_pixels_with_lora():
 def test_adapters_of_a_bfloat16_model_are_float32(tmp_path):
     policy = make_policy("internvl")
     policy.model.to(torch.bfloat16)
-    memory.add_lora(policy, rank=2, alpha=4.0, seed=0)
+    adapt.add_lora(policy, rank=2, seed=0)
     assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
     assert all(g.isfinite().all() and g.any() for g in gradients(policy)[0])
     policy.save_pretrained(tmp_path)
@@ -207,16 +207,16 @@ def test_adapters_of_a_bfloat16_model_are_float32(tmp_path):
 
 def test_adapters_of_another_model_are_refused(tmp_path):
     policy = make_policy("internvl")
-    memory.add_lora(policy, rank=2, alpha=4.0, seed=0)
+    adapt.add_lora(policy, rank=2, seed=0)
     policy.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="does not hold the adapters of this model"):
-        memory.add_lora(make_policy("smolvlm"), 2, 4.0, 0, tmp_path)
+        adapt.add_lora(make_policy("smolvlm"), 2, 0, tmp_path)
 
 
 def test_lora_without_peft_names_the_cure(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match="pip install peft"):
-        memory.add_lora(make_policy("llava"), 2, 4.0, 0)
+        adapt.add_lora(make_policy("llava"), 2, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -286,7 +286,7 @@ def test_a_run_with_all_recomputing_is_the_run_without(kind, tmp_path, reward_of
 
 def test_a_lora_run_resumes_exactly_and_its_checkpoint_is_a_plain_model(tmp_path, reward_of_text):
     model, rows = small_run("smolvlm", tmp_path)
-    lora = dict(lora_rank=2, lora_alpha=4.0, lr=1e-2)
+    lora = dict(lora_rank=2, lr=1e-2)
     whole = train(model, rows, tmp_path / "whole", steps=3, **lora)
     train(model, rows, tmp_path / "parts", steps=2, **lora)
     parts = train(model, rows, tmp_path / "parts", steps=3, resume=True, self_check=False, **lora)
@@ -296,7 +296,7 @@ def test_a_lora_run_resumes_exactly_and_its_checkpoint_is_a_plain_model(tmp_path
     before = AutoModelForImageTextToText.from_pretrained(model).state_dict()
     assert before.keys() == whole[1].keys()
     for name, w in before.items():
-        if re.fullmatch(memory.LANGUAGE_PART + r"\.weight", name):
+        if re.fullmatch(adapt.LORA_TARGETS + r"\.weight", name):
             assert torch.linalg.matrix_rank(whole[1][name] - w, tol=1e-4) in (1, 2), name
         else:
             assert torch.equal(w, whole[1][name]), name
