@@ -1,127 +1,88 @@
-"""Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy on named splits, with 95% intervals.
+"""Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy, with 95% intervals.
 
     accelerate launch eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
-    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista --max_new_tokens 2048 --batch 4 \\
-        --output out/mathvista
+    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista \\
+        --max_new_tokens 2048 --batch 4 --output out/mathvista
 
-Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json (the numbers) and
-<output>.jsonl (one line a problem: what was answered). Processes share the problems; the numbers do not depend on how.
+Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json
+(the numbers) and <output>.jsonl (one line per problem: what was answered). Several processes share
+the problems. The numbers do not depend on how many there are.
 
-    greedy   share of problems that the most likely answer (temperature 0) solves
-    pass@k   chance that at least one of k sampled answers is right, estimated without bias from n samples:
-             1 - C(n - c, k) / C(n, k), c of the n right
-    truncated  share of sampled responses that ran into max_new_tokens (a cut answer is a wrong one)
-    entropy  mean over sampled responses of their mean token entropy, nats, at the sampling temperature
-Intervals are percentile bootstraps over problems: how much the number would move with other problems, not other seeds.
+    greedy     share of problems that the most likely answer (temperature 0) solves
+    pass@k     chance that at least one of k sampled answers is right, estimated without bias from n
+               samples, c of them right: 1 - C(n - c, k) / C(n, k)
+    truncated  share of sampled responses that ran into max_new_tokens (a cut answer is wrong)
+    entropy    mean over sampled responses of their mean token entropy, in nats, at the temperature
+Intervals are percentile bootstraps over problems: how far the number would move with other
+problems, not with other seeds.
 """
 
 import json
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 import rewards
 import tsec
-from runtime import data
+from runtime import args, data
+from runtime.args import option
+from runtime.rollouts import micro_batches
 from vlm.policy import Policy
 
 
 @dataclass
-class EvalConfig:
-    model: str = field(metadata={"help": "checkpoint folder or hub id"})
-    output: str = field(
-        metadata={"help": "where to write, without ending: <output>.json and <output>.jsonl"}
+class EvalArgs(args.Options):
+    _argument_group_name = "evaluation"
+    output: str | None = option(None, "ours", "where to write: OUTPUT.json and OUTPUT.jsonl")
+    splits: list[str] = option([], "ours", "unset: the preset's, test, or the demo's plain/test")
+    problems: int | None = option(
+        None, "ours", "first ones of a split; unset: all, demo 1000", low=1
     )
-    dataset: str = field(
-        default="demo", metadata={"help": "this and the next seven as train_saei.py's"}
-    )
-    preset: str | None = field(default=None, metadata={"help": "an entry of presets.py"})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "the hub set's configuration"}
-    )
-    image_column: str | None = field(
-        default=None, metadata={"help": "unset: images, image; none: no such column"}
-    )
-    problem_column: str | None = field(
-        default=None, metadata={"help": "unset: problem, question, prompt"}
-    )
-    answer_column: str | None = field(
-        default=None, metadata={"help": "unset: answer, solution, ground_truth"}
-    )
-    choices_column: str | None = field(default=None, metadata={"help": "unset: choices, options"})
-    template: str | None = field(
-        default=None, metadata={"help": "boxed | tags | none | a YAML file"}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "read only the first --problems rows of a hub set"}
-    )
-    bad_rows: str = field(
-        default="refuse", metadata={"help": "refuse | skip: left out, counted and named"}
-    )
-    splits: list[str] = field(
-        default_factory=list,
-        metadata={"help": "one or several; unset: the preset's, test, or the demo's plain/test"},
-    )
-    problems: int | None = field(
-        default=None,
-        metadata={
-            "help": "at most so many of each split, from its start; unset: all, of the demo 1000"
-        },
-    )
-    samples: int = field(default=8, metadata={"help": "n, sampled responses per problem"})
-    k: list[int] = field(
-        default_factory=lambda: [1, 8], metadata={"help": "the k of pass@k, each at most n"}
-    )
-    temperature: float = field(default=1.0, metadata={"help": "of the sampled responses"})
-    max_new_tokens: int = field(default=64, metadata={"help": "longest response"})
-    batch: int = field(default=50, metadata={"help": "problems a device computes at a time"})
-    seed: int = field(default=0, metadata={"help": "decides the samples"})
-    dtype: str = field(
-        default="float32", metadata={"help": "parameters' dtype: float32 | bfloat16"}
-    )
-    attention: str = field(default="sdpa", metadata={"help": "sdpa | eager | flash_attention_2"})
-    min_pixels: int | None = field(
-        default=None, metadata={"help": "smallest area of a picture, Qwen families"}
-    )
-    max_pixels: int | None = field(
-        default=None, metadata={"help": "largest area of a picture, Qwen families"}
-    )
+    samples: int = option(8, "ours", "n, sampled responses per problem", low=1)
+    k: list[int] = option([1, 8], "ours", "the k of pass@k, each at most n")
+    temperature: float = option(1.0, "ours", "of the sampled responses", above=0)
+    max_new_tokens: int = option(64, "ours", "longest response", low=1)
+    batch: int = option(50, "ours", "problems a device computes at a time", low=1)
+    seed: int = option(0, "ours", "of the samples", low=0)
 
-    def __post_init__(self):
-        self.preset_found, self.source = data.find_preset(self.preset, self.dataset)
-        if self.source == "demo":
-            self.splits = self.splits or ["plain/test"]
-            self.problems = 1000 if self.problems is None else self.problems
-        self.splits = self.splits or [data.default_split(self.preset_found, "test")]
-        if (
-            min(self.batch, self.max_new_tokens, 1 if self.problems is None else self.problems) < 1
-            or self.seed < 0
-        ):
-            raise ValueError(
-                "batch, max_new_tokens and problems must be at least 1, seed 0 or more"
-            )
-        if self.bad_rows not in ("refuse", "skip"):
-            raise ValueError(f"bad_rows must be refuse or skip, got {self.bad_rows!r}")
-        if self.streaming and self.problems is None:
-            raise ValueError("with streaming say how many problems to read: --problems")
-        if not self.k or not all(1 <= k <= self.samples for k in self.k):
-            raise ValueError(f"every k must be between 1 and samples={self.samples}, got {self.k}")
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be > 0, got {self.temperature}; greedy decoding is measured anyway"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        args.require(bool(self.output), "--output NAME")
+        for k in self.k:
+            args.require(1 <= k <= self.samples, f"1 <= k <= samples={self.samples}, got k={k}")
+
+
+class Config(NamedTuple):
+    eval: EvalArgs
+    model: args.ModelArgs
+    data: args.DataArgs
+
+
+def load_config(argv: list[str] = (), **options) -> Config:
+    """The defaults, then the recipe of --config, then argv, then `options`. Raises ValueError."""
+    config = args.parse(Config, argv, __doc__.split("\n")[0], **options)
+    cfg = config.eval
+    preset, source = data.find_preset(config.data.preset, config.data.dataset)
+    if source == "demo":
+        cfg.splits = cfg.splits or ["plain/test"]
+        cfg.problems = cfg.problems or 1000
+    cfg.splits = cfg.splits or [data.default_split(preset, "test")]
+    args.require(not config.data.streaming or cfg.problems is not None, "--problems N if streaming")
+    return config
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): chance that k of n samples drawn without replacement hold one of the c right ones."""
+    """1 - C(n - c, k) / C(n, k): chance that k of n samples hold a right one, c of the n being right.
+
+    The k are drawn without replacement. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
+    """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
     return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
@@ -130,133 +91,118 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def bootstrap_interval(
     values: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
-    """2.5% and 97.5% percentile of the mean of `values` drawn anew with replacement.   (n,) -> (low, high)"""
+    """2.5% and 97.5% percentile of the mean of `values` resampled with replacement.   (n,) -> 2"""
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    n, means = len(values), []
+    for _ in range(resamples):
+        means.append(values[rng.integers(0, n, n)].mean())
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def evaluate_rows(
-    policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalConfig
-) -> list[dict]:
-    """Greedy and sampled answers of some problems, graded.   -> one record a problem"""
+def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalArgs) -> list[dict]:
+    """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
-    greedy = policy.decode(policy.sample(prompts, 1, seeds, cfg.max_new_tokens, temperature=0.0))
-    sampled = policy.sample(prompts, cfg.samples, seeds, cfg.max_new_tokens, cfg.temperature)
-    texts = np.array(policy.decode(sampled), dtype=object).reshape(len(rows), cfg.samples).tolist()
-    entropy = (
-        tsec.selective_entropy(sampled.entropy, sampled.mask)
-        .view(len(rows), -1)
-        .mean(dim=1)
-        .tolist()
-    )
-    cut = sampled.truncated(policy.eos_ids).float().view(len(rows), -1).mean(dim=1).tolist()
+    with torch.no_grad():
+        read = policy.read(prompts)  # the prompt pass, for greedy and sampled answers alike
+    greedy = policy.sample(prompts, 1, seeds, cfg.max_new_tokens, temperature=0.0, read=read)
+    settings = (cfg.max_new_tokens, cfg.temperature)
+    sampled = policy.sample(prompts, cfg.samples, seeds, *settings, read=read)
+    greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
+    entropy = tsec.selective_entropy(sampled.entropy, sampled.mask)
+    entropy = entropy.view(len(rows), -1).mean(dim=1).tolist()
+    truncated = sampled.truncated(policy.eos_ids).float().view(len(rows), -1).mean(dim=1).tolist()
     records = []
-    for row, best, responses, h, c in zip(rows, greedy, texts, entropy, cut, strict=True):
-        kept = {name: value for name, value in row.items() if name != "images"}
-        right = rewards.accuracy_reward(
-            [best, *responses], **{k: [v] * (1 + cfg.samples) for k, v in kept.items()}
-        )
-        found = {
-            "greedy": best,
-            "greedy_right": right[0],
-            "responses": responses,
-            "right": right[1:],
-        }
-        records.append(kept | found | {"entropy": h, "truncated": c})
+    for i, row in enumerate(rows):
+        responses = texts[i * cfg.samples : (i + 1) * cfg.samples]
+        record = {name: value for name, value in row.items() if name != "images"}
+        columns = {name: [value] * (1 + cfg.samples) for name, value in record.items()}
+        right = rewards.accuracy_reward([greedy_texts[i], *responses], **columns)
+        record |= {"greedy": greedy_texts[i], "greedy_right": right[0]}
+        record |= {"responses": responses, "right": right[1:]}
+        records.append(record | {"entropy": entropy[i], "truncated": truncated[i]})
     return records
 
 
 def evaluate_split(
-    policy: Policy, split: str, cfg: EvalConfig, accelerator: Accelerator
+    policy: Policy, split: str, config: Config, accelerator: Accelerator
 ) -> list[dict]:
-    """All processes' records of a split, in its order, on every process; each row exactly once."""
-    options = {name: getattr(cfg, name) for name in data.OPTIONS}
-    rows = data.load_rows(cfg.dataset, split, cfg.bad_rows, cfg.problems, **options)
+    """All processes' records, each row once, in the split's order, on every process."""
+    cfg, records = config.eval, []
+    rows = config.data.load(split, limit=cfg.problems)
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    records = []
-    for start in tqdm(
-        range(0, len(mine), cfg.batch),
-        desc=split,
-        disable=not accelerator.is_main_process,
-        unit="batch",
-    ):
-        part = mine[start : start + cfg.batch]
-        seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in part]
-        found = evaluate_rows(policy, [rows[i] for i in part], seeds, cfg)
-        records += [record | {"split": split} for record in found]
+    parts = micro_batches(len(mine), cfg.batch)
+    quiet = not accelerator.is_main_process
+    for part in tqdm(parts, desc=split, disable=quiet, unit="batch"):
+        numbers = mine[part]
+        seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in numbers]
+        for record in evaluate_rows(policy, [rows[i] for i in numbers], seeds, cfg):
+            records.append(record | {"split": split})
     return sorted(gather_object(records), key=lambda record: record["row"])
 
 
-def summarise(records: list[dict], cfg: EvalConfig) -> dict[str, int | list[float]]:
+def summarise(records: list[dict], cfg: EvalArgs) -> dict[str, int | list[float]]:
     """{"n": problems, name: [mean, low, high]}"""
     columns = {"greedy": [record["greedy_right"] for record in records]}
     for k in cfg.k:
-        columns[f"pass@{k}"] = [
-            pass_at_k(cfg.samples, int(sum(record["right"])), k) for record in records
-        ]
+        right = [int(sum(record["right"])) for record in records]
+        columns[f"pass@{k}"] = [pass_at_k(cfg.samples, c, k) for c in right]
     for name in ("entropy", "truncated"):
         columns[name] = [record[name] for record in records]
-    arrays = {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
-    return {"n": len(records)} | {
-        name: [float(x.mean()), *bootstrap_interval(x)] for name, x in arrays.items()
-    }
+    summary = {"n": len(records)}
+    for name, values in columns.items():
+        values = np.array(values, dtype=np.float64)
+        summary[name] = [float(values.mean()), *bootstrap_interval(values)]
+    return summary
 
 
-def main(cfg: EvalConfig) -> dict:
+def report(result: dict, cfg: EvalArgs) -> None:
+    """Print the numbers."""
+    names = ["greedy", *(f"pass@{k}" for k in cfg.k), "entropy"]
+    print(f"{'split':16}" + "".join(f"{name:>22}" for name in names))
+    for split, numbers in result["splits"].items():
+        line = f"{split:16}"
+        for name in names:
+            mean, low, high = numbers[name]
+            cell = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            line += f"{cell:>22}"
+        print(line)
+        cut = numbers["truncated"][0]
+        if cut > 0.5:
+            print(f"warning: {cut:.0%} of the responses ran into --max_new_tokens: raise it")
+    for split, numbers in result.get("official", {}).items():
+        found = [f"{name} {value:.3g}" for name, value in numbers.items()]
+        print(f"{split:16}{'  '.join(found)}")
+    if "by_rule" in result:
+        print(f"scored by rule, greedy answers; {result['by_rule']}")
+
+
+def main(config: Config) -> dict:
     """Evaluate, write and print. Returns what <output>.json holds."""
-    accelerator, start = Accelerator(), time.time()
-    policy = Policy.from_pretrained(
-        cfg.model, cfg.dtype, cfg.attention, cfg.min_pixels, cfg.max_pixels
-    )
-    policy = policy.to(accelerator.device)
+    cfg, accelerator, start = config.eval, Accelerator(), time.time()
+    preset, source = data.find_preset(config.data.preset, config.data.dataset)
+    policy = config.model.load().to(accelerator.device)
+    records = {}
     with torch.no_grad(), accelerator.autocast():
-        records = {split: evaluate_split(policy, split, cfg, accelerator) for split in cfg.splits}
-    result = {
-        "model": cfg.model,
-        "dataset": cfg.source,
-        "n_samples": cfg.samples,
-        "temperature": cfg.temperature,
-    }
-    result |= {"seed": cfg.seed, "seconds": round(time.time() - start, 1)}
+        for split in cfg.splits:
+            records[split] = evaluate_split(policy, split, config, accelerator)
+    result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
+    result |= {"temperature": cfg.temperature, "seed": cfg.seed}
+    result["seconds"] = round(time.time() - start, 1)
     result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
-    if preset := cfg.preset_found:
+    if preset:
         result |= {"preset": preset.dataset, "by_rule": preset.departs}
         if preset.summary:
             result["official"] = {split: preset.summary(found) for split, found in records.items()}
     if accelerator.is_main_process:
-        out = Path(cfg.output)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_name(out.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
-        lines = [
-            json.dumps(record, default=str) + "\n" for found in records.values() for record in found
-        ]
-        out.with_name(out.name + ".jsonl").write_text("".join(lines))
-        names = ["greedy", *(f"pass@{k}" for k in cfg.k), "entropy"]
-        print(f"{'split':16}" + "".join(f"{name:>22}" for name in names))
-        for split, numbers in result["splits"].items():
-            cells = [
-                f"{numbers[x][0]:.3f} [{numbers[x][1]:.3f}, {numbers[x][2]:.3f}]" for x in names
-            ]
-            print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
-            if (cut := numbers["truncated"][0]) > 0.5:
-                print(
-                    f"warning: {cut:.0%} of these responses ran into --max_new_tokens {cfg.max_new_tokens}: raise it"
-                )
-        for split, numbers in result.get("official", {}).items():
-            print(
-                f"{split:16}" + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-            )
-        if cfg.preset_found:
-            print(f"scored by rule, greedy answers; {cfg.preset_found.departs}")
+        output = Path(cfg.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_name(output.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
+        with open(output.with_name(output.name + ".jsonl"), "w") as file:
+            for found in records.values():
+                file.writelines(json.dumps(record, default=str) + "\n" for record in found)
+        report(result, cfg)
     return result
 
 
 if __name__ == "__main__":
-    try:
-        config = HfArgumentParser(
-            EvalConfig, description=__doc__.split("\n")[0]
-        ).parse_args_into_dataclasses()[0]
-    except ValueError as error:
-        sys.exit(f"eval.py: {error}")
-    main(config)
+    args.command_line(load_config, main)

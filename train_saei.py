@@ -11,9 +11,9 @@ One step, for P prompts (image I, question Q, answer):
     5. reward all; advantages within the group of one prompt
     6. GRPO update, conditioned on the clean image or on the one a response was sampled on
 
-Every option is labelled with its source: paper, second-hand, inferred, ours (nothing is known), known
-(published of other methods). Rollouts, data order and random images follow from (seed, step, row). So
-a run is the same on any number of processes and after any resume, apart from rounding.
+Every option is labelled with its source: paper, second-hand, inferred, ours (nothing is known),
+known (published of other methods). Rollouts, data order and random images follow from (seed, step,
+row). So a run is the same on any number of processes and after any resume, apart from rounding.
 """
 
 import json
@@ -25,7 +25,6 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 import egas
@@ -182,7 +181,7 @@ def main(config: Config) -> None:
     run.finish()
 
 
-# ------------------------------------------------------------------------------- the steps in detail
+# ------------------------------------------------------------------------------ steps in detail
 
 
 def intervene(
@@ -196,8 +195,9 @@ def intervene(
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, upward on entropy(those prompts). The parameters are frozen,
-    so nothing is stored for their gradients. random: signs of the same eps. noise: NoisyRollout's.
+    egas attacks `micro` prompts at a time, upward on entropy(those prompts). The parameters are
+    frozen, so nothing is stored for their gradients. random: signs of the same eps. noise:
+    NoisyRollout's.
     """
     images = []
     for part in micro_batches(len(prompts), micro if cfg.intervention == "egas" else 1):
@@ -223,9 +223,9 @@ def entropy_objective(
     temperature: float,
     part: slice = slice(None),
 ) -> Callable[[list[Tensor]], Tensor]:
-    """H(images) = (1/n) sum over a prompt's n responses of the mean entropy of their chosen tokens.
+    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
 
-    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in the images
+    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
     """
     P, part_prompts = len(prompts), prompts[part]
     tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
@@ -251,8 +251,9 @@ def update(
 ) -> dict[str, float]:
     """Step 6: updates_per_step optimiser steps, each normalised by all its response tokens.
 
-    Old log-probs are those of the image that conditions the update. With one update they are the scored
-    ones, detached (ratio 1). With several they are computed first. Returns the global loss and metrics.
+    Old log-probs are those of the image that conditions the update. With one update they are the
+    scored ones, detached (ratio 1). With several they are computed first. Returns the global loss
+    and metrics.
     """
     cfg, accelerator, P = config.saei, run.accelerator, len(sampled.prompts)
     counts = sampled.prompts.counts
@@ -266,9 +267,12 @@ def update(
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    old_logprobs = {}
+    old_logprobs, ref_logprobs = {}, {}
     if cfg.updates_per_step > 1:
         old_logprobs = rollouts.score_all(batches, wrapped, cfg.temperature, micro)
+    if reference is not None:
+        with accelerator.autocast():  # as accelerate does for `wrapped`
+            ref_logprobs = rollouts.score_all(batches, reference, cfg.temperature, micro)
     sums, norms = Counter(), []
     for chunk in micro_batches(P, P // cfg.updates_per_step):  # one optimiser step each
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
@@ -277,14 +281,14 @@ def update(
             with accelerator.accumulate(wrapped):
                 losses = []
                 for k, batch in enumerate(batches):
-                    old = old_logprobs.get((part.start, k))
-                    with accelerator.autocast():
-                        loss, metrics = batch_loss(
-                            config, wrapped, reference, batch.rows(part), old, tokens
-                        )
+                    old, anchor = (x.get((part.start, k)) for x in (old_logprobs, ref_logprobs))
+                    loss, metrics = batch_loss(
+                        config, wrapped, batch.rows(part), old, anchor, tokens
+                    )
                     losses.append(loss)
                     sums.update(metrics)
-                # DDP averages over processes and accelerate divides by the micro-batches. `tokens` did both.
+                # DDP averages over processes and accelerate divides by the micro-batches. `tokens`
+                # did both.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
                 accelerator.backward(sum(losses) * scale)
                 if accelerator.sync_gradients:
@@ -301,14 +305,13 @@ def update(
 
 def batch_loss(
     config: Config,
-    accelerator: Accelerator,
     wrapped: nn.Module,
-    reference: Policy | None,
     batch: TrainingBatch,
     old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
     tokens: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss of a micro-batch, with the control's term and KL.   -> loss, detached metrics"""
+    """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`."""
     cfg, control = config.saei, config.control.update_control
     logprobs, entropy = batch.score(wrapped, cfg.temperature)  # (P * n, T)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
@@ -318,12 +321,10 @@ def batch_loss(
     if control != "none":
         metrics |= apply_control.terms(batch, logprobs, old, entropy, tokens)
         loss = loss + metrics["control/loss"]
-    if reference is not None:
-        mask = batch.mask.flatten(0, 1)
-        with torch.no_grad(), accelerator.autocast():  # as accelerate does for `wrapped`
-            anchor = batch.score(reference, cfg.temperature)[0].masked_fill(~mask, 0.0)
-        kl = grpo.kl_k3(logprobs.masked_fill(~mask, 0.0), anchor)  # padding: k3(0, 0) = 0
-        metrics["kl"] = kl.sum() / tokens
+    if ref_logprobs is not None:
+        padding = ~batch.mask.flatten(0, 1)  # there k3(0, 0) = 0
+        pair = (logprobs.masked_fill(padding, 0.0), ref_logprobs.masked_fill(padding, 0.0))
+        metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
         loss = loss + cfg.kl_coef * metrics["kl"]
     metrics["loss"] = loss
     return loss, {name: value.detach() for name, value in metrics.items()}

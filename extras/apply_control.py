@@ -1,9 +1,8 @@
-"""Entropy controls of other methods in train_saei.py: entropy_controls.py applied to a batch of rollouts.
+"""The entropy controls of entropy_controls.py, applied to a batch of rollouts of train_saei.py.
 
 The formulas are in entropy_controls.py. Here is what a control needs of a run: the tokens of all
 processes, to choose among, and a coefficient that is saved and resumed.
 """
-
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,8 @@ BRANCH = 3  # of the step's random numbers
 def check(control: ControlArgs, updates_per_step: int, intervention: str) -> None:
     """Raise ValueError for a control that would do nothing, or cannot work, in such a run."""
     name = control.update_control
-    # At pi = pi_old the gradient of |log pi - log pi_old| is 0: one update would not see the penalty.
+    # At pi = pi_old the gradient of |log pi - log pi_old| is 0: one update would not see the
+    # penalty.
     require(name not in UNCLIPPED or updates_per_step >= 2, f"updates_per_step >= 2 with {name}")
     require(name != "vogue" or intervention != "none", "an intervention with vogue")
 
@@ -43,7 +43,7 @@ def treat(
     micro: int,
     step: int,
 ) -> TrainingBatch:
-    """The batch as the control treats it, once per batch of rollouts, among the tokens of all processes."""
+    """The batch as the control treats it, chosen among the tokens of all processes."""
     P, accelerator = len(rollouts.prompts), run.accelerator
     tensors = {
         "mask": batch.mask,
@@ -80,7 +80,7 @@ def treat(
 def branch_divergence(
     rollouts: Rollouts, batch: TrainingBatch, wrapped: nn.Module, temperature: float, micro: int
 ) -> Tensor:
-    """VOGUE's: of responses sampled on the changed image, scored on the clean one.   (P, G_adv, T)"""
+    """VOGUE: responses sampled on the changed image, scored on the clean one.   (P, G_adv, T)"""
     P, sampled = len(rollouts.prompts), rollouts.adversarial
     noisy = batch._replace(tokens=by_prompt(sampled.tokens, P), mask=by_prompt(sampled.mask, P))
     clean = []
@@ -92,7 +92,7 @@ def branch_divergence(
 def terms(
     batch: TrainingBatch, logprobs: Tensor, old: Tensor, entropy: Tensor, tokens: Tensor
 ) -> dict[str, Tensor]:
-    """The control's term of the loss, the share of tokens it treats, the mean entropy coefficient."""
+    """The control's term of the loss, the token share it treats, the mean entropy coefficient."""
     mask, loss_mask = batch.mask.flatten(0, 1), batch.loss_mask.flatten(0, 1)  # (P * n, T)
     weights, coef = batch.penalty_weights.flatten(0, 1), batch.entropy_coef.flatten()
     penalty = controls.log_ratio_penalty(logprobs, old, weights, mask, tokens)

@@ -1,11 +1,13 @@
 """Attack one picture upward on the entropy of a model's own responses to it (EgAS on the tokens that TsEC keeps).
 
     python extras/attack_one_image.py
-    python extras/attack_one_image.py --model Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --question "What is this?"
+    python extras/attack_one_image.py --model Qwen/Qwen2.5-VL-3B-Instruct --image cat.jpg --question
+    "What is this?"
 
-Prints each response with its tokens' entropies (nats; * marks the tokens whose entropy was attacked), that entropy on
-the clean picture, the attacked one and one with random signs of the same size, and responses to the attacked picture.
-Saves clean, attacked and difference side by side: grey is no difference, black is -eps, white is +eps.
+Prints each response with its tokens' entropies (nats; * marks the tokens whose entropy was
+attacked), that entropy on the clean picture, the attacked one and one with random signs of the same
+size, and responses to the attacked picture. Saves clean, attacked and difference side by side: grey
+is no difference, black is -eps, white is +eps.
 """
 
 import argparse

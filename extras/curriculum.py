@@ -4,8 +4,9 @@
     python extras/curriculum.py out/train.jsonl out/order.json
     accelerate launch train_saei.py --config recipes/demo.yaml --order out/order.json
 
-Answers of a problem are clustered by the reward's grader; the entropy of the clusters' shares is the problem's. SENT
-trains in stages on ever more uncertain problems (two in its public code); --shuffle_stages mixes each stage.
+Answers of a problem are clustered by the reward's grader; the entropy of the clusters' shares is
+the problem's. SENT trains in stages on ever more uncertain problems (two in its public code);
+--shuffle_stages mixes each stage.
 """
 
 import argparse

@@ -1,25 +1,29 @@
 """SaEI inside TRL's GRPOTrainer, by a subclass: part of each group answers a picture that EgAS attacked.
 
     cp egas.py tsec.py extras/trl_saei.py FOLDER; cd FOLDER   # all that it needs beside torch, transformers, trl
-    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k --learning_rate 1e-6
+    python trl_saei.py --model Qwen/Qwen2.5-VL-3B-Instruct --dataset hiyouga/geometry3k
+    --learning_rate 1e-6
     python extras/trl_saei.py                                 # in the repository: the demo's model and rows
 
-Options are the five of Options below and all of GRPOConfig's; the defaults are recipes/demo.yaml's. A real model wants
-a longer max_completion_length, and P * G rows as per_device_train_batch_size times gradient_accumulation_steps.
-Or SaEITrainer in a script of your own: GRPOTrainer's arguments, and adversarial, eps, pgd_steps, tsec_low, tsec_high.
-What does not touch generation (rewards, losses, LoRA, loggers, evaluation) stays TRL's.
+Options are the five of Options below and all of GRPOConfig's; the defaults are recipes/demo.yaml's.
+A real model wants a longer max_completion_length, and P * G rows as per_device_train_batch_size
+times gradient_accumulation_steps. Or SaEITrainer in a script of your own: GRPOTrainer's arguments,
+and adversarial, eps, pgd_steps, tsec_low, tsec_high. What does not touch generation (rewards,
+losses, LoRA, loggers, evaluation) stays TRL's.
 
-Of a prompt's G rows, the first G - adversarial are sampled on the picture; PGD raises the entropy of the tokens that
-TsEC chooses in them; the others are sampled on the attacked picture. TRL encodes the pictures anew for the update,
-which so sees the clean ones (train_saei.py's `condition: clean`): every step checks that it does.
+Of a prompt's G rows, the first G - adversarial are sampled on the picture; PGD raises the entropy
+of the tokens that TsEC chooses in them; the others are sampled on the attacked picture. TRL encodes
+the pictures anew for the update, which so sees the clean ones (train_saei.py's `condition: clean`):
+every step checks that it does.
 
 Written for trl 1.16.0; refuses a trl that generates otherwise. Lost against train_saei.py:
     the shared prompt    the picture goes through the model again for every response: in sampling, in the update and in
-                         each of the attack's pgd_steps + 3 passes (one forward for TsEC, two for what is logged), one
-                         prompt at a time
+                         each of the attack's pgd_steps + 3 passes (one forward for TsEC, two for
+                         what is logged), one prompt at a time
     the rest             condition sampled, random signs and noise, FSDP, families other than Qwen-VL, text-only rows
-                         among pictures (trl itself fails on them), entropy without a (N, T, V) tensor, rollouts that
-                         do not depend on the batch. And vLLM cannot be used, nor tools
+                         among pictures (trl itself fails on them), entropy without a (N, T, V)
+                         tensor, rollouts that do not depend on the batch. And vLLM cannot be used,
+                         nor tools
 """
 
 import contextlib

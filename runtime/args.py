@@ -4,11 +4,12 @@
         model: ModelArgs
         data: DataArgs
     config = parse(Config, ["--config", "recipe.yaml", "--model", "demo/mixed"], "what it does")
-    config.model.model, flat(config)["model"]    # an attribute of its group, an entry of one mapping
+    config.model.model, flat(config)["model"]    # as attribute of a group, in one mapping
 
-An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options to
-values. Its values pass through the command line's parser, so both are checked alike. The command line
-goes before the recipe, and the recipe before the defaults. A float may be written as a fraction (2/255).
+An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options
+to values. Its values pass through the command line's parser, so both are checked alike. The command
+line goes before the recipe, and the recipe before the defaults. A float may be written as a
+fraction (2/255).
 """
 
 import argparse
@@ -32,7 +33,8 @@ from vlm.policy import Policy
 CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
 CONTROLS += ("clip_cov", "kl_cov", "sent")
 
-# What an option of an earlier version is called now. Old recipes and checkpoints are refused with it.
+# What an option of an earlier version is called now. Old recipes and checkpoints are refused with
+# it.
 RENAMED = {
     "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
@@ -162,7 +164,9 @@ class DataArgs(Options):
 @dataclass
 class TrainDataArgs(DataArgs):
     split: str | None = option(None, "ours", "unset: the preset's, train, the demo's shifted/train")
-    order: str | None = option(None, "ours", "JSON list of row numbers to train in; unset: shuffled")
+    order: str | None = option(
+        None, "ours", "JSON list of row numbers to train in; unset: shuffled"
+    )
     max_prompt_tokens: int = option(2048, "ours", "longer prompts are left out, counted", low=1)
 
     def __post_init__(self) -> None:
@@ -204,7 +208,7 @@ class RunArgs(Options):
 
 
 def number(text: str) -> float:
-    """"0.5", "1e-6" or a fraction such as "2/255"."""
+    """ "0.5", "1e-6" or a fraction such as "2/255"."""
     top, slash, bottom = text.partition("/")
     value = float(top) / float(bottom) if slash else float(text)
     if not math.isfinite(value):
@@ -293,7 +297,7 @@ def to_argv(name: str, value: Any) -> list[str]:
 
 
 def read_recipe(path: str, parser: Parser) -> list[str]:
-    """A recipe's options as words of the command line. Raises ValueError that names file and line."""
+    """A recipe's options as words of the command line. Its ValueErrors name file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         node, recipe = yaml.compose(text), yaml.safe_load(text)

@@ -29,9 +29,11 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
-        # A micro-batch of text alone reaches no vision parameter. LLaVA's towers have some never reached.
+        # A micro-batch of text alone reaches no vision parameter. LLaVA's towers have some never
+        # reached.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        # Sharded, gradients are reduced after every micro-batch. Summed first, they would be whole everywhere.
+        # Sharded, gradients are reduced after every micro-batch. Summed first, they would be whole
+        # everywhere.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_each_batch=sharded
         ),
@@ -45,7 +47,7 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
         raise ValueError("fp16 is not supported: use --mixed_precision bf16 or no")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
         raise ValueError(
-            "FSDP version 1 is not supported: set fsdp_version: 2, as in recipes/accelerate/fsdp2.yaml"
+            "FSDP version 1 is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml"
         )
     if accelerator.is_fsdp2:
         keep_float32_outputs(accelerator)
@@ -68,7 +70,8 @@ def use_fsdp_on_cpus(accelerator: Accelerator) -> None:
 
 def keep_float32_outputs(accelerator: Accelerator) -> None:
     """accelerate's policy rounds pixels, log-probs, entropies and gradient sums to bfloat16."""
-    # FSDP warns of a view that is written to in place. Log-probs and entropy are views, and only read.
+    # FSDP warns of a view that is written to in place. Log-probs and entropy are views, and only
+    # read.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy:
@@ -127,13 +130,13 @@ def micro_batch_size(
     per_update, rest = divmod(prompts_per_step, processes * updates_per_step)
     if rest:
         raise ValueError(
-            f"prompts_per_step={prompts_per_step} must be a multiple of processes ({processes}) times "
-            f"updates_per_step ({updates_per_step})"
+            f"prompts_per_step={prompts_per_step} must be a multiple of processes ({processes}) "
+            f"times updates_per_step ({updates_per_step})"
         )
     micro = min(micro_prompts, per_update)
     if per_update % micro:
         raise ValueError(
-            f"micro_prompts={micro_prompts} must divide the {per_update} prompts of a process's update"
+            f"micro_prompts={micro_prompts} must divide {per_update}, a process's prompts per update"
         )
     return micro, per_update // micro
 
@@ -175,7 +178,8 @@ def gathered(policy: Policy) -> Iterator[None]:
     """Under FSDP2, all parameters are whole inside, and nothing that runs inside communicates.
 
     So processes whose responses differ in number and length need not wait for one another: sampling
-    and attack are those of one device. The price is one copy of the parameters in the computation's dtype.
+    and attack are those of one device. The price is one copy of the parameters in the computation's
+    dtype.
     """
     units = [m for m in policy.modules() if isinstance(m, FSDPModule)]  # the root comes first
 
@@ -188,7 +192,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
     stay_whole(True)
     if units:
-        policy._get_fsdp_state()._lazy_init()  # else the first layer called takes itself for the root
+        policy._get_fsdp_state()._lazy_init()  # else a layer takes itself for the root
     for unit in units:
         unit.unshard()
     try:
@@ -200,7 +204,7 @@ def gathered(policy: Policy) -> Iterator[None]:
 
 
 def gather_rows(accelerator: Accelerator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of all processes, in the step's order, in which process r of n has rows r, r + n, ...
+    """The rows of all processes in the step's order. Process r of n has its rows r, r + n, ...
 
     {name: (P, ...)} -> {name: (n * P, ...)}; a third dimension is padded to the longest.
     """

@@ -1,274 +1,283 @@
-"""--dry_run: what a run would do and what memory it would take, worked out from the model's config without its weights.
+"""--dry_run: what a run would do and what memory it would take, from the model's config alone.
 
-Apart from train_saei.py because the memory's formula is long and the loop reads without it. Parameters, gradients and
-AdamW's state are counted on the model as it is built, on the meta device; all else is an estimate: tests/test_plan.py
-says how near. For one process; with WORLD_SIZE=8 in the environment, for one of eight.
+Parameters, gradients and AdamW's state are counted on the model, built on the meta device. The rest
+is an estimate (tests/test_plan.py says how near). It is for one process of WORLD_SIZE.
 
-Symbols: P prompts at a time, L tokens of the longest, rows responses at a time, T = max_new_tokens, c bytes a number.
+Symbols: P prompts at a time, L prompt tokens, N responses at a time, T response tokens.
 """
 
 import os
-from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from runtime import data
-from vlm import adapt as memory
+from runtime import args, distributed
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
-LOOK = 64  # rows whose prompts are measured
+MEASURED_ROWS = 64  # rows whose prompts are measured
 GIB = 2**30
 
 
-class Shape(NamedTuple):
-    """Sizes of one layer's attention, and how many layers there are."""
+class Layers(NamedTuple):
+    """The layers of the language model or the vision tower."""
 
-    layer: nn.Module
+    layer: nn.Module  # one of them
     count: int
     width: int
-    q: int  # heads * size of a head
-    kv: int  # the same of keys, or of values
+    query_width: int  # heads * head size
+    key_width: int  # the same of keys, or of values
 
-    def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool) -> int:
-        """Numbers that all layers keep for the backward, for this many tokens and attended keys (values as many).
+    def kept(
+        self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool, count: int = 0
+    ) -> int:
+        """Numbers kept for the backward of `tokens` tokens that attend to `keys` keys.
 
-        Frozen weights need no inputs of theirs: a norm's result and the last product of the MLP are not kept. half: the
-        numbers are of two bytes, but norms keep float32, and so do adapters, each a copy of its input.
+        trained: the weights have gradients. recomputed: only each layer's input is kept. half:
+        numbers of two bytes; norms stay float32, and so do adapters, each with a copy of its input.
+        count: layers, if not all.
         """
-        double = 2 if half else 1
-        outside = (
-            (4 if trained else 2) * tokens * self.width
-        )  # embedding, last norm, what leads on from it
+        count, width = count or self.count, self.width
+        outside = (4 if trained else 2) * tokens * width  # embedding, last norm, what follows it
         if recomputed:
-            return outside + self.count * tokens * self.width
-        modules = dict(self.layer.named_modules())
-        inner = max(
-            m.in_features for m in modules.values() if isinstance(m, nn.Linear)
-        )  # the MLP's
-        norms = [
-            m
-            for m in modules.values()
-            if "Norm" in type(m).__name__ and m.weight.numel() == self.width
-        ]
-        of_norms = (
-            len(norms)
-            * self.width
-            * (1 if not trained else 3 if "RMS" in type(norms[0]).__name__ else 2)
-        )
-        adapters = sum(
-            2 * m.in_features
-            for name, m in modules.items()
-            if half and trained and name.endswith("lora_A.default")
-        )
-        gated = any(name.endswith("gate_proj") for name in modules)
-        mlp = inner * ((3 if gated else 1) + (1 if trained else 0))
-        return outside + self.count * (
-            tokens * (double * of_norms + 2 * self.q + mlp + adapters) + keys * 2 * self.kv
-        )
+            return outside + count * tokens * width
+        mlp_width, norms, adapter_inputs, gated = 0, [], 0, False
+        for name, module in self.layer.named_modules():
+            if isinstance(module, nn.Linear):
+                mlp_width = max(mlp_width, module.in_features)
+            if "Norm" in type(module).__name__ and module.weight.numel() == width:
+                norms.append(module)
+            if half and trained and name.endswith("lora_A.default"):
+                adapter_inputs += 2 * module.in_features
+            gated = gated or name.endswith("gate_proj")
+        per_norm = 1
+        if trained:
+            per_norm = 3 if "RMS" in type(norms[0]).__name__ else 2
+        of_norms = (2 if half else 1) * len(norms) * width * per_norm
+        of_mlp = mlp_width * ((3 if gated else 1) + (1 if trained else 0))
+        per_token = of_norms + 2 * self.query_width + of_mlp + adapter_inputs
+        return outside + count * (tokens * per_token + keys * 2 * self.key_width)
 
 
-def load(cfg) -> Policy:
-    """The policy as it would be trained, its parameters on the meta device: only config and processor are read."""
-    attention = "sdpa"  # flash_attention_2 may not be installed where the plan is made
-    policy = Policy.from_pretrained(
-        cfg.model, cfg.dtype, attention, cfg.min_pixels, cfg.max_pixels, weights=False
-    )
-    memory.freeze(policy, cfg.freeze)
-    if cfg.lora_rank:
-        memory.add_lora(policy, cfg.lora_rank, cfg.seed)
-    return policy
-
-
-def shapes(policy: Policy) -> tuple[Shape, Shape]:
-    """-> the language model's layers, the vision tower's"""
+def layers_of(policy: Policy) -> tuple[Layers, Layers]:
+    """-> the language model's, the vision tower's"""
     text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
-    layers = {True: [], False: []}
-    for name, m in policy.model.model.named_modules():
-        if isinstance(m, GradientCheckpointingLayer):
-            layers[policy.family.in_tower(name)].append(m)
+    in_language, in_tower = [], []
+    for name, module in policy.model.model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            (in_tower if policy.family.in_tower(name) else in_language).append(module)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    q, kv = text.num_attention_heads * head, text.num_key_value_heads * head
-    wide = getattr(vision, "embed_dim", None) or vision.hidden_size
-    language = Shape(layers[False][0], len(layers[False]), text.hidden_size, q, kv)
-    return language, Shape(layers[True][0], len(layers[True]), wide, wide, wide)
+    query, key = text.num_attention_heads * head, text.num_key_value_heads * head
+    language = Layers(in_language[0], len(in_language), text.hidden_size, query, key)
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    return language, Layers(in_tower[0], len(in_tower), width, width, width)
 
 
-def activations(
-    cfg,
-    policy: Policy,
-    prompts: int,
-    rows: int,
-    L: int,
-    T: int,
-    patches: int,
-    attack: bool,
-    half: bool = False,
-) -> int:
-    """Numbers kept for the backward of `prompts` of L tokens and `patches` each, and of `rows` responses at a time.
+class Work(NamedTuple):
+    """What one device computes at a time."""
 
-    attack: the gradient goes to the pixels and no parameter has one. Else to the parameters, and a tower that is not
-    trained keeps nothing.
+    prompts: int  # its share of a step
+    micro: int  # prompts of a micro-batch
+    L: int  # tokens of the longest prompt
+    patches: int  # of one prompt's images
+    processes: int = 1
+
+
+def activations(config: Any, policy: Policy, work: Work, responses: int, attack: bool) -> int:
+    """Numbers kept for the backward of a micro-batch's prompts and of `responses` at a time.
+
+    attack: the gradient goes to the pixels and no parameter has one. Else it goes to the
+    parameters, and a tower that is not trained keeps nothing.
     """
-    language, vision = shapes(policy)
+    language, vision = layers_of(policy)
     trained = any(p.requires_grad for p in language.layer.parameters()) and not attack
     tower = any(p.requires_grad for p in vision.layer.parameters()) and not attack
-    keys = (
-        language if cfg.attention == "flash_attention_2" else language._replace(kv=language.q)
-    )  # repeated for heads
-    again = cfg.checkpointing
-    total = keys.kept(prompts * L, prompts * L, trained, again, half) + keys.kept(
-        rows * T, rows * (L + T), trained, again, half
-    )
+    if config.model.attention != "flash_attention_2":  # keys and values are repeated for the heads
+        language = language._replace(key_width=language.query_width)
+    recomputed, half = config.memory.gradient_checkpointing, number_bytes(config) == 2
+    P, L, T = work.micro, work.L, config.saei.max_new_tokens
+    total = language.kept(P * L, P * L, trained, recomputed, half)
+    total += language.kept(responses * T, responses * (L + T), trained, recomputed, half)
     if attack or tower:
-        total += vision.kept(prompts * patches, prompts * patches, tower, again, half)
-    if tower:
-        total += prompts * patches * patch_numbers(policy)  # what the first product is of
+        total += vision.kept(P * work.patches, P * work.patches, tower, recomputed, half)
+    if tower:  # the input of the patch embedding
+        total += P * work.patches * numbers_per_patch(policy)
     return total
 
 
-def recomputing(policy: Policy, prompts: int, rows: int, L: int, T: int, half: bool = False) -> int:
-    """With checkpointing, besides: the prompts' keys and values, each response's copy, one layer computed again."""
-    language, _ = shapes(policy)
-    one = language._replace(count=1, kv=language.q).kept(
-        max(prompts * L, rows * T), rows * (L + T), True, False, half
-    )
-    return language.count * 2 * language.kv * (prompts + rows) * L + one
+def recomputation(config: Any, policy: Policy, work: Work, responses: int) -> int:
+    """Numbers that recomputing adds: the cache, its copies, one layer's activations."""
+    language, _ = layers_of(policy)
+    P, L, T, half = work.micro, work.L, config.saei.max_new_tokens, number_bytes(config) == 2
+    cache = language.count * 2 * language.key_width * (P + responses) * L
+    wide = language._replace(key_width=language.query_width)
+    tokens, keys = max(P * L, responses * T), responses * (L + T)
+    return cache + wide.kept(tokens, keys, trained=True, recomputed=False, half=half, count=1)
 
 
-def number_bytes(cfg) -> int:
-    """Of a number in the computation."""
-    return (
-        2
-        if cfg.dtype == "bfloat16" or os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-        else 4
-    )
+def number_bytes(config: Any) -> int:
+    """Bytes of a number in the computation."""
+    autocast = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    return 2 if autocast or config.model.dtype == "bfloat16" else 4
 
 
-def estimate(
-    cfg, policy: Policy, prompts: int, micro: int, L: int, patches: int, processes: int = 1
-) -> dict[str, int]:
-    """Bytes by part on one device; `prompts` are a process's share of a step, `micro` of them are updated at a time."""
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)  # noqa: E731
-    c = number_bytes(cfg)
-    out = {
-        "parameters": size(policy.parameters()),
-        "gradients": size(trained),
-        "AdamW's state": 2 * size(trained),
-    }
+def parameter_bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)
+
+
+def estimate(config: Any, policy: Policy, work: Work) -> dict[str, int]:
+    """Bytes by part on one device. A part named "phase: ..." is there in that phase alone."""
+    cfg, memory, c = config.saei, config.memory, number_bytes(config)
+    parameters = list(policy.parameters())
+    trained = parameter_bytes([p for p in parameters if p.requires_grad])
+    parts = {"parameters": parameter_bytes(parameters), "gradients": trained}
+    parts["AdamW's state"] = 2 * trained
     if cfg.kl_coef:
-        out["reference"] = size(policy.parameters())
-    if processes > 1:
-        out["DDP's buckets"] = size(trained)
-    if c == 2 and cfg.dtype == "float32":
-        out["autocast's copies of weights"] = 2 * sum(
-            p.numel() for p in policy.parameters() if p.ndim == 2
-        )
-    language, _ = shapes(policy)
-    lots = lambda n: min(n, cfg.micro_responses or n)  # noqa: E731
-    common, vocabulary = (L, cfg.max_new_tokens, patches), len(policy.banned)
+        parts["reference"] = parameter_bytes(parameters)
+    if work.processes > 1:
+        parts["DDP's buckets"] = trained
+    if c == 2 and config.model.dtype == "float32":
+        matrices = sum(p.numel() for p in parameters if p.ndim == 2)
+        parts["autocast's copies of weights"] = 2 * matrices
     for phase, n in (("update", cfg.rollouts), ("attack", cfg.clean_rollouts)):
         if phase == "update" or cfg.intervention == "egas":
-            rows = lots(micro * n)
-            out[f"{phase}: activations"] = c * activations(
-                cfg, policy, micro, rows, *common, phase == "attack", c == 2
-            )
-            if cfg.checkpointing:
-                out[f"{phase}: computed again"] = c * recomputing(
-                    policy, micro, rows, *common[:2], c == 2
-                )
-    chunk = min(
-        max(1, LOGITS_PER_CHUNK // vocabulary), lots(micro * cfg.rollouts) * cfg.max_new_tokens
-    )
-    out["update, attack: a chunk of the head"] = 6 * 4 * chunk * vocabulary
-    rows = min(prompts, cfg.sample_prompts or prompts) * max(
-        cfg.clean_rollouts, cfg.adversarial_rollouts
-    )
-    out["sampling: keys and values"] = (
-        c * language.count * 2 * language.kv * rows * (L + cfg.max_new_tokens)
-    )
-    out["sampling: the head"] = (
-        24 * rows * vocabulary
-    )  # float32 logits, float64 probabilities and their sums
-    return out
+            N = at_a_time(work.micro * n, memory.micro_responses)
+            kept = activations(config, policy, work, N, attack=phase == "attack")
+            parts[f"{phase}: activations"] = c * kept
+            if memory.gradient_checkpointing:
+                parts[f"{phase}: recomputation"] = c * recomputation(config, policy, work, N)
+    language, _ = layers_of(policy)
+    vocabulary, T = len(policy.banned), cfg.max_new_tokens
+    tokens = at_a_time(work.micro * cfg.rollouts, memory.micro_responses) * T
+    chunk = min(max(1, LOGITS_PER_CHUNK // vocabulary), tokens)
+    parts["update, attack: a chunk of logits"] = 6 * 4 * chunk * vocabulary
+    sampled = at_a_time(work.prompts, memory.sample_prompts)
+    sampled *= max(cfg.clean_rollouts, cfg.adversarial_rollouts)
+    cache = language.count * 2 * language.key_width * sampled * (work.L + T)
+    parts["sampling: keys and values"] = c * cache
+    parts["sampling: logits"] = 24 * sampled * vocabulary  # float32, float64 and cumulative sums
+    return parts
+
+
+def at_a_time(total: int, limit: int) -> int:
+    """limit 0: all."""
+    return min(total, limit or total)
 
 
 def peak(parts: dict[str, int]) -> int:
-    """What stays, and the largest of what comes and goes: attack, update or sampling."""
-    phases = {word: 0 for word in ("update", "attack", "sampling")}
-    for name, n in parts.items():
-        for word in phases.keys() & set(name.split(":")[0].split(", ")):
-            phases[word] += n
-    return sum(n for name, n in parts.items() if ":" not in name) + max(phases.values())
+    """What always stays, and the largest phase of attack, update and sampling."""
+    phases, stays = {"update": 0, "attack": 0, "sampling": 0}, 0
+    for name, size in parts.items():
+        of, colon, _ = name.partition(":")
+        if not colon:
+            stays += size
+            continue
+        for phase in of.split(", "):
+            phases[phase] += size
+    return stays + max(phases.values())
 
 
-def describe(cfg, micro: int, processes: int) -> str:
-    """The resolved plan, as text. Reads the data as training would: what is refused there is refused here."""
-    policy = load(cfg)
-    options = {name: getattr(cfg, name) for name in data.OPTIONS} | {"seed": cfg.seed}
-    limits = (None, policy.prompt_tokens, cfg.max_prompt_tokens)
-    rows = data.load_rows(cfg.dataset, cfg.split, cfg.bad_rows, *limits, **options)
-    look = [rows[i] for i in range(LOOK if cfg.streaming else min(LOOK, len(rows)))]
-    units = [[policy.to_unit_image(image) for image in row["images"]] for row in look]
-    ids = [policy.prompt_ids(row) for row in look]
-    lengths = [x.shape[1] for x in ids]
-    image_tokens = max(int((x == policy.model.config.image_token_id).sum()) for x in ids)
-    patches = [patches_of(policy, x) for x in units]
-    sizes = sorted({f"{x.shape[2]} x {x.shape[1]}" for row in units for x in row}) or ["none"]
-    numel = lambda ps: sum(p.numel() for p in ps)  # noqa: E731
-    trained, prompts = (
-        [p for p in policy.parameters() if p.requires_grad],
-        cfg.prompts_per_step // processes,
+def print_plan(config: Any) -> None:
+    """Print the plan of one process of WORLD_SIZE, by the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(describe(config, int(os.environ.get("WORLD_SIZE", 1))))
+
+
+def describe(config: Any, processes: int = 1) -> str:
+    """The plan as text. It reads the data as training would, and refuses what that refuses."""
+    cfg, memory, run = config.saei, config.memory, config.run
+    micro, _ = distributed.micro_batch_size(
+        cfg.prompts_per_step, cfg.updates_per_step, memory.micro_prompts, processes
     )
-    lot = min(micro * cfg.rollouts, cfg.micro_responses or micro * cfg.rollouts)
-    few = min(prompts, cfg.sample_prompts or prompts)
-    epochs = "unknown" if cfg.streaming else f"{cfg.steps * cfg.prompts_per_step / len(rows):.2f}"
-    parts = estimate(cfg, policy, prompts, micro, max(lengths), max(patches), processes)
+    # flash_attention_2 may not be installed where the plan is made
+    model = args.ModelArgs(**(vars(config.model) | {"attention": "sdpa"}))
+    policy = model.load(weights=False)
+    memory.apply(policy, run.seed)
+    rows = config.data.load(
+        config.data.split,
+        seed=run.seed,
+        prompt_tokens=policy.prompt_tokens,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+    streaming = config.data.streaming
+    count = MEASURED_ROWS if streaming else min(MEASURED_ROWS, len(rows))
+    measured = measure([rows[i] for i in range(count)], policy)
+    work = Work(cfg.prompts_per_step // processes, micro, measured.L, measured.patches, processes)
+    parts = estimate(config, policy, work)
+    parameters = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    responses = at_a_time(micro * cfg.rollouts, memory.micro_responses)
+    sampled = at_a_time(work.prompts, memory.sample_prompts)
+    epochs = "unknown" if streaming else f"{run.steps * cfg.prompts_per_step / len(rows):.2f}"
+    kind = policy.model.config.model_type
+    sizes = ", ".join(measured.sizes[:3]) + (" ..." if len(measured.sizes) > 3 else "")
+    seen = f"(first {count} rows)"
     lines = {
-        "model": f"{policy.model.config.model_type}, "
-        f"{numel(policy.parameters()):,} parameters, {numel(trained):,} trained",
-        "pictures": f"{', '.join(sizes[:3])}{' ...' if len(sizes) > 3 else ''} (first {len(look)} rows)",
-        "image tokens": f"at most {image_tokens} a prompt (first {len(look)} rows)",
-        "prompts": f"at most {max(lengths)} tokens (first {len(look)} rows; limit {cfg.max_prompt_tokens})",
-        "data": "streamed" if cfg.streaming else f"{len(rows):,} rows",
-        "steps": f"{cfg.steps}, epochs {epochs}, optimiser steps {cfg.steps * cfg.updates_per_step}",
-        "a step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses = {cfg.prompts_per_step * cfg.rollouts} "
-        f"rollouts ({cfg.adversarial_rollouts} of {cfg.rollouts} adversarial)",
-        "a device": f"one of {processes}: samples {prompts} prompts, {prompts * cfg.clean_rollouts} + "
-        f"{prompts * cfg.adversarial_rollouts} responses, {few} prompts at a time; "
-        f"updates {micro} prompts, {lot} responses at a time",
+        "model": f"{kind}, {parameters:,} parameters, {trained:,} trained",
+        "images": f"{sizes or 'none'} {seen}",
+        "image tokens": f"at most {measured.image_tokens} per prompt {seen}",
+        "prompts": f"at most {work.L} tokens {seen}, limit {config.data.max_prompt_tokens}",
+        "data": "streamed" if streaming else f"{len(rows):,} rows",
+        "steps": f"{run.steps}, epochs {epochs}, updates {run.steps * cfg.updates_per_step}",
+        "per step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses, "
+        f"{cfg.adversarial_rollouts} of {cfg.rollouts} adversarial",
+        "per device": f"one of {processes}: {work.prompts} prompts; samples {sampled} at a time, "
+        f"updates {micro} prompts and {responses} responses at a time",
     }
-    text = yaml.safe_dump(asdict(cfg), sort_keys=False) + "\n"
-    text += "".join(f"{name + ':':14}{value}\n" for name, value in lines.items())
-    text += "\nmemory of a device, GiB; the first three counted, the rest estimates, for the longest prompt above and\n"
-    text += f"responses of {cfg.max_new_tokens} tokens; what the allocator wastes and CUDA itself takes come on top\n"
-    text += "".join(f"  {name:38}{n / GIB:9.2f}\n" for name, n in parts.items())
-    text += f"  {'in all, of phases the largest':38}{peak(parts) / GIB:9.2f}\n"
+    text = yaml.safe_dump(args.flat(config), sort_keys=False) + "\n"
+    for name, value in lines.items():
+        text += f"{name + ':':14}{value}\n"
+    text += (
+        "\nMemory of a device in GiB. The first three are counted, the rest is estimated, for the\n"
+    )
+    text += (
+        f"longest prompt above and responses of {cfg.max_new_tokens} tokens. Allocator waste and "
+    )
+    text += "CUDA itself\ncome on top.\n"
+    for name, size in parts.items():
+        text += f"  {name:38}{size / GIB:9.2f}\n"
+    text += f"  {'in all, with the largest phase':38}{peak(parts) / GIB:9.2f}\n"
     if processes > 1:
-        shared, whole = (
-            sum(list(parts.values())[:3]) / processes,
-            number_bytes(cfg) * numel(policy.parameters()),
-        )
-        text += f"  {'FSDP2: the first three, sharded':38}{shared / GIB:9.2f}\n"
+        shard = sum(parts[name] for name in ("parameters", "gradients", "AdamW's state"))
+        whole = number_bytes(config) * parameters
+        text += f"  {'FSDP2: the first three, sharded':38}{shard / processes / GIB:9.2f}\n"
         text += f"  {'FSDP2: whole parameters, in sampling':38}{whole / GIB:9.2f}\n"
-    return text + "dry run: nothing was trained or written\n"
+    return text + "dry run: nothing was trained or written"
+
+
+class Measured(NamedTuple):
+    """Of some rows: the longest prompt, its images."""
+
+    L: int
+    image_tokens: int
+    patches: int
+    sizes: list[str]
+
+
+def measure(rows: list[dict], policy: Policy) -> Measured:
+    """The largest prompts of the rows, and the sizes of their images."""
+    L = image_tokens = patches = 0
+    sizes = set()
+    for row in rows:
+        prompt = policy.tokenize(row["problem"], row["images"])
+        is_image = prompt.inputs["input_ids"] == policy.model.config.image_token_id
+        L, image_tokens = max(L, prompt.length), max(image_tokens, int(is_image.sum()))
+        patches = max(patches, patches_of(policy, prompt.images))
+        sizes |= {f"{x.shape[2]} x {x.shape[1]}" for x in prompt.images}
+    return Measured(L, image_tokens, patches, sorted(sizes))
 
 
 def patches_of(policy: Policy, images: list[torch.Tensor]) -> int:
-    """What the vision tower computes of one prompt's images."""
-    return (
-        policy.to_pixel_values(images)["pixel_values"].numel() // patch_numbers(policy)
-        if images
-        else 0
-    )
+    """Patches that the vision tower computes of one prompt's images."""
+    if not images:
+        return 0
+    return policy.to_pixel_values(images)["pixel_values"].numel() // numbers_per_patch(policy)
 
 
-def patch_numbers(policy: Policy) -> int:
+def numbers_per_patch(policy: Policy) -> int:
     """Numbers of one patch of pixel_values, channels and temporal slots included."""
     vision = policy.model.config.vision_config
-    p = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
-    return 3 * p * p * getattr(vision, "temporal_patch_size", 1)
+    size = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    return 3 * size * size * getattr(vision, "temporal_patch_size", 1)

@@ -1,6 +1,7 @@
-"""The rollouts of a step: responses, rewards, what is measured and logged of them, what the update trains on.
+"""The rollouts of a step: responses, rewards, metrics, and what the update trains on.
 
-Symbols: P prompts of this process, G responses per prompt (the clean ones first), T tokens (padded).
+Symbols: P prompts of this process, G responses per prompt (the clean ones first), T tokens
+(padded).
 """
 
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from vlm.policy import Policy, Prompts, Responses
 
 @dataclass
 class Rollouts:
-    """What sampling, attack and grading made of P prompts. Plain GRPO: adversarial None, attacked = prompts."""
+    """What sampling, attack and grading made of P prompts."""
 
     rows: list[dict]
     prompts: Prompts
-    attacked: Prompts  # the same questions about the images that adversarial responses were sampled on
+    attacked: (
+        Prompts  # the same questions about the images that adversarial responses were sampled on
+    )
     responses: list[Responses]  # P * G_clean on the clean images, P * G_adv on the attacked ones
     tsec_mask: Tensor  # the tokens of `clean` that TsEC chose
     texts: list[list[str]]  # (P, G)
@@ -62,7 +65,7 @@ def load_rewards(specs: list[str], max_new_tokens: int, row: dict) -> rewards.Re
 def grade(
     functions: rewards.Rewards, policy: Policy, rows: list[dict], responses: list[Responses]
 ) -> tuple[list[list[str]], dict[str, Tensor]]:
-    """The responses' texts and {"reward", "accuracy", "format", ...}, all (P, G), the clean ones first.
+    """The responses' texts and {"reward", "accuracy", ...}, all (P, G), the clean ones first.
 
     A reward function gets TRL's arguments: completions, completion_ids and the rows' columns.
     """
@@ -97,7 +100,8 @@ def metrics(
 ) -> dict[str, float]:
     """Means over this process's prompts. docs/metrics.md defines each name.
 
-    cuts: TsEC's quantiles. objective(part): the attack's, a function of the images of prompts[part].
+    cuts: TsEC's quantiles. objective(part): the attack's, a function of the images of
+    prompts[part].
     """
     clean, scores, parts = rollouts.clean, rollouts.scores, rollouts.responses
     distinct = [len(set(group)) / len(group) for group in rollouts.texts]
@@ -122,9 +126,10 @@ def metrics(
 
 
 def adversarial_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
-    """What only exists where responses were sampled on changed images. A value per prompt or response.
+    """Metrics of responses sampled on changed images. A value per prompt or response.
 
-    A prompt of text alone counts as a change of 0 and a PSNR of 99, so that means over processes agree.
+    A prompt of text alone counts as a change of 0 and a PSNR of 99, so that means over processes
+    agree.
     """
     P, n = len(rollouts.prompts), len(rollouts.clean.tokens) // len(rollouts.prompts)
     largest_changes, psnrs = [], []
@@ -155,7 +160,7 @@ def adversarial_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
 
 
 def sample_lines(rollouts: Rollouts, policy: Policy) -> tuple[list[dict], dict[str, list[Tensor]]]:
-    """The first prompt's responses for samples.jsonl, with tokens, entropies and TsEC's choice; its images."""
+    """The first prompt's responses with tokens, entropies and TsEC's choice; its images."""
     row, lines, texts = rollouts.rows[0], [], rollouts.texts[0]
     for kind, part in zip(("clean", "adversarial"), rollouts.responses, strict=False):
         for i in range(len(part.tokens) // len(rollouts.rows)):
@@ -178,7 +183,7 @@ def sample_lines(rollouts: Rollouts, policy: Policy) -> tuple[list[dict], dict[s
     return lines, pictures
 
 
-# --------------------------------------------------------------------------- what the update trains on
+# ---------------------------------------------------------------------- what the update trains on
 
 
 class TrainingBatch(NamedTuple):
@@ -218,7 +223,7 @@ def joined(rollouts: Rollouts, name: str) -> Tensor:
 
 
 def all_responses(rollouts: Rollouts, zero_variance: str) -> TrainingBatch:
-    """All G responses on the clean image. zero_variance "drop": without groups of equal accuracy."""
+    """All G responses on the clean image. zero_variance "drop": no groups of equal accuracy."""
     mask = joined(rollouts, "mask")
     if zero_variance == "drop":
         mask = mask & ~grpo.equal_groups(rollouts.scores["accuracy"])[:, None, None]
@@ -248,7 +253,7 @@ def by_condition(batch: TrainingBatch, rollouts: Rollouts, condition: str) -> li
 def score_all(
     batches: list[TrainingBatch], policy: nn.Module, temperature: float, micro: int
 ) -> dict[tuple[int, int], Tensor]:
-    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)}, before the first update."""
+    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)}"""
     found = {}
     for part in micro_batches(len(batches[0].prompts), micro):
         for k, batch in enumerate(batches):

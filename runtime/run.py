@@ -1,8 +1,8 @@
-"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, pictures, checkpoints, and how a run resumes.
+"""A run's folder: config.yaml, metrics.jsonl, samples.jsonl, pictures, checkpoints, resume.
 
-train_saei.py writes it, runtime/report.py draws it. A checkpoint is written aside, synced and renamed
-when it is whole, so the newest name is always a good one. AutoModelForImageTextToText and AutoProcessor
-load it. docs/faults.md says what every fault leaves behind.
+train_saei.py writes it, runtime/report.py draws it. A checkpoint is written aside, synced and
+renamed when it is whole, so the newest name is always a good one. AutoModelForImageTextToText and
+AutoProcessor load it. docs/faults.md says what every fault leaves behind.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ FREE |= {"self_check", "profile"}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. A checkpoint has its name only when it is whole."""
+    """The complete checkpoints of a run, oldest first. A name means a whole checkpoint."""
     return sorted(Path(folder).glob("checkpoints/step-[0-9]*"))
 
 
@@ -53,8 +53,8 @@ class Run:
     def __init__(self, args: RunArgs, options: dict[str, Any], accelerator: Accelerator):
         """Prepare the folder. options: all options of the run, for config.yaml.
 
-        Raises ValueError if the folder holds a run and neither resume nor overwrite is set, or if the
-        run to resume was started with other options.
+        Raises ValueError if the folder holds a run and neither resume nor overwrite is set, or if
+        the run to resume was started with other options.
         """
         self.args, self.options, self.accelerator = args, options, accelerator
         self.folder, self.is_main = Path(args.output), accelerator.is_main_process
@@ -85,12 +85,20 @@ class Run:
         for unfinished in self.folder.glob("checkpoints/.step-*"):  # killed while it was saved
             shutil.rmtree(unfinished)
         if everything:
-            for checkpoint in reversed(checkpoints(self.folder)):  # killed here, whole ones are left
+            for checkpoint in reversed(
+                checkpoints(self.folder)
+            ):  # killed here, whole ones are left
                 delete_checkpoint(checkpoint)
             for name in ("checkpoints", "pictures", "report", "eval"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
         if self.checkpoint is None:
-            for name in ("metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"):
+            for name in (
+                "metrics.jsonl",
+                "samples.jsonl",
+                "reference.txt",
+                "rows.txt",
+                "trace.json",
+            ):
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
@@ -101,8 +109,8 @@ class Run:
         if old_names:
             said = [f"{name} ({RENAMED.get(name, 'removed')})" for name in old_names]
             raise ValueError(
-                f"{path} was written by an earlier version, so the run cannot be resumed. Its options "
-                f"of other names: {', '.join(said)}"
+                f"{path} was written by an earlier version and cannot be resumed. Its options of "
+                f"other names: {', '.join(said)}"
             )
         free = set(FREE)
         if self.options["intervention"] == "noise":  # its annealing depends on the number of steps
@@ -119,20 +127,21 @@ class Run:
     def stop_unless_finite(self, norm: float, batch: Any, step: int) -> None:
         """Raise FloatingPointError for a gradient that is not finite, the batch saved beside it.
 
-        All processes have the same norm and stop together, before the parameters move (ZeRO-2: after).
+        All processes have the same norm and stop together, before the parameters move (ZeRO-2:
+        after).
         """
         if not math.isfinite(norm):
             process = self.accelerator.process_index
             path = self.folder / f"failed-step-{step:06d}-process-{process}.pt"
             torch.save(asdict(batch), path)
             raise FloatingPointError(
-                f"step {step}: the gradient is not finite (norm {norm}). The batch is in {path}, the last "
-                "checkpoint is good. Likely causes: a learning rate too high, or bfloat16 parameters "
-                "(float32 with mixed precision is safer)"
+                f"step {step}: the gradient is not finite (norm {norm}). The batch is in {path}. The "
+                "last checkpoint is good. Likely causes: a learning rate too high, or bfloat16 "
+                "parameters (float32 with mixed precision is safer)"
             )
 
     def same_as_before(self, name: str, found: str, message: str) -> None:
-        """Compare with the run's file `name`, then write it. Raises ValueError(message) if it differs."""
+        """Compare with the run's file `name`, then write it. Differs: ValueError(message)."""
         path = self.folder / name
         if self.first_step and path.exists() and path.read_text() != found:
             raise ValueError(message)
@@ -195,21 +204,20 @@ class Run:
         if identical and not self.warned_identical:
             self.warned_identical = True
             self.bar.write(
-                f"warning: step {step}: all rollouts of every prompt are identical although temperature "
-                f"is {self.options['temperature']}. The policy has collapsed (entropy "
-                f"{metrics['entropy/clean']:.2g}): raise --temperature, or start from an earlier checkpoint"
+                f"warning: step {step}: all rollouts of every prompt are identical at temperature "
+                f"{self.options['temperature']}. The policy has collapsed (entropy "
+                f"{metrics['entropy/clean']:.2g}): raise --temperature, or start from an earlier "
+                "checkpoint"
             )
         if step == self.first_step + 4 and self.total_accuracy == 0:
             self.bar.write(
-                "warning: no correct answer in 5 steps. Does the problem ask for \\boxed{} or <answer> "
-                "tags (--template)? Is --max_new_tokens long enough (truncated: "
+                "warning: no correct answer in 5 steps. Does the problem ask for \\boxed{} or "
+                "<answer> tags (--template)? Is --max_new_tokens long enough (truncated: "
                 f"{metrics['truncated']:.0%})? Look at {self.folder / 'samples.jsonl'}"
             )
 
-    def log_samples(
-        self, step: int, lines: list[dict], pictures: dict[str, list[Tensor]]
-    ) -> None:
-        """One line per response of a prompt to samples.jsonl; its images, {kind: images}, to pictures/."""
+    def log_samples(self, step: int, lines: list[dict], pictures: dict[str, list[Tensor]]) -> None:
+        """One line per response to samples.jsonl; the images, {kind: images}, to pictures/."""
         if not self.is_main:
             return
         paths = {}
@@ -221,10 +229,10 @@ class Run:
                 names = {"clean_picture": paths.get("clean"), "picture": paths.get(line["image"])}
                 file.write(json.dumps({"step": step} | line | names) + "\n")
 
-    # --------------------------------------------------------------------------- checkpoints, the end
+    # ---------------------------------------------------------------------- checkpoints, the end
 
     def save_if_due(self, step: int, wrapped: nn.Module) -> None:
-        """Write a checkpoint after the last step, every save_every steps, and when a signal asked."""
+        """Write a checkpoint every save_every steps, after the last one, and on a signal."""
         done = step + 1
         if self.signals.asked() or done % self.args.save_every == 0 or done == self.args.steps:
             self._save(done, wrapped)
@@ -248,11 +256,15 @@ class Run:
                 sync(*self.folder.glob("*.jsonl"), *aside.rglob("*"), aside)
                 aside.rename(final)
                 sync(final.parent)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch makes a full disk a RuntimeError
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch makes a full disk a RuntimeError
             good = checkpoints(self.folder)
             error.add_note(
-                f"the checkpoint of step {step} could not be written to {aside} (is the disk full?). "
-                f"The last complete one: {good[-1] if good else 'none'}. --resume true continues from it"
+                f"the checkpoint of step {step} could not be written to {aside} (disk full?). The "
+                f"last complete one: {good[-1] if good else 'none'}. --resume true continues from it"
             )
             raise
         if self.is_main and self.args.keep_last:
@@ -260,7 +272,7 @@ class Run:
                 delete_checkpoint(old)
 
     def finish(self) -> None:
-        """End the trackers. If a signal ended the run, exit with 128 + its number, as shells expect."""
+        """End the trackers. After a signal, exit with 128 + its number, as shells expect."""
         self.accelerator.end_training()
         if self.signals.agreed:
             sys.exit(128 + self.signals.agreed)
@@ -344,12 +356,14 @@ def load_rows(args: TrainDataArgs, run: Run, policy: Policy, prompts_per_step: i
     )
     order = data.load_order(args.order, rows) if args.order else None
     if not args.streaming:
-        found = f"{len(rows)} rows {rows.fingerprint()}, order {zlib.crc32(str(order).encode()):08x}\n"
+        found = (
+            f"{len(rows)} rows {rows.fingerprint()}, order {zlib.crc32(str(order).encode()):08x}\n"
+        )
         run.same_as_before(
             "rows.txt",
             found,
-            f"{args.order or args.dataset} holds other rows than when the run in {run.folder} began; "
-            "put the first ones back",
+            f"{args.order or args.dataset} holds other rows than when the run in {run.folder} "
+            "began; put the first ones back",
         )
     return Batches(rows, order, prompts_per_step, run)
 
@@ -361,8 +375,8 @@ def load_reference(args: ModelArgs, run: Run) -> Policy:
     run.same_as_before(
         "reference.txt",
         fingerprint(reference),
-        f"model={args.model} holds other weights than when the run in {run.folder} began, and kl_coef "
-        "pulls to them; put the first ones back",
+        f"model={args.model} holds other weights than when the run in {run.folder} began, and "
+        "kl_coef pulls to them; put the first ones back",
     )
     return reference
 
@@ -372,7 +386,7 @@ def load_reference(args: ModelArgs, run: Run) -> Policy:
 
 @contextlib.contextmanager
 def signals_restored() -> Iterator[None]:
-    """Afterwards SIGTERM and SIGINT do what they did before, whatever happened: a notebook goes on."""
+    """Afterwards SIGTERM and SIGINT do what they did before, so that a notebook goes on."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -382,9 +396,10 @@ def signals_restored() -> Iterator[None]:
 
 
 class Signals:
-    """SIGTERM and SIGINT ask for the end after the current step. A second one ends the process at once.
+    """SIGTERM and SIGINT ask for the end after the current step. A second one ends at once.
 
-    A signal within a second of the first counts as the same: a launcher passes on what its children got.
+    A signal within a second of the first counts as the same: a launcher passes on what its children
+    got.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -396,7 +411,9 @@ class Signals:
         if not self.received:
             self.received, self.when = number, time.monotonic()
             name = signal.Signals(number).name
-            print(f"{name}: finishing the step and saving. A second one ends at once", file=sys.stderr)
+            print(
+                f"{name}: finishing the step and saving. A second one ends at once", file=sys.stderr
+            )
         elif time.monotonic() - self.when > 1:
             os._exit(128 + number)
 
@@ -407,7 +424,7 @@ class Signals:
         return self.agreed > 0
 
 
-# ------------------------------------------------------------------------------ time, memory, pictures
+# ------------------------------------------------------------------------- time, memory, pictures
 
 
 class Clock:
@@ -441,7 +458,7 @@ def peak_memory() -> float:
 
 @contextlib.contextmanager
 def profile(folder: Path) -> Iterator[None]:
-    """Write folder/trace.json (chrome://tracing, Perfetto) and print the operators by their own time."""
+    """Write folder/trace.json (chrome://tracing, Perfetto); print the slowest operators."""
     with torch.profiler.profile() as trace:  # CPU, and CUDA where there is one
         yield
     trace.export_chrome_trace(str(folder / "trace.json"))
