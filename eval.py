@@ -79,7 +79,7 @@ def load_config(argv: list[str] = (), **options) -> Config:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): chance that k of n samples hold a right one, c of the n being right.
+    """1 - C(n - c, k) / C(n, k): chance that k of n samples hold a right one, c of n being right.
 
     The k are drawn without replacement. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
     """

@@ -136,7 +136,7 @@ def micro_batch_size(
     micro = min(micro_prompts, per_update)
     if per_update % micro:
         raise ValueError(
-            f"micro_prompts={micro_prompts} must divide {per_update}, a process's prompts per update"
+            f"micro_prompts={micro_prompts} must divide {per_update}, the prompts per update"
         )
     return micro, per_update // micro
 

@@ -135,8 +135,8 @@ class Run:
             path = self.folder / f"failed-step-{step:06d}-process-{process}.pt"
             torch.save(asdict(batch), path)
             raise FloatingPointError(
-                f"step {step}: the gradient is not finite (norm {norm}). The batch is in {path}. The "
-                "last checkpoint is good. Likely causes: a learning rate too high, or bfloat16 "
+                f"step {step}: the gradient is not finite (norm {norm}). The batch is in "
+                f"{path}. The last checkpoint is good. Likely causes: a learning rate too high, or bfloat16 "
                 "parameters (float32 with mixed precision is safer)"
             )
 
