@@ -1,20 +1,23 @@
-"""EgAS: entropy-guided adversarial sampling. PGD that raises a policy's entropy through the image it looks at.
+"""EgAS: entropy-guided adversarial sampling. PGD on the image raises the policy's entropy.
 
 What it computes
-    x_0 = I,   x_{k+1} = Proj(x_k + a * sign(grad_x H(x_k))),   Proj onto {|x - I| <= eps} and [0, 1]
-    where H is any objective of the images: for SaEI, the entropy of the tokens that TsEC chose (tsec.py),
-    teacher-forced on the responses that the policy gave to the clean image, mean over a prompt's responses.
+    x_0 = I,   x_{k+1} = Proj(x_k + a * sign(grad_x H(x_k)))
+    Proj clamps to {|x - I| <= eps} and to [0, 1]. H is any objective of the images. In SaEI it is
+    the entropy of the tokens that TsEC chose (tsec.py), teacher-forced on the responses that the
+    policy gave to the clean image, mean over a prompt's responses.
 
 Where the rules come from
-    paper        the entropy of the sampled responses is the adversarial objective; its gradient goes back to the
-                 visual input, which is attacked to raise it; the policy then also samples from the attacked image
-    second-hand  the policy that is trained attacks itself, no surrogate; random noise is no substitute
-    inferred     one attacked image per prompt
-    ours         PGD, L-infinity, eps, number and size of the steps, random start: how it attacks is not known
-    random_signs and diffusion_noise are the controls: the same budget without the gradient, and NoisyRollout's noise.
+    paper        The entropy of the sampled responses is the adversarial objective. Its gradient
+                 goes back to the visual input, which is attacked to raise it. The policy then also
+                 samples from the attacked image.
+    second-hand  The trained policy attacks itself. Random noise is no substitute.
+    inferred     There is one attacked image per prompt.
+    ours         PGD, L-infinity, eps, number and size of the steps: how it attacks is not known.
+    random_signs and diffusion_noise are controls: the same budget without a gradient, and the
+    noise of NoisyRollout.
 
-Images are float tensors in [0, 1], at the size the vision tower sees, never normalised pixel_values: eps is in units of
-the pixel range (8/255 = 0.031), and normalising belongs inside the objective.
+Images are float tensors in [0, 1] at the size that the vision tower sees, never normalised
+pixel_values. So eps is in units of the pixel range (8/255 = 0.031), and the objective normalises.
 
     x = torch.rand(2, 3, 8, 8)
     attacked = pgd_ascent(lambda x: (x - 0.5).pow(2).flatten(1).sum(1), x, eps=8 / 255, steps=5)
@@ -48,24 +51,26 @@ def pgd_ascent(
     random_start: bool = False,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor | list[Tensor]:
-    """Raise objective(images) by projected sign-gradient ascent (PGD).   Tensor or list of Tensors -> same, detached
+    """Raise objective(images) by projected sign-gradient ascent.   Tensor or list -> same, detached
 
-    objective: takes what `images` is (a Tensor, or a list of Tensors of any sizes) and returns a scalar, or a value an
-    image, or one a prompt of several; they are summed, and stay independent if each depends on its own images alone.
-    eps and step_size are in [0, 1] pixel units; step_size None: 2.5 * eps / steps, at most eps. All of these: ours.
-    random_start: begin at a uniform point of the eps ball, drawn from `generator` (a list: one an image).
+    objective: takes what `images` is, a Tensor or a list of Tensors of any sizes. It returns a
+        scalar, or a value per image or prompt. Values are summed, so they stay independent if each
+        depends on its own images alone.
+    eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
+    random_start: begin at a uniform point of the eps ball, drawn from `generator` (a list: one per
+        image).
     The parameters' .grad is never touched. To lower the objective, pass its negative.
 
-    Raises ValueError on images outside [0, 1] or not floating, eps outside [0, 1], steps < 1; RuntimeError when the
-    objective does not depend on an image; FloatingPointError when a gradient is not finite. Warns when all gradients
-    are exactly zero: the attack then does nothing, most often because an operation between image and entropy drops the
-    gradient.
+    Raises ValueError for images outside [0, 1] or not floating, eps outside [0, 1], steps < 1;
+    RuntimeError if the objective does not depend on an image; FloatingPointError for a gradient
+    that is not finite. Warns if all gradients are exactly zero: the attack then does nothing.
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)
     if not 0 <= eps <= 1 or steps < 1 or (step_size or 0) < 0:
         raise ValueError(
-            f"needs eps in [0, 1] (8/255, not 8), steps >= 1, step_size >= 0: got {eps=}, {steps=}, {step_size=}"
+            "needs eps in [0, 1] (8/255, not 8), steps >= 1, step_size >= 0: got "
+            f"{eps=}, {steps=}, {step_size=}"
         )
     step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
 
@@ -73,29 +78,26 @@ def pgd_ascent(
     attacked = [x.clone() for x in clean]
     if random_start:
         generators = generator if isinstance(generator, list) else [generator] * len(clean)
-        attacked = [
-            (x + eps * (2 * uniform_like(x, g) - 1)).clamp(0.0, 1.0)
-            for x, g in zip(clean, generators, strict=True)
-        ]
+        for i, x in enumerate(clean):
+            noise = 2 * uniform_like(x, generators[i]) - 1
+            attacked[i] = (x + eps * noise).clamp(0.0, 1.0)
     for _ in range(steps):
         attacked = [x.requires_grad_() for x in attacked]
         with torch.enable_grad():
             value = objective(attacked[0] if isinstance(images, Tensor) else attacked)
             grads = image_gradients(value.sum(), attacked)
-        attacked = [
-            linf_step(x.detach(), x0, g, step_size, eps)
-            for x, x0, g in zip(attacked, clean, grads, strict=True)
-        ]
+        for i, x in enumerate(attacked):
+            attacked[i] = linf_step(x.detach(), clean[i], grads[i], step_size, eps)
     return attacked[0] if isinstance(images, Tensor) else attacked
 
 
 def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
-    """d value / d image of each image, checked.   scalar, B images -> B gradients of their shapes"""
+    """d value / d image of each image, checked.   scalar, B images -> B gradients"""
     if not value.requires_grad:
         raise RuntimeError(
-            "the objective does not depend on the images: something before it detaches or has no gradient"
+            "the objective does not depend on the images: something before it detaches"
         )
-    # autograd.grad, not backward(): the policy's own .grad stays clean and no weight gradient is computed
+    # autograd.grad, not backward(): the policy's .grad stays clean, no weight gradient is computed
     grads = torch.autograd.grad(value, images, allow_unused=True)
     for i, grad in enumerate(grads):
         if grad is None:
@@ -106,8 +108,9 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
             )
     if not any(grad.any() for grad in grads):
         warnings.warn(
-            "the image gradient is exactly zero, so the attack does nothing: no token was kept, the policy is certain "
-            "of every token, or an operation between image and entropy (a fused head, a detach) drops the gradient",
+            "the image gradient is exactly zero, so the attack does nothing: no token was kept, "
+            "the policy is certain of every token, or an operation between image and entropy (a "
+            "fused head, a detach) drops the gradient",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -117,49 +120,49 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
 def random_signs(
     images: list[Tensor], eps: float, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """x + eps * s with s = +1 or -1 at random, clamped to [0, 1]: EgAS's budget without its gradient."""
+    """x + eps * s, s = +1 or -1 at random, clamped to [0, 1]: the budget without a gradient."""
     check_images(images)
-    signs = [
-        1 - 2 * (uniform_like(x, generator) < 0.5).to(x.dtype) for x in images
-    ]  # not sign(u - 1/2): it may be 0
-    return [(x + eps * s).clamp(0.0, 1.0) for x, s in zip(images, signs, strict=True)]
+    changed = []
+    for x in images:
+        negative = uniform_like(x, generator) < 0.5  # not sign(u - 1/2), which may be 0
+        changed.append((x + eps * (1 - 2 * negative.to(x.dtype))).clamp(0.0, 1.0))
+    return changed
 
 
 def diffusion_noise(
     images: list[Tensor], t: float, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1]; 0 <= t < 1000.
+    """NoisyRollout's noise: sqrt(abar_t) x + sqrt(1 - abar_t) n, n ~ N(0, I), clamped to [0, 1].
 
-    abar_t = prod_{k = 0..t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000))_k * (5e-3 - 1e-5) + 1e-5
-    (arXiv 2504.13055, from its code, which counts from 0 and cuts an annealed t down; t = 500 there: sigma 0.505).
+    abar_t = prod_{k = 0..t} (1 - beta_k), beta_k = sigmoid(linspace(-6, 6, 1000))_k * (5e-3 - 1e-5)
+    + 1e-5, 0 <= t < 1000 (arXiv 2504.13055 and its code, which counts from 0 and cuts t down to an
+    integer; t = 500 there, a sigma of 0.505).
     """
     check_images(images)
     if not 0 <= t < 1000:
         raise ValueError(f"t must be in 0 <= t < 1000, got {t}")
     beta = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (5e-3 - 1e-5) + 1e-5
     abar = float((1 - beta[: int(t) + 1]).prod())
-    normals = [
-        torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in images
-    ]
-    return [
-        (math.sqrt(abar) * x + math.sqrt(1 - abar) * n).clamp(0.0, 1.0)
-        for x, n in zip(images, normals, strict=True)
-    ]
+    noised = []
+    for x in images:
+        normal = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        noised.append((math.sqrt(abar) * x + math.sqrt(1 - abar) * normal).clamp(0.0, 1.0))
+    return noised
 
 
 def annealed_time(step: int, steps: int, start: float = 500.0) -> float:
-    """NoisyRollout's schedule: start * (1 - 1 / (1 + exp(-30 (step / steps - 2 / 3)))), start -> 0."""
+    """NoisyRollout's schedule: start * (1 - 1 / (1 + exp(-30 (step / steps - 2/3))))."""
     return start * (1 - 1 / (1 + math.exp(-30 * (step - steps * 2 / 3) / steps)))
 
 
 def psnr(x: Tensor, x0: Tensor) -> float:
-    """10 log10(1 / mean((x - x0)^2)) in dB, of two images in [0, 1]; infinite when they are equal."""
+    """10 log10(1 / mean((x - x0)^2)) in dB, of images in [0, 1]; infinite if they are equal."""
     mse = (x.double() - x0.double()).pow(2).mean().item()
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
 def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """U[0, 1) of x's shape, drawn on the CPU so that a seed gives the same values on every device."""
+    """U[0, 1) of x's shape, drawn on the CPU, so a seed gives the same values on every device."""
     return torch.rand(x.shape, generator=generator, dtype=x.dtype).to(x.device)
 
 
@@ -168,7 +171,7 @@ def check_images(images: list[Tensor]) -> None:
     for i, x in enumerate(images):
         if not x.is_floating_point():
             raise ValueError(
-                f"image {i} is {x.dtype}; pass floats in [0, 1] (divide 8-bit images by 255)"
+                f"image {i} is {x.dtype}: pass floats in [0, 1] (divide 8-bit images by 255)"
             )
         if x.numel() == 0 or not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(

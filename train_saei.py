@@ -45,9 +45,7 @@ class SaEIArgs(args.Options):
     _argument_group_name = "the algorithm"
     prompts_per_step: int = option(16, "ours", "P, over all processes", low=1)
     rollouts: int = option(8, "ours", "G responses per prompt, clean and adversarial", low=2)
-    adversarial_rollouts: int = option(
-        4, "ours", "G_adv, those sampled on the changed image", low=0
-    )
+    adversarial_rollouts: int = option(4, "ours", "G_adv, sampled on the changed image", low=0)
     max_new_tokens: int = option(64, "ours", "longest response", low=1)
     temperature: float = option(1.0, "ours", "of sampling, log-probs and entropy", above=0)
     intervention: Literal["none", "random", "noise", "egas"] = option(
@@ -56,12 +54,8 @@ class SaEIArgs(args.Options):
     condition: Literal["clean", "sampled"] = option(
         "clean", "ours, by the study", "image that conditions the update of adversarial responses"
     )
-    tsec_low: float = option(
-        0.2, "ours", "TsEC's low quantile (a low cut: inferred); 0: none", low=0
-    )
-    tsec_high: float = option(
-        0.8, "ours", "TsEC's high one (a high cut: inferred); 1: none", high=1
-    )
+    tsec_low: float = option(0.2, "ours", "low quantile (a cut: inferred); 0: no cut", low=0)
+    tsec_high: float = option(0.8, "ours", "high quantile (a cut: inferred); 1: no cut", high=1)
     tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "chosen tokens")
     eps: float = option(2 / 255, "ours, by the study", "L-infinity radius in [0, 1]", low=0, high=1)
     pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
@@ -87,10 +81,7 @@ class SaEIArgs(args.Options):
         intervenes = self.intervention != "none"
         args.require(self.tsec_low < self.tsec_high, "tsec_low < tsec_high")
         args.require(self.clean_rollouts >= 1, "adversarial_rollouts < rollouts")
-        args.require(
-            self.adversarial_rollouts >= intervenes,
-            "adversarial_rollouts >= 1 with an intervention",
-        )
+        args.require(self.adversarial_rollouts >= intervenes, "adversarial_rollouts >= 1")
 
 
 class Config(NamedTuple):
@@ -149,26 +140,27 @@ def main(config: Config) -> None:
             tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            entropy = partial(entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature)
-            noise_t = egas.annealed_time(step, config.run.steps)
-            attacked = intervene(cfg, policy, prompts, entropy, micro, batch.seeds(ATTACK), noise_t)
+            objective = partial(
+                entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
+            )
+            seeds, noise_t = batch.seeds(ATTACK), egas.annealed_time(step, config.run.steps)
+            attacked = intervene(cfg, policy, prompts, objective, micro, seeds, noise_t)
             clock.lap("attack")
 
             # 4  y ~ pi_old(. | I_adv, Q)
-            adversarial, n = None, cfg.adversarial_rollouts
+            responses, n = [clean], cfg.adversarial_rollouts
             if n:
-                adversarial = policy.sample(attacked, n, batch.seeds(ADVERSARIAL), *settings)
+                responses.append(policy.sample(attacked, n, batch.seeds(ADVERSARIAL), *settings))
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group: (P, G) each
-        responses = [clean, adversarial] if n else [clean]
         texts, scores = rollouts.grade(reward_functions, policy, batch.rows, responses)
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
         sampled = Rollouts(
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
-            metrics = rollouts.metrics(sampled, policy, cuts, entropy, micro)
+            metrics = rollouts.metrics(sampled, policy, cuts, objective, micro)
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
@@ -188,30 +180,29 @@ def intervene(
     cfg: SaEIArgs,
     policy: Policy,
     prompts: Prompts,
-    entropy: Callable[[slice], Callable[[list[Tensor]], Tensor]],
+    objective: Callable[[slice], Callable[[list[Tensor]], Tensor]],
     micro: int,
     seeds: list[int],
     noise_t: float,
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, upward on entropy(those prompts). The parameters are
-    frozen, so nothing is stored for their gradients. random: signs of the same eps. noise:
-    NoisyRollout's.
+    egas attacks `micro` prompts at a time, upward on objective(these prompts), with frozen
+    parameters. random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
     """
     images = []
     for part in micro_batches(len(prompts), micro if cfg.intervention == "egas" else 1):
-        clean_images = prompts[part].images
+        clean = prompts[part].images
         generator = torch.Generator().manual_seed(seeds[part][0])
-        if cfg.intervention == "egas" and clean_images:  # else text alone: nothing to attack
+        if cfg.intervention == "egas" and clean:  # else text alone: nothing to attack
             with distributed.frozen(policy):
-                images += egas.pgd_ascent(entropy(part), clean_images, cfg.eps, steps=cfg.pgd_steps)
+                images += egas.pgd_ascent(objective(part), clean, cfg.eps, steps=cfg.pgd_steps)
         elif cfg.intervention == "random":
-            images += egas.random_signs(clean_images, cfg.eps, generator)
+            images += egas.random_signs(clean, cfg.eps, generator)
         elif cfg.intervention == "noise":
-            images += egas.diffusion_noise(clean_images, noise_t, generator)
+            images += egas.diffusion_noise(clean, noise_t, generator)
         else:
-            images += clean_images
+            images += clean
     return prompts.with_images(images)
 
 
@@ -252,17 +243,14 @@ def update(
     """Step 6: updates_per_step optimiser steps, each normalised by all its response tokens.
 
     Old log-probs are those of the image that conditions the update. With one update they are the
-    scored ones, detached (ratio 1). With several they are computed first. Returns the global loss
-    and metrics.
+    scored ones, detached (ratio 1). With several they are computed first.   -> global metrics
     """
-    cfg, accelerator, P = config.saei, run.accelerator, len(sampled.prompts)
-    counts = sampled.prompts.counts
+    cfg, control, accelerator = config.saei, config.control, run.accelerator
+    P, counts = len(sampled.prompts), sampled.prompts.counts
     distributed.refuse_text_alone(accelerator, config.memory, counts, micro, step)
     batch = rollouts.all_responses(sampled, cfg.zero_variance)
-    if config.control.update_control != "none":
-        batch = apply_control.treat(
-            config.control, run, wrapped, optimizer, sampled, batch, micro, step
-        )
+    if control.update_control != "none":
+        batch = apply_control.treat(control, run, wrapped, optimizer, sampled, batch, micro, step)
     batches = rollouts.by_condition(batch, sampled, cfg.condition)
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
@@ -281,14 +269,11 @@ def update(
             with accelerator.accumulate(wrapped):
                 losses = []
                 for k, batch in enumerate(batches):
-                    old, anchor = (x.get((part.start, k)) for x in (old_logprobs, ref_logprobs))
-                    loss, metrics = batch_loss(
-                        config, wrapped, batch.rows(part), old, anchor, tokens
-                    )
+                    old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
+                    loss, metrics = batch_loss(config, wrapped, batch.rows(part), old, ref, tokens)
                     losses.append(loss)
                     sums.update(metrics)
-                # DDP averages over processes and accelerate divides by the micro-batches. `tokens`
-                # did both.
+                # DDP and accelerate divide by these two. `tokens` has done it already.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
                 accelerator.backward(sum(losses) * scale)
                 if accelerator.sync_gradients:

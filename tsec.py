@@ -1,4 +1,4 @@
-"""TsEC: token-selective entropy computation. Which tokens' entropy becomes the adversarial objective of EgAS.
+"""TsEC: token-selective entropy computation. It chooses the tokens whose entropy EgAS raises.
 
 What it computes
     1. token_entropy      H_t = -sum_v p_t(v) log p_t(v), over the full vocabulary, in nats
@@ -6,14 +6,16 @@ What it computes
     3. selective_entropy  the mean entropy of a response's kept tokens
 
 Where the rules come from
-    paper        TsEC selects the tokens whose entropy enters the objective, so that the attack is effective
-                 "without distorting factual knowledge"
-    second-hand  the selected tokens are those of moderate, not extreme, entropy; the entropy is that of the full
-                 vocabulary, averaged over each response
-    inferred     both tails go: the low one is factual knowledge, the high one is uncertain already
-    ours         cuts at the 20% and the 80% quantile, each response on its own (scope); the choice carries no gradient
+    paper        TsEC selects the tokens whose entropy enters the adversarial objective, so that the
+                 attack is effective "without distorting factual knowledge".
+    second-hand  The selected tokens have moderate, not extreme, entropy. The entropy is that of the
+                 full vocabulary, averaged over each response.
+    inferred     Both tails go. The low one is factual knowledge, the high one is uncertain already.
+    ours         The cuts are the 20% and the 80% quantile of each response on its own. The choice
+                 carries no gradient.
 
-Symbols: N responses, T tokens (padded), V vocabulary; mask is True on a response's tokens, its end token included.
+Symbols: N responses, T tokens (padded), V vocabulary. mask is True on a response's tokens, its end
+token included.
 
     logits, mask = torch.randn(4, 9, 50, requires_grad=True), torch.ones(4, 9, dtype=torch.bool)
     entropy = token_entropy(logits)                               # (N, T, V) -> (N, T)
@@ -26,39 +28,35 @@ from torch import Tensor
 
 
 def token_entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """H = -sum_v p(v) log p(v) with p = softmax(logits / temperature), in nats.   (..., V) -> (...) float32
+    """H = -sum_v p(v) log p(v), p = softmax(logits / temperature), in nats.   (..., V) -> (...)
 
-    Differentiable. A logit of -inf (a banned token) has p = 0 and adds nothing, to the value and to the gradient.
+    Float32, differentiable. A logit of -inf (a banned token) has p = 0 and adds nothing, neither to
+    the value nor to the gradient.
     """
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
-    # 0 * log 0 = 0: -inf is replaced before the product, or both the value and the gradient would be NaN
+    # 0 * log 0 = 0: -inf is replaced before the product, or value and gradient would be NaN
     return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0.0)).sum(dim=-1)
 
 
 def entropy_quantile(entropy: Tensor, mask: Tensor, q: float, scope: str = "response") -> Tensor:
-    """The q-quantile of the entropies where mask is True, interpolated linearly as in numpy.   (N, T), (N, T) -> (N,)
+    """The q-quantile of the entropies where mask is True.   (N, T), (N, T) bool -> (N,)
 
-    scope "response": each row on its own; "batch": all rows pooled, the one value repeated N times.
-    A row without tokens gets NaN (which selects nothing).
+    Interpolated linearly, as in numpy. scope "response": each row on its own. "batch": all rows
+    pooled, the one value repeated N times. A row without tokens gets NaN, which selects nothing.
     """
     if scope not in ("response", "batch"):
         raise ValueError(f"scope must be 'response' or 'batch', got {scope!r}")
     rows = entropy.shape[0]
     if scope == "batch":
         entropy, mask = entropy.reshape(1, -1), mask.reshape(1, -1)
-    values = (
-        entropy.double().masked_fill(~mask, torch.inf).sort(dim=1).values
-    )  # (R, T) the row's tokens come first
-    count = mask.sum(dim=1, keepdim=True)  # (R, 1)
+    values = entropy.double().masked_fill(~mask, torch.inf).sort(dim=1).values  # tokens come first
+    count = mask.sum(dim=1, keepdim=True)  # (N, 1)
     position = q * (count - 1).clamp(min=0).double()
-    below, above = (
-        values.gather(1, position.floor().long()),
-        values.gather(1, position.ceil().long()),
-    )
-    quantile = torch.where(
-        count > 0, below + (above - below) * (position - position.floor()), torch.nan
-    )
-    # Back to the entropy's own precision: a position such as 0.14 * 50 = 7.000000000000001 must not exclude its token.
+    below = values.gather(1, position.floor().long())
+    above = values.gather(1, position.ceil().long())
+    quantile = below + (above - below) * (position - position.floor())
+    quantile = torch.where(count > 0, quantile, torch.nan)
+    # Back to the entropy's precision: the position 0.14 * 50 = 7.000000000000001 keeps its token.
     return quantile.to(entropy.dtype).squeeze(1).expand(rows)
 
 
@@ -71,18 +69,20 @@ def select_tokens(
     scope: str = "response",
     which: str = "moderate",
 ) -> Tensor:
-    """keep_t = mask_t and q_low <= H_t <= q_high, the quantiles taken over the scope.   (N, T), (N, T) -> (N, T) bool
+    """keep_t = mask_t and q_low <= H_t <= q_high.   (N, T), (N, T) bool -> (N, T) bool
 
-    Moderate, not extreme, entropy: second-hand; the quantiles, their values and the scope: ours. low = 0 keeps the
-    low tail, high = 1 the high one (both: EgAS without TsEC). A response of one token keeps it; the tokens of one of
-    two can both fall outside the cuts, and it keeps none. which "extreme": the tokens outside the cuts instead, a
-    control.
-    Raises ValueError on shapes that differ, a mask that is not bool, cuts outside 0 <= low < high <= 1, NaN entropy,
-    an unknown scope or which.
+    Moderate entropy: second-hand. Quantiles, their values and the scope: ours. low = 0 keeps the
+    low tail, high = 1 the high one; both together are EgAS without TsEC. which "extreme": the
+    tokens outside the cuts instead, a control. A response of one token keeps it. Both tokens of a
+    response of two can fall outside the cuts, and then it keeps none.
+
+    Raises ValueError for shapes that differ, a mask that is not bool, cuts outside
+    0 <= low < high <= 1, NaN entropy, an unknown scope or which.
     """
     if entropy.ndim != 2 or entropy.shape != mask.shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"entropy and a bool mask must be (N, T), got {tuple(entropy.shape)} and {tuple(mask.shape)} {mask.dtype}"
+            f"entropy and a bool mask must be (N, T), got {tuple(entropy.shape)} and "
+            f"{tuple(mask.shape)} {mask.dtype}"
         )
     if which not in ("moderate", "extreme"):
         raise ValueError(f"which must be 'moderate' or 'extreme', got {which!r}")
@@ -97,6 +97,6 @@ def select_tokens(
 
 
 def selective_entropy(entropy: Tensor, keep: Tensor) -> Tensor:
-    """(1 / |kept|) sum over a response's kept tokens of H_t; 0 where none is kept.   (N, T), (N, T) bool -> (N,)"""
-    kept = entropy.masked_fill(~keep, 0.0)  # not entropy * keep: a padded position may hold NaN
+    """Mean entropy of each response's kept tokens; 0 if none is kept.   (N, T), (N, T) -> (N,)"""
+    kept = entropy.masked_fill(~keep, 0.0)  # not entropy * keep: padding may hold NaN
     return kept.sum(dim=1) / keep.sum(dim=1).clamp(min=1)

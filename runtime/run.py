@@ -135,8 +135,8 @@ class Run:
             path = self.folder / f"failed-step-{step:06d}-process-{process}.pt"
             torch.save(asdict(batch), path)
             raise FloatingPointError(
-                f"step {step}: the gradient is not finite (norm {norm}). The batch is in "
-                f"{path}. The last checkpoint is good. Likely causes: a learning rate too high, or bfloat16 "
+                f"step {step}: the gradient is not finite (norm {norm}). The batch is in {path}, "
+                "the last checkpoint is good. Likely causes: a learning rate too high, or bfloat16 "
                 "parameters (float32 with mixed precision is safer)"
             )
 
@@ -264,7 +264,7 @@ class Run:
             good = checkpoints(self.folder)
             error.add_note(
                 f"the checkpoint of step {step} could not be written to {aside} (disk full?). The "
-                f"last complete one: {good[-1] if good else 'none'}. --resume true continues from it"
+                f"last good one: {good[-1] if good else 'none'}. --resume true continues from it"
             )
             raise
         if self.is_main and self.args.keep_last:
