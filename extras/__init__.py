@@ -1,1 +1,1 @@
-"""What the paper does not need: entropy controls of other methods, SaEI inside TRL, one attacked image, SENT's curriculum."""
+"""What the paper does not need: others' entropy controls, SaEI in TRL, one attack, a curriculum."""
