@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Not a name of peft's: from_pretrained would add the adapters to the merged weights again.
-ADAPTER = "adapter.safetensors"
+ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
 LORA_SCALE = 2  # alpha / rank
 LORA_TARGETS = (
     r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
