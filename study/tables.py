@@ -1,22 +1,29 @@
-"""The study's tables and intervals, from results/ alone: `python -m study.run --table`, docs/study.md.
+"""The study's tables and intervals, from study/results alone: `python -m study.run --table`.
 
-A difference is paired: the same seeds and the same problems on both sides, d_si = a_si - b_si. Its 95% interval is of
-Student's t over both, crossed, as every seed answers the same problems:
-    mean d +- t(S - 1) sqrt(var_s / S + var_i / N)    var_s of the seeds' means, var_i of the problems'
-The quantile is that of S - 1 degrees of freedom, since the seeds decide: they differ by more than the problems. A
-bootstrap of 3 to 5 seeds leaves a difference of 0 out more often than in the 5% it says: tests/test_study.py has the
-check, which it fails. With fewer than 3 seeds there is no interval.
+A difference between two arms is paired: the same seeds and the same problems on both sides,
+d_si = a_si - b_si for seed s and problem i. Its 95% interval is Student's t over both, crossed,
+since every seed answers the same problems:
+
+    mean d +- t(S - 1) sqrt(var_s / S + var_i / N)    var_s: of the S seeds' means
+                                                      var_i: of the N problems' means
+
+The quantile has S - 1 degrees of freedom, because the seeds differ by more than the problems. With
+fewer than 3 seeds there is no interval. A bootstrap of 3 to 5 seeds is not used: it excludes a
+difference of 0 more often than in 5% of cases (tests/test_study.py has the check).
 """
 
 import json
+import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from eval import pass_at_k  # noqa: E402
+from eval import pass_at_k
+from study.evaluation import unpack
 
-ARMS = {
+ARMS = {  # name of the files -> name in the tables, in their order
     "before": "before",
     "plain": "plain GRPO",
     "temperature": "plain GRPO, T of SaEI's entropy",
@@ -51,121 +58,107 @@ ARMS = {
     "saei-two-updates": "SaEI, 2 updates a batch",
     "saei-kl_cov": "SaEI and KL-Cov, 2 updates a batch",
 }
+MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
-BASES = {
-    "mixed-saei": "mixed-plain",
+ABLATIONS = tuple(arm for arm in ARMS if arm not in ("before", *MAIN, *CONTROLS))
+BASES = {  # what an arm is compared with, if not with SaEI (ablations) or plain GRPO (controls)
     "mixed-plain": None,
+    "mixed-saei": "mixed-plain",
     "kl_cov": "two-updates",
     "sent": "two-updates",
+    "vogue": "noise",
+    "saei-two-updates": "two-updates",
+    "saei-kl_cov": "kl_cov",
 }
-BASES |= {"vogue": "noise", "saei-two-updates": "two-updates", "saei-kl_cov": "kl_cov"}
-MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
-T_95 = {
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}  # by degrees of freedom
+# 97.5% quantile of Student's t by degrees of freedom
+T_95 = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+NONE_YET = "No results yet: `python -m study.run` makes them."
 Runs = dict[str, dict[int, dict]]  # arm -> seed -> result
 
-# --------------------------------------------------------------------------------------------------------- statistics
 
-
-def unpack(text: str) -> np.ndarray:
-    """study.pack's string -> (N,) counts"""
-    return np.array([int(c, 36) for c in text], dtype=np.int64)
+# ------------------------------------------------------------------------------- statistics
 
 
 def per_problem(part: dict, name: str) -> np.ndarray:
-    """greedy, or pass@k without bias, of each problem.   -> (N,) float"""
-    if name == "greedy":
-        return unpack(part["greedy"]).astype(float)
+    """pass@k of each problem, without bias.   -> (N,) float"""
     n, k = part["samples"], int(name.removeprefix("pass@"))
-    return np.array([pass_at_k(n, c, k) for c in range(n + 1)])[unpack(part["right"])]
+    by_count = np.array([pass_at_k(n, c, k) for c in range(n + 1)])
+    return by_count[unpack(part["right"])]
 
 
 def interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean of differences (S, N) and its 95% interval, as the header says.   -> mean, low, high; NaN for S < 3"""
+    """Differences (S, N) -> mean, low, high of their 95% interval; NaN bounds for S < 3."""
     if values.ndim != 2 or not values.size:
         raise ValueError(f"values must be (seeds, problems), got {values.shape}")
     S, N = values.shape
+    mean = float(values.mean())
     if S < 3:
-        return float(values.mean()), float("nan"), float("nan")
+        return mean, math.nan, math.nan
     variance = values.mean(axis=1).var(ddof=1) / S + values.mean(axis=0).var(ddof=1) / N
     half = T_95[min(S - 1, max(T_95))] * float(np.sqrt(variance))
-    return float(values.mean()), float(values.mean()) - half, float(values.mean()) + half
+    return mean, mean - half, mean + half
 
 
 def paired(a: dict[int, dict], b: dict[int, dict], split: str, name: str) -> np.ndarray | None:
-    """a - b on the seeds and the problems that both have.   -> (S, N), or None where there is no such seed"""
+    """a - b on the seeds and the problems that both have.   -> (S, N), None without such a seed"""
     rows = []
     for seed in sorted(set(a) & set(b)):
-        both = [x[seed]["evaluation"].get(split) for x in (a, b)]
-        if all(both):
-            x, y = (per_problem(part, name) for part in both)
-            rows.append(x[: len(y)] - y[: len(x)])
-    return np.stack([row[: min(map(len, rows))] for row in rows]) if rows else None
+        first, second = a[seed]["evaluation"].get(split), b[seed]["evaluation"].get(split)
+        if first and second:
+            x, y = per_problem(first, name), per_problem(second, name)
+            shared = min(len(x), len(y))
+            rows.append(x[:shared] - y[:shared])
+    if not rows:
+        return None
+    shared = min(len(row) for row in rows)
+    return np.stack([row[:shared] for row in rows])
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
+# ---------------------------------------------------------------------------------- reading
 
 
 def load(folder: Path) -> dict[str, Runs]:
-    """{setting: {arm: {seed: result}}} in the order of ARMS; study/results/tuning is not looked at."""
+    """{setting: {arm: {seed: result}}}, arms in the order of ARMS; without the tuning runs."""
     found = {}
     for path in sorted(Path(folder).glob("*/*-*.json")):
         result = json.loads(path.read_text())
-        found.setdefault(result["setting"], {}).setdefault(result["arm"], {})[result["seed"]] = (
-            result
-        )
+        arms = found.setdefault(result["setting"], {})
+        arms.setdefault(result["arm"], {})[result["seed"]] = result
     order = list(ARMS)
-    place = {
-        arm: order.index(arm) if arm in order else len(order)
-        for runs in found.values()
-        for arm in runs
-    }
-    return {
-        s: dict(sorted(runs.items(), key=lambda x: place[x[0]]))
-        for s, runs in sorted(found.items(), reverse=True)
-    }
+    ordered = {}
+    for setting in sorted(found, reverse=True):
+        known = [arm for arm in order if arm in found[setting]]
+        unknown = [arm for arm in found[setting] if arm not in order]
+        ordered[setting] = {arm: found[setting][arm] for arm in known + unknown}
+    return ordered
 
 
 def good(runs: Runs) -> Runs:
     """Without the failed runs, and without arms that have no other."""
-    kept = {
-        arm: {seed: r for seed, r in by_seed.items() if "error" not in r}
-        for arm, by_seed in runs.items()
-    }
-    return {arm: by_seed for arm, by_seed in kept.items() if by_seed}
-
-
-def named(arm: str) -> str:
-    return ARMS.get(arm, arm)
+    kept = {}
+    for arm, by_seed in runs.items():
+        finished = {seed: result for seed, result in by_seed.items() if "error" not in result}
+        if finished:
+            kept[arm] = finished
+    return kept
 
 
 def seeds_of(runs: Runs, arm: str) -> str:
-    """How many seeds an arm has that did not fail, and how many that did."""
-    failed = sum("error" in r for r in runs[arm].values())
-    return f"{len(runs[arm]) - failed}" + f" ({failed} failed)" * bool(failed)
+    """The number of seeds of an arm that did not fail, and of those that did."""
+    failed = sum("error" in result for result in runs[arm].values())
+    return f"{len(runs[arm]) - failed}" + (f" ({failed} failed)" if failed else "")
 
 
 def splits_of(runs: Runs) -> list[str]:
     """The test splits, the trained domain's first."""
-    return list(
-        dict.fromkeys(
-            split
-            for by_seed in runs.values()
-            for r in by_seed.values()
-            for split in r["evaluation"]
-        )
-    )
+    splits = {}
+    for by_seed in runs.values():
+        for result in by_seed.values():
+            splits |= dict.fromkeys(result["evaluation"])
+    return list(splits)
 
 
-# -------------------------------------------------------------------------------------------------------------- cells
+# ------------------------------------------------------------------------------------ cells
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -177,84 +170,109 @@ def spread(values: list[float], digits: int = 3) -> str:
     """mean (lowest to highest), over seeds"""
     if not values:
         return "–"
-    mean = f"{np.mean(values):.{digits}f}"
-    return (
-        mean
-        if len(values) == 1
-        else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
-    )
+    mean, low, high = (f"{x:.{digits}f}" for x in (np.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
 
 
 def change(values: np.ndarray | None) -> str:
-    """mean [interval], and in how many of the seeds it is above 0; bold where the interval leaves 0 out"""
+    """mean [interval], and in how many of the seeds it is above 0; bold where 0 is outside."""
     if values is None:
         return "–"
     mean, low, high = interval(values)
-    said = f"{mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else "")
+    text = f"{mean:+.3f}"
+    if math.isfinite(low):
+        text += f" [{low:+.3f}, {high:+.3f}]"
+    if low > 0 or high < 0:
+        text = f"**{text}**"
     above = int((values.mean(axis=1) > 0).sum())
-    return (f"**{said}**" if low > 0 or high < 0 else said) + f" {above}/{len(values)}"
+    return f"{text} {above}/{len(values)}"
 
 
 def column(by_seed: dict[int, dict], split: str, name: str) -> list[float]:
-    """A value a seed."""
-    parts = [
-        r.get("deep") if name == "pass@32" else r["evaluation"].get(split) for r in by_seed.values()
-    ]
-    if name in ("entropy", "answers"):
-        return [part[name] for part in parts if part]
-    return [float(per_problem(part, name).mean()) for part in parts if part]
+    """One value per seed: pass@k, or a mean that the results hold."""
+    values = []
+    for result in by_seed.values():
+        part = result.get("deep") if name == "pass@32" else result["evaluation"].get(split)
+        if part and name.startswith("pass@"):
+            values.append(float(per_problem(part, name).mean()))
+        elif part:
+            values.append(part[name])
+    return values
+
+
+def minutes_of(by_seed: dict[int, dict]) -> list[float]:
+    return [run["seconds/cpu"] / 60 for run in by_seed.values() if "seconds/cpu" in run]
 
 
 def curve_mean(result: dict, name: str, start: float, stop: float) -> float:
-    """Mean of a curve from one share of the run to another; NaN where the run has no such curve."""
+    """Mean of a curve from one share of the run to another; NaN where there is no such curve."""
     values = result.get("curves", {}).get(name, [])
+    if not values:
+        return math.nan
     first = min(int(start * len(values)), len(values) - 1)
-    return (
-        float(np.mean(values[first : max(first + 1, round(stop * len(values)))]))
-        if values
-        else float("nan")
-    )
+    return float(np.mean(values[first : max(first + 1, round(stop * len(values)))]))
 
 
 def curve_cell(by_seed: dict[int, dict], name: str, start: float = 0.0, stop: float = 1.0) -> str:
-    values = [curve_mean(r, name, start, stop) for r in by_seed.values()]
+    values = [curve_mean(result, name, start, stop) for result in by_seed.values()]
     return "–" if np.isnan(values).all() else f"{np.nanmean(values):.3f}"
 
 
-# ------------------------------------------------------------------------------------------------------------- tables
+# ----------------------------------------------------------------------- tables of a setting
 
 
 def main_table(setting: str, runs: Runs) -> str:
     """The trained domain, by arm: mean and range over seeds."""
     kept = good(runs)
-    deep = any("deep" in r for done in kept.values() for r in done.values())
-    (split, *others), names = (
-        splits_of(kept),
-        ["greedy", "pass@1", "pass@8", *["pass@32"] * deep, "entropy", "answers"],
-    )
+    results = [result for by_seed in kept.values() for result in by_seed.values()]
+    deep = any("deep" in result for result in results)
+    split, *others = splits_of(kept)
+    names = ["greedy", "pass@1", "pass@8"] + ["pass@32"] * deep + ["entropy", "answers"]
     rows = []
     for arm in [arm for arm in runs if arm in ("before", *MAIN)]:
-        done = kept.get(arm, {})
-        cells = [spread(column(done, split, name)) for name in names]
-        elsewhere = [column(done, other, "pass@1") for other in others]  # (domains, seeds)
-        cells.append(spread([float(np.mean(x)) for x in zip(*elsewhere, strict=True)]))
-        minutes = spread([r["seconds/cpu"] / 60 for r in done.values() if "seconds/cpu" in r], 1)
-        name = ARMS[arm] + "".join(
-            {f", {r['config']['temperature']}" for r in done.values() if arm == "temperature"}
-        )
-        rows.append([name, seeds_of(runs, arm) if arm != "before" else "", *cells, minutes])
-    sizes = next(iter(next(iter(kept.values())).values()))["sizes"]
-    commits = sorted({f"`{r['commit']}`" for done in kept.values() for r in done.values()})
-    note = f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and {sizes['samples']} samples each"
-    note += (
-        f"; pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}"
-        if deep
-        else ""
-    )
-    note += ". Mean (lowest to highest) over seeds; answers: distinct ones among a problem's samples; minutes of CPU "
-    note += f"time for the training. Code of {', '.join(commits)}."
+        by_seed = kept.get(arm, {})
+        cells = [spread(column(by_seed, split, name)) for name in names]
+        elsewhere = [column(by_seed, other, "pass@1") for other in others]  # (domains, seeds)
+        cells.append(spread(np.mean(elsewhere, axis=0).tolist() if by_seed and others else []))
+        label = ARMS[arm]
+        if arm == "temperature":
+            found = {result["config"]["temperature"] for result in by_seed.values()}
+            label = ", ".join([label, *map(str, sorted(found))])
+        seeds = "" if arm == "before" else seeds_of(runs, arm)
+        rows.append([label, seeds, *cells, spread(minutes_of(by_seed), 1)])
     head = ["arm", "seeds", *names, f"pass@1, {len(others)} untrained domains", "minutes"]
-    return table(head, rows) + f"\n\n{note}"
+    sizes = results[0]["sizes"]
+    commits = sorted({f"`{result['commit']}`" for result in results})
+    note = f"{setting}: {split}, {sizes['problems']:,} fresh problems, greedy and "
+    note += f"{sizes['samples']} samples each"
+    if deep:
+        note += f"; pass@32 from {sizes['deep_samples']} samples of the first {sizes['deep']:,}"
+    note += ". Mean (lowest to highest) over seeds; answers: distinct ones among a problem's "
+    note += "samples; minutes of CPU time for the training. "
+    note += f"Code of {', '.join(commits)}."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def short_table(setting: str, runs: Runs) -> str:
+    """The README's: the main arms on the trained domain, and what SaEI has over each of them."""
+    kept, rows = good(runs), []
+    first, *others = splits_of(kept)
+    saei = kept.get("saei", {})
+    for arm in [arm for arm in kept if arm in ("before", *MAIN)]:
+        cells = ["", "", ""]
+        if arm not in ("before", "saei"):
+            pairs = [paired(saei, kept[arm], split, "pass@1") for split in (first, *others)]
+            eight = paired(saei, kept[arm], first, "pass@8")
+            missing = any(pair is None for pair in pairs)
+            pooled = None if missing else np.concatenate(pairs[1:], axis=1)
+            cells = [change(pairs[0]), change(eight), change(pooled)]
+        means = [spread(column(kept[arm], first, name)) for name in ("pass@1", "pass@8")]
+        minutes = minutes_of(kept[arm])
+        seeds = "" if arm == "before" else seeds_of(runs, arm)
+        cost = f"{np.mean(minutes):.1f}" if minutes else ""
+        rows.append([ARMS[arm], seeds, *means, *cells, cost])
+    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "SaEI minus it: pass@1", "pass@8"]
+    return table([*head, f"pass@1, {len(others)} untrained domains", "minutes"], rows)
 
 
 def differences(setting: str, runs: Runs) -> tuple[str, int]:
@@ -263,167 +281,92 @@ def differences(setting: str, runs: Runs) -> tuple[str, int]:
     others = [arm for arm in MAIN if arm in kept and arm != "saei"]
     if "saei" not in kept or not others:
         return "", 0
+    splits = splits_of(kept)
     for name in ("pass@1", "pass@8"):
-        values = [
-            [paired(kept["saei"], kept[arm], split, name) for split in splits_of(kept)]
-            for arm in others
-        ]
-        rows = [[ARMS[arm], *map(change, row)] for arm, row in zip(others, values, strict=True)]
-        parts.append(table([f"{name}, {setting}: SaEI minus", *splits_of(kept)], rows))
-        count += sum(x is not None for row in values for x in row)
+        rows = []
+        for arm in others:
+            pairs = [paired(kept["saei"], kept[arm], split, name) for split in splits]
+            count += sum(pair is not None for pair in pairs)
+            rows.append([ARMS[arm], *map(change, pairs)])
+        parts.append(table([f"{name}, {setting}: SaEI minus", *splits], rows))
     return "\n\n".join(parts), count
 
 
-def short_table(setting: str, runs: Runs) -> str:
-    """The README's: every main arm on the trained domain; what SaEI has over it there and, pooled, elsewhere."""
-    kept, rows = good(runs), []
-    first, *others = splits_of(kept)
-    for arm in [arm for arm in kept if arm in ("before", *MAIN)]:
-        own, cells = column(kept[arm], first, "pass@1"), [""] * 3
-        if arm not in ("before", "saei"):
-            pairs = [
-                paired(kept.get("saei", {}), kept[arm], split, "pass@1")
-                for split in (first, *others)
-            ]
-            pooled = None if any(x is None for x in pairs) else np.concatenate(pairs[1:], axis=1)
-            cells = map(
-                change, (pairs[0], paired(kept.get("saei", {}), kept[arm], first, "pass@8"), pooled)
-            )
-        minutes = [r["seconds/cpu"] / 60 for r in kept[arm].values() if "seconds/cpu" in r]
-        cost = f"{np.mean(minutes):.1f}" if minutes else ""
-        seeds = seeds_of(runs, arm) if arm != "before" else ""
-        rows.append(
-            [
-                ARMS[arm],
-                seeds,
-                spread(own),
-                spread(column(kept[arm], first, "pass@8")),
-                *cells,
-                cost,
-            ]
-        )
-    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "SaEI minus it: pass@1", "pass@8"]
-    return table([*head, f"pass@1, {len(others)} untrained domains", "minutes"], rows)
-
-
-def corruption_table(setting: str, runs: Runs) -> str:
-    kept = {arm: done for arm, done in good(runs).items() if arm in ("before", *MAIN)}
-    names = next(
-        (
-            list(r["corrupted"])
-            for done in kept.values()
-            for r in done.values()
-            if r.get("corrupted")
-        ),
-        [],
-    )
-    if not names:
-        return ""
-    split, rows = splits_of(kept)[0], []
-    for arm, done in kept.items():
-        means = [
-            [unpack(r["corrupted"][name]).mean() for r in done.values() if r.get("corrupted")]
-            for name in names
-        ]
-        rows.append([ARMS[arm], spread(column(done, split, "greedy")), *map(spread, means)])
-    return table([f"greedy, {setting}", "as it is", *names], rows)
-
-
-def compared(setting: str, runs: Runs, arms: list[str], base: str) -> tuple[str, int]:
-    """The arms, and their differences to `base` or, where BASES names another arm, to that.   -> table, intervals"""
+def compared(setting: str, runs: Runs, arms: tuple[str, ...], base: str) -> tuple[str, int]:
+    """The arms, each minus `base` or its own base in BASES.   -> table, number of intervals"""
     kept, rows, count = good(runs), [], 0
     for arm in [arm for arm in arms if arm in kept]:
-        own = BASES.get(arm, base)
-        values = [
-            paired(kept[arm], kept.get(own, {}), splits_of(kept)[0], name)
-            for name in ("pass@1", "pass@8")
-        ]
-        count += sum(x is not None for x in values)
-        cells = [
-            spread(column(kept[arm], splits_of(kept)[0], name))
-            for name in ("pass@1", "pass@8", "entropy")
-        ]
-        step = spread([r["seconds"]["seconds/step"] for r in kept[arm].values()], 2)
-        against = ARMS[own] if own in kept else ""
-        rows.append([named(arm), seeds_of(runs, arm), *cells, against, *map(change, values), step])
-    head = [
-        f"arm, {setting}",
-        "seeds",
-        "pass@1",
-        "pass@8",
-        "entropy",
-        "minus",
-        "pass@1",
-        "pass@8",
-        "seconds a step",
-    ]
+        split, other = splits_of(kept)[0], BASES.get(arm, base)
+        cells = [spread(column(kept[arm], split, n)) for n in ("pass@1", "pass@8", "entropy")]
+        against = kept.get(other, {})
+        pairs = [paired(kept[arm], against, split, name) for name in ("pass@1", "pass@8")]
+        count += sum(pair is not None for pair in pairs)
+        seconds = [result["seconds"]["seconds/step"] for result in kept[arm].values()]
+        label = ARMS[other] if against else ""
+        row = [ARMS[arm], seeds_of(runs, arm), *cells, label, *map(change, pairs)]
+        rows.append([*row, spread(seconds, 2)])
+    head = [f"arm, {setting}", "seeds", "pass@1", "pass@8", "entropy", "minus"]
+    head += ["pass@1", "pass@8", "seconds a step"]
     return (table(head, rows) if rows else ""), count
 
 
 def ablation_table(setting: str, runs: Runs) -> tuple[str, int]:
-    """Every arm that is no main one and no control, against SaEI."""
-    return compared(
-        setting, runs, [arm for arm in runs if arm not in ("before", *MAIN, *CONTROLS)], "saei"
-    )
+    """The ablations against SaEI."""
+    return compared(setting, runs, ABLATIONS, "saei")
 
 
 def control_table(setting: str, runs: Runs) -> tuple[str, int]:
-    """The controls of the update, against plain GRPO of as many updates or, VOGUE, with its noise."""
-    return compared(setting, runs, [arm for arm in CONTROLS if arm in runs], "plain")
+    """The controls of the update, against plain GRPO with as many updates (VOGUE: with noise)."""
+    return compared(setting, runs, CONTROLS, "plain")
+
+
+def corruption_table(setting: str, runs: Runs) -> str:
+    """Greedy accuracy on changed pictures."""
+    rows, names = [], []
+    for arm, by_seed in good(runs).items():
+        found = [result["corrupted"] for result in by_seed.values() if result.get("corrupted")]
+        if arm in ("before", *MAIN) and found:
+            names = list(found[0])
+            means = [spread([result[name] for result in found]) for name in names]
+            unchanged = spread(column(by_seed, splits_of(runs)[0], "greedy"))
+            rows.append([ARMS[arm], unchanged, *means])
+    return table([f"greedy, {setting}", "as it is", *names], rows) if rows else ""
 
 
 def diagnostic_table(setting: str, runs: Runs) -> str:
     """What the training looked like: means over steps and seeds."""
-    head = [
-        f"arm, {setting}",
-        "entropy, first fifth",
-        "last fifth",
-        "on the changed image",
-        "groups that teach, start",
-    ]
-    head += [
-        "all steps",
-        "rescued",
-        "lost",
-        "accuracy, clean",
-        "accuracy, changed",
-        "judge, clean",
-        "judge, changed",
-    ]
+    head = [f"arm, {setting}", "entropy, first fifth", "last fifth", "on the changed image"]
+    head += ["groups that teach, start", "all steps", "rescued", "lost"]
+    head += ["accuracy, clean", "accuracy, changed", "judge, clean", "judge, changed"]
     rows = []
-    for arm, done in good(runs).items():
+    for arm, by_seed in good(runs).items():
         if arm == "before":
             continue
-        teach = [
-            [1 - curve_mean(r, "zero_variance", 0, stop) for r in done.values()]
-            for stop in (0.2, 1.0)
-        ]
-        judges = [r["diagnostics"]["judge"] for r in done.values() if "judge" in r["diagnostics"]]
-        cells = [
-            curve_cell(done, "entropy/clean", 0, 0.2),
-            curve_cell(done, "entropy/clean", 0.8, 1),
-        ]
-        cells += [curve_cell(done, "entropy/fresh"), *(f"{np.mean(x):.3f}" for x in teach)]
+        cells = [curve_cell(by_seed, "entropy/clean", 0, 0.2)]
         cells += [
-            curve_cell(done, name)
-            for name in ("rescued", "lost", "accuracy/clean", "accuracy/adversarial")
+            curve_cell(by_seed, "entropy/clean", 0.8, 1),
+            curve_cell(by_seed, "entropy/fresh"),
         ]
-        cells += [
-            f"{np.mean([j[k] for j in judges]):.3f}" if judges else "–"
-            for k in ("clean_picture", "picture")
-        ]
+        for stop in (0.2, 1.0):
+            equal = [curve_mean(result, "zero_variance", 0, stop) for result in by_seed.values()]
+            cells.append(f"{np.mean([1 - share for share in equal]):.3f}")
+        for name in ("rescued", "lost", "accuracy/clean", "accuracy/adversarial"):
+            cells.append(curve_cell(by_seed, name))
+        found = [result["diagnostics"] for result in by_seed.values()]
+        judges = [result["judge"] for result in found if "judge" in result]
+        for name in ("clean_picture", "picture"):
+            cells.append(f"{np.mean([j[name] for j in judges]):.3f}" if judges else "–")
         rows.append([ARMS.get(arm, arm), *cells])
     note = (
-        "Entropy at the sampling temperature, nats. Groups that teach: with different accuracies, in the first fifth "
-        "of the steps and in all. Rescued: prompts with a right response to the changed image and no right one to the "
-        "clean one; lost: the other way round. Judge: greedy accuracy on pictures of the training, before and "
-        "after they were changed, of another policy: plain GRPO of another seed, in elicit the later warm start. It is "
-        "a relative, so what the attack transfers to it counts as lost. Rescued and lost compare where both halves are "
-        "of one size."
+        "Entropy at the sampling temperature, nats. Groups that teach: with different accuracies, "
+        "in the first fifth of the steps and in all. Rescued: prompts with a right response to the "
+        "changed image and no right one to the clean one; lost: the other way round. Judge: greedy "
+        "accuracy on pictures of the training, before and after they were changed, of another "
+        "policy: plain GRPO of another seed, in elicit the later warm start. It is a relative, so "
+        "what the attack transfers to it counts as lost. Rescued and lost compare where both "
+        "halves are of one size."
     )
-    if not rows:
-        return ""
-    return table(head, rows) + f"\n\n{note}"
+    return f"{table(head, rows)}\n\n{note}" if rows else ""
 
 
 def token_table(setting: str, runs: Runs) -> str:
@@ -431,67 +374,24 @@ def token_table(setting: str, runs: Runs) -> str:
     found = [r["diagnostics"]["tokens"] for r in good(runs).get("saei", {}).values()]
     if not found:
         return ""
-    total, examples = Counter(), {}
+    totals, examples = {}, {}
     for one in found:
         for kind, numbers in one["kinds"].items():
-            total.update({(kind, i): x for i, x in enumerate(numbers)})
+            totals[kind] = totals.get(kind, np.zeros(4)) + numbers
         for fate, tokens in one["examples"].items():
             examples.setdefault(fate, Counter()).update(tokens)
     rows = []
-    for kind in dict.fromkeys(kind for kind, _ in total):
-        numbers = [total[kind, i] for i in range(3)]
-        n = sum(numbers)
-        rows.append(
-            [kind, f"{n:,}", *(f"{x / n:.0%}" for x in numbers), f"{total[kind, 3] / n:.3f}"]
-        )
-    head = [
-        f"tokens, {setting}",
-        "number",
-        "kept",
-        "dropped: low entropy",
-        "dropped: high",
-        "mean entropy",
-    ]
-    shown = {
-        fate: " ".join(f"`{t.strip().replace('|', '∣') or '␣'}`" for t, _ in c.most_common(6))
-        for fate, c in examples.items()
-    }
+    for kind, (kept, low, high, entropy) in totals.items():
+        n = kept + low + high
+        shares = [f"{share / n:.0%}" for share in (kept, low, high)]
+        rows.append([kind, f"{n:,.0f}", *shares, f"{entropy / n:.3f}"])
+    head = [f"tokens, {setting}", "number", "kept", "dropped: low entropy", "dropped: high"]
+    shown = {}
+    for fate, counter in examples.items():
+        tokens = [token.strip().replace("|", "∣") or "␣" for token, _ in counter.most_common(6)]
+        shown[fate] = " ".join(f"`{token}`" for token in tokens)
     note = f"The commonest: kept {shown['kept']}; low {shown['low']}; high {shown['high']}."
-    return table(head, rows) + f"\n\n{note}"
-
-
-def cost_table(setting: str, runs: Runs) -> str:
-    """Seconds a step, and training accuracy on clean images at equal steps and at the CPU time of plain GRPO."""
-    kept, rows = good(runs), []
-    kept = {arm: done for arm, done in kept.items() if arm in (*MAIN, "pgd-1")}
-    phases = ("step", "sample", "attack", "update")
-    for arm, done in kept.items():
-        seconds = [
-            f"{np.mean([r['seconds'].get(f'seconds/{x}', 0) for r in done.values()]):.2f}"
-            for x in phases
-        ]
-        ends = [clean_accuracy(r, 1.0) for r in done.values()]
-        cost = {s: r.get("seconds/cpu") for s, r in done.items()}
-        base = {s: r.get("seconds/cpu") for s, r in kept.get("plain", {}).items()}
-        both = [s for s in cost if cost[s] and base.get(s)]
-        equal = [clean_accuracy(done[s], base[s] / cost[s]) for s in both]
-        less = [x - clean_accuracy(kept["plain"][s], 1.0) for x, s in zip(equal, both, strict=True)]
-        difference = (
-            change(np.array([less, less]).T) if less and arm != "plain" else ""
-        )  # of seeds alone
-        rows.append([ARMS[arm], *seconds, spread(ends), spread(equal), difference])
-    head = [
-        f"arm, {setting}",
-        "seconds a step",
-        "sampling",
-        "attack",
-        "update",
-        "accuracy, last fifth",
-    ]
-    head += ["accuracy at plain GRPO's CPU time", "minus plain GRPO's"]
-    note = "Seconds by the clock, two runs at a time beside other work: docs/speed.md compares costs. Accuracy of the "
-    note += "responses to clean images while training, mean over a fifth of the run. Intervals over seeds."
-    return table(head, rows) + f"\n\n{note}" if rows else ""
+    return f"{table([*head, 'mean entropy'], rows)}\n\n{note}"
 
 
 def clean_accuracy(result: dict, stop: float) -> float:
@@ -501,113 +401,98 @@ def clean_accuracy(result: dict, stop: float) -> float:
     return curve_mean(result, name, max(0.0, stop - 0.2), stop)
 
 
-def failures(found: dict[str, Runs]) -> str:
-    lines = [
-        f"- {setting}, {arm}, seed {seed}: {r['error'].splitlines()[-1][:200]}"
-        for setting, runs in found.items() for arm, done in runs.items() for seed, r in done.items() if "error" in r
-    ]  # fmt: skip
-    return "\n".join(lines) or "No run has failed."
+def cost_table(setting: str, runs: Runs) -> str:
+    """Seconds per step; training accuracy at equal steps and at the CPU time of plain GRPO."""
+    kept, rows = good(runs), []
+    plain = kept.get("plain", {})
+    for arm in [arm for arm in kept if arm in (*MAIN, "pgd-1")]:
+        cells = []
+        for phase in ("step", "sample", "attack", "update"):
+            seconds = [r["seconds"].get(f"seconds/{phase}", 0) for r in kept[arm].values()]
+            cells.append(f"{np.mean(seconds):.2f}")
+        equal, less = [], []  # of the seeds that both arms have
+        for seed, result in kept[arm].items():
+            cost, base = result.get("seconds/cpu"), plain.get(seed, {}).get("seconds/cpu")
+            if cost and base:
+                equal.append(clean_accuracy(result, base / cost))
+                less.append(equal[-1] - clean_accuracy(plain[seed], 1.0))
+        # an interval over seeds alone: two "problems" with the same differences
+        difference = change(np.array([less, less]).T) if less and arm != "plain" else ""
+        ends = [clean_accuracy(result, 1.0) for result in kept[arm].values()]
+        rows.append([ARMS[arm], *cells, spread(ends), spread(equal), difference])
+    head = [f"arm, {setting}", "seconds a step", "sampling", "attack", "update"]
+    head += ["accuracy, last fifth", "accuracy at plain GRPO's CPU time", "minus plain GRPO's"]
+    note = "Seconds by the clock, two runs at a time beside other work: docs/speed.md compares "
+    note += "costs. Accuracy of the responses to clean images while training, mean over a fifth "
+    note += "of the run. Intervals over seeds."
+    return f"{table(head, rows)}\n\n{note}" if rows else ""
 
 
-# -------------------------------------------------------------------------------------------------- a page's sections
-
-NONE_YET = "No results yet: `python -m study.run` makes them."
+# ------------------------------------------------------------------------- sections of a page
 
 
-def each(folder: Path, make) -> str:
-    """A table of every setting that has a finished run, below each other."""
-    found = {setting: runs for setting, runs in load(folder).items() if good(runs)}
-    return (
-        "\n\n".join(part for setting, runs in found.items() if (part := make(setting, runs)))
-        or NONE_YET
-    )
-
-
-def study_main(folder: Path) -> str:
-    return each(folder, main_table)
+def each(folder: Path, make: Callable[[str, Runs], str]) -> str:
+    """A table of every setting that has a finished run."""
+    parts = [make(setting, runs) for setting, runs in load(folder).items() if good(runs)]
+    return "\n\n".join(part for part in parts if part) or NONE_YET
 
 
 def study_short(folder: Path) -> str:
-    results = [r for runs in load(folder).values() for x in good(runs).values() for r in x.values()]
-    budgets = sorted(
-        {
-            r["steps"] * r["config"]["prompts_per_step"] * r["config"]["rollouts"]
-            for r in results
-            if "steps" in r
-        }
-    )
-    note = (
-        f"Rollouts of a run, whatever the arm: {' or '.join(f'{x:,}' for x in budgets)}; fresh problems a domain: "
-        f"{' or '.join(f'{x:,}' for x in sorted({r['sizes']['problems'] for r in results}))}, 8 samples each. Mean "
-        "(lowest to highest) over seeds. Differences: same seeds and problems, 95% interval over both, seeds above 0; "
-        "bold: 0 is outside. Minutes of CPU time of the training. `python -m study.run`"
-    )
-    return f"{each(folder, short_table)}\n\n{note}" if results else NONE_YET
+    budgets, problems = set(), set()
+    for runs in load(folder).values():
+        for by_seed in good(runs).values():
+            for result in by_seed.values():
+                problems.add(result["sizes"]["problems"])
+                if "steps" in result:
+                    config = result["config"]
+                    prompts = result["steps"] * config["prompts_per_step"]
+                    budgets.add(prompts * config["rollouts"])
+    if not problems:
+        return NONE_YET
+    note = "Rollouts of a run, whatever the arm: "
+    note += " or ".join(f"{x:,}" for x in sorted(budgets)) + "; fresh problems a domain: "
+    note += " or ".join(f"{x:,}" for x in sorted(problems)) + ", 8 samples each. Mean "
+    note += "(lowest to highest) over seeds. Differences: same seeds and problems, 95% interval "
+    note += "over both, seeds above 0; bold: 0 is outside. Minutes of CPU time of the training. "
+    return f"{each(folder, short_table)}\n\n{note}`python -m study.run`"
 
 
 def study_differences(folder: Path) -> str:
     """All intervals, and how many there are."""
-    found = {setting: runs for setting, runs in load(folder).items() if good(runs)}
-    pairs = [
-        make(setting, runs)
-        for make in (differences, ablation_table, control_table)
-        for setting, runs in found.items()
-    ]
-    count = sum(n for _, n in pairs)
-    text = "\n\n".join(part for part, _ in pairs if part) or NONE_YET
+    parts, count = [], 0
+    for make in (differences, ablation_table, control_table):
+        for setting, runs in load(folder).items():
+            part, intervals = make(setting, runs) if good(runs) else ("", 0)
+            count += intervals
+            parts += [part] if part else []
     if not count:
-        return text
-    return text + (
-        f"\n\nMean [95% interval over seeds and problems, paired] and the number of seeds above 0; bold: 0 is outside. "
-        f"{count} comparisons were made in these tables and none is corrected for that: about {count / 20:.0f} "
-        "intervals would leave 0 out by chance alone. The first columns are means over an arm's own seeds, differences "
-        "over those that it shares with what is subtracted; failed runs are left out and counted."
-    )
-
-
-def study_corruption(folder: Path) -> str:
-    return each(folder, corruption_table)
-
-
-def study_diagnostics(folder: Path) -> str:
-    return each(folder, diagnostic_table)
-
-
-def study_tokens(folder: Path) -> str:
-    return each(folder, token_table)
-
-
-def study_cost(folder: Path) -> str:
-    return each(folder, cost_table)
+        return "\n\n".join(parts) or NONE_YET
+    note = "Mean [95% interval over seeds and problems, paired] and the number of seeds above 0; "
+    note += f"bold: 0 is outside. {count} comparisons were made in these tables and none is "
+    note += f"corrected for that: about {count / 20:.0f} intervals would leave 0 out by chance "
+    note += "alone. The first columns are means over an arm's own seeds, differences over those "
+    note += "that it shares with what is subtracted; failed runs are left out and counted."
+    return "\n\n".join([*parts, note])
 
 
 def study_failures(folder: Path) -> str:
-    return failures(load(folder))
+    lines = []
+    for setting, runs in load(folder).items():
+        for arm, by_seed in runs.items():
+            for seed, result in by_seed.items():
+                if "error" in result:
+                    said = result["error"].splitlines()[-1][:200]
+                    lines.append(f"- {setting}, {arm}, seed {seed}: {said}")
+    return "\n".join(lines) or "No run has failed."
 
 
-def study_picture(folder: Path) -> str:
-    """The link to picture's file, where there is one."""
-    return f"![{PICTURE}](study.svg)" if picture(folder) else NONE_YET
-
-
-PICTURE = "Training accuracy on clean images, entropy and groups that teach nothing, by arm, in the setting shifted"
-
-
-def picture(folder: Path) -> str:
-    """docs/study.svg's text: the main arms' curves in the first setting; "" without results."""
-    from runtime import report
-
-    return report.study_picture(load(folder).get("shifted", {}), MAIN)
-
-
-PARTS = {  # marker of docs/study.md -> heading, what makes it
-    "study-main": ("The trained domain", study_main),
-    "study-picture": ("Curves", study_picture),
+PARTS = {  # marker of docs/study.md -> heading, what makes it from the folder of the results
+    "study-main": ("The trained domain", lambda folder: each(folder, main_table)),
     "study-differences": ("Differences and ablations", study_differences),
-    "study-corruption": ("Changed pictures", study_corruption),
-    "study-diagnostics": ("What happened while training", study_diagnostics),
-    "study-tokens": ("What TsEC keeps", study_tokens),
-    "study-cost": ("Cost", study_cost),
+    "study-corruption": ("Changed pictures", lambda folder: each(folder, corruption_table)),
+    "study-diagnostics": ("During training", lambda folder: each(folder, diagnostic_table)),
+    "study-tokens": ("What TsEC keeps", lambda folder: each(folder, token_table)),
+    "study-cost": ("Cost", lambda folder: each(folder, cost_table)),
     "study-failures": ("Failed runs", study_failures),
 }
 

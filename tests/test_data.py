@@ -130,12 +130,16 @@ def test_folder_of_json_files_beside_pictures(tmp_path):
     (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
     (tmp_path / "test.jsonl").unlink()
     assert load_rows(str(tmp_path))[0]["problem"] == "<image> or <image>, train?"
+    with refused("named after the split 'test': rows.jsonl"):  # a single file is called train
+        load_rows(str(tmp_path), "test")
 
 
-def test_splits_are_whole_words_of_a_files_name(tmp_path, picture):
-    for name, count in (("my.train", 1), ("constraint_test", 2), ("latest", 3)):
+def test_splits_are_whole_words_of_a_files_name_or_its_folder(tmp_path, picture):
+    (tmp_path / "val").mkdir()
+    for name, count in (("my.train", 1), ("constraint_test", 2), ("latest", 3), ("val/0", 4)):
         write(tmp_path, [good()] * count, f"{name}.jsonl")
-    assert [len(load_rows(str(tmp_path), split)) for split in ("train", "test")] == [1, 2]
+    for split, count in (("train", 1), ("test", 2), ("val", 4)):
+        assert len(load_rows(str(tmp_path), split)) == count
 
 
 def test_folder_of_parquet_shards_as_the_hub_has_them(tmp_path):
@@ -678,8 +682,8 @@ def test_fingerprint_of_rows_with_paths(tmp_path):
 
 def test_fingerprint_of_stored_pictures(tmp_path):
     def fingerprint(colour, **options):
-        content = encoded(Image.new("RGB", (32, 32), colour), "PNG")
-        row = {"image": {"bytes": content, "path": "a.png"}, "problem": "?", "answer": "1"}
+        content = encoded(Image.new("RGB", (32, 32), colour), "BMP")  # all of one length
+        row = {"image": {"bytes": content, "path": "a.bmp"}, "problem": "?", "answer": "1"}
         path = write_parquet(tmp_path, [row], image=datasets.Image())
         return load_rows(path, **options).fingerprint()
 
@@ -726,7 +730,8 @@ def test_every_epoch_has_every_row_once_in_another_order():
     [
         (1, 3, None, [2, 1, 5, 4]),  # 2 1 | 2 1: from the end of epoch 1 and the start of epoch 2
         (0, 1, None, [0, 1, 2, 3]),  # one row, named row + n, row + 2n, row + 3n
-        (2, None, None, [8, 9, 10, 11]),  # a stream
+        (0, None, None, [0, 1, 2, 3]),  # a stream
+        (2, None, None, [8, 9, 10, 11]),
         (0, 9, [5, 3, 8], [5, 3, 8, 14]),  # round again after the last
         (1, 9, [5, 3, 8], [3, 8, 5, 12]),
     ],

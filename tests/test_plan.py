@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_families import KINDS, PROBLEMS, make_policy, picture, responses
+from tests.families import KINDS, PROBLEMS, make_policy, picture, responses
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train_saei

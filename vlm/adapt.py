@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-ADAPTER = "adapter.safetensors"
+ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
+LORA_SCALE = 2  # alpha / rank
 LORA_TARGETS = (
     r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 )
@@ -37,10 +38,9 @@ def checkpoint_layers(policy: nn.Module) -> None:
 
     For the layers of the language model and of the vision tower. transformers does so in training
     mode only, and takes the cache away from the layers. Here only the layer itself is in training
-    mode. Its dropouts stay off: they are modules of their own or ask the attention's mode. The layer
-    keeps the cache: a PromptLayer is written once, so computing a layer again does not change it.
-    The attributes are set one by one because the library's own call has another name in every other
-    version.
+    mode. Its dropouts stay off: they are modules of their own or ask the attention's mode. The
+    layer keeps the cache: a PromptLayer is written once, so computing a layer again does not change
+    it. The attributes are set one by one: the library's own call was renamed between versions.
     """
     for layer in policy.model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
@@ -57,41 +57,46 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
     folder: a checkpoint whose adapters to load. Raises ValueError if they are another model's.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
     torch.manual_seed(seed)  # for the values of A
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LORA_TARGETS)
+    config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=LORA_TARGETS)
     inject_adapter_in_model(config, policy.model)
-    policy.lora_scale = 2.0
-    policy.requires_grad_(False)
-    adapters = {name: p for name, p in policy.model.named_parameters() if ".lora_" in name}
-    for p in adapters.values():
-        p.data = p.data.float()
-        p.requires_grad_(True)
+    policy.lora_rank = rank
+    for name, parameter in policy.model.named_parameters():
+        adapter = ".lora_" in name
+        parameter.requires_grad_(adapter)
+        if adapter:
+            parameter.data = parameter.data.float()
     if folder is not None:
-        saved = load_file(Path(folder) / ADAPTER)
-        if saved.keys() != adapters.keys():
+        loaded = set_peft_model_state_dict(policy.model, load_file(Path(folder) / ADAPTER))
+        missing = [name for name in loaded.missing_keys if ".lora_" in name]
+        if missing or loaded.unexpected_keys:
             raise ValueError(f"{folder}/{ADAPTER} does not hold the adapters of this model")
-        with torch.no_grad():
-            for name, p in adapters.items():
-                p.copy_(saved[name])
 
 
 def save_adapters(
-    policy: nn.Module, state: dict[str, Tensor], folder: str | Path
+    model: nn.Module, state: dict[str, Tensor], folder: str | Path
 ) -> dict[str, Tensor]:
-    """Write the adapters of a state dict to the folder.   -> the plain model's state dict, merged"""
-    adapters = {name: w.contiguous() for name, w in state.items() if ".lora_" in name}
+    """Write the adapters of a state dict to the folder.   -> the state dict of the plain model
+
+    In the result the adapters are merged into the weights. peft's own merge works on the model's
+    parameters, which are sharded under FSDP. Here the gathered state dict is merged, in float32.
+    """
+    from peft import get_peft_model_state_dict
+
+    adapters = get_peft_model_state_dict(model, state, save_embedding_layers=False)
+    adapters = {name: w.contiguous() for name, w in adapters.items()}
     save_file(adapters, Path(folder) / ADAPTER)
     merged = {}
     for name, w in state.items():
-        if name in adapters:
+        if ".lora_" in name:
             continue
         if name.endswith(".base_layer.weight"):
             stem = name.removesuffix("base_layer.weight")
-            a = adapters[f"{stem}lora_A.default.weight"].float()
-            b = adapters[f"{stem}lora_B.default.weight"].float()
-            w = (w.float() + policy.lora_scale * (b @ a)).to(w.dtype)
+            a = adapters[f"{stem}lora_A.weight"].float()
+            b = adapters[f"{stem}lora_B.weight"].float()
+            w = (w.float() + LORA_SCALE * (b @ a)).to(w.dtype)
         merged[name.replace(".base_layer.", ".")] = w
     return merged

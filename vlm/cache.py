@@ -1,7 +1,7 @@
 """The prompt's cache, computed once and shared by the group of its responses.
 
-`Policy.read` fills one PromptLayer per layer of the language model. In scoring, `read[owner]` repeats
-each prompt for its responses, and gradients flow back through it. In sampling,
+`Policy.read` fills one PromptLayer per layer of the language model. In scoring, `read[owner]`
+repeats each prompt for its responses, and gradients flow back through it. In sampling,
 `read.decode_cache(n, room)` copies it once, with room for the tokens to come. Another kind of layer
 (linear attention) needs a class with PromptLayer's methods.
 
@@ -18,8 +18,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 class PromptLayer(DynamicLayer):
     """One layer's keys and values of the prompts, (P, heads, L, d). Responses store nothing in it.
 
-    It is written once. So both passes, the prompt's and the responses', can be computed again in the
-    backward (activation checkpointing). A cache that appends would then hold their tokens twice.
+    It is written once. So both passes, the prompt's and the responses', can be computed again in
+    the backward (activation checkpointing). A cache that appends would then hold tokens twice.
     """
 
     read_only = False

@@ -152,7 +152,7 @@ class Policy(nn.Module):
             processor.image_processor.image_grid_pinpoints = [[side, side]]
         self._no_split_modules = [self._language_layer()]  # what FSDP shards apart
         self.micro_responses = 0
-        self.lora_scale = 0.0  # set by adapt.add_lora
+        self.lora_rank = 0  # set by adapt.add_lora
         tokenizer = processor.tokenizer
         eos = model.generation_config.eos_token_id  # all that is taken from generation_config
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -242,8 +242,8 @@ class Policy(nn.Module):
                     weights[name.removeprefix("model.")] = value
             for name in self.model.all_tied_weights_keys:  # gathered: a copy, written twice
                 weights.pop(name, None)
-        if self.lora_scale:
-            weights = adapt.save_adapters(self, weights, folder)
+        if self.lora_rank:
+            weights = adapt.save_adapters(self.model, weights, folder)
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
@@ -297,7 +297,7 @@ class Policy(nn.Module):
         return self.collate(rows, max_tokens)
 
     def tokenize(self, problem: str | list[dict], images: list[Image.Image]) -> TokenizedPrompt:
-        """One prompt: resized images, chat template, image tokens. `collate` makes Prompts of it."""
+        """One prompt: resized images, chat template, image tokens. `collate` batches it."""
         units = [self.to_unit_image(image) for image in images]
         return TokenizedPrompt(self._processed(self.chat_text(problem, len(units)), units), units)
 
@@ -360,7 +360,7 @@ class Policy(nn.Module):
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
     def _processed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
-        """The processor's inputs of one prompt. Each family nests and pads batches in its own way."""
+        """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
         pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
         return self.processor(
@@ -593,7 +593,7 @@ class Policy(nn.Module):
     def _response_hidden(
         self, prompts: Prompts, read: ReadPrompts, owner: Tensor, tokens: Tensor, mask: Tensor
     ) -> Tensor:
-        """What predicts each token.   owner: each row's prompt (rows,); (rows, T) -> (rows, T, D)"""
+        """What predicts each token.   owner: each row's prompt; (rows, T) -> (rows, T, D)"""
         read = read[owner]
         first = read.hidden[:, None]  # (rows, 1, D) predicts the first token
         if tokens.shape[1] == 1:
