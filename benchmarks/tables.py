@@ -352,13 +352,13 @@ def with_ranges(page: str, results: Path) -> str:
 # ------------------------------------------------------------------------------- the pages
 
 PAGES = {  # page -> marker -> what makes it
-    "README.md": {
-        "algorithm": algorithm,
+    "README.md": {"results": partial(study_tables.readme_table, STUDY)},
+    "docs/results.md": {
         "study-short": partial(study_tables.study_short, STUDY),
         "attack": attack,
         "easyvqa": easyvqa,
-        "families": families,
     },
+    "docs/families.md": {"families": families},
     "docs/walkthrough/README.md": {},
     "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": {"graders": graders, "reasons": reasons},

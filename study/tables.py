@@ -457,6 +457,27 @@ def study_short(folder: Path) -> str:
     return f"{each(folder, short_table)}\n\n{note}`python -m study.run`"
 
 
+def readme_table(folder: Path, settings: tuple[str, ...] = ("shifted", "confirm")) -> str:
+    """One row per main arm: pass@1 on the trained domain, what SaEI has over it, CPU minutes."""
+    runs = {setting: good(load(folder).get(setting, {})) for setting in settings}
+    if not all(runs.values()):
+        return NONE_YET
+    head, rows = ["arm"], []
+    for setting in settings:
+        head += [f"pass@1, *{setting}*", "SaEI minus it", "CPU minutes"]
+    for arm in [arm for arm in ARMS if arm in MAIN]:
+        row = [ARMS[arm]]
+        for kept in runs.values():
+            first, saei = splits_of(kept)[0], kept.get("saei", {})
+            values = column(kept[arm], first, "pass@1")
+            compared_to = "" if arm == "saei" else change(paired(saei, kept[arm], first, "pass@1"))
+            row += [f"{np.mean(values):.3f}", compared_to, f"{np.mean(minutes_of(kept[arm])):.1f}"]
+        rows.append(row)
+    note = "Five seeds per arm, 2,000 fresh problems, 8 samples each. Differences: mean, 95% interval "
+    note += "over seeds and problems (bold: 0 is outside), and in how many seeds SaEI is ahead."
+    return f"{table(head, rows)}\n\n{note} `python -m study.run`, `python -m benchmarks.tables`"
+
+
 def study_differences(folder: Path) -> str:
     """All intervals, and how many there are."""
     parts, count = [], 0
