@@ -54,18 +54,18 @@ class SaEIArgs(args.Options):
     condition: Literal["clean", "sampled"] = option(
         "clean", "ours, by the study", "image that conditions the update of adversarial responses"
     )
-    tsec_low: float = option(0.2, "ours", "low quantile (a cut: inferred); 0: no cut", low=0)
-    tsec_high: float = option(0.8, "ours", "high quantile (a cut: inferred); 1: no cut", high=1)
-    tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "chosen tokens")
+    tsec_low: float = option(0.2, "ours", "TsEC's low quantile (a cut: inferred); 0: none", low=0)
+    tsec_high: float = option(0.8, "ours", "TsEC's high quantile (inferred too); 1: none", high=1)
+    tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "tokens chosen")
     eps: float = option(2 / 255, "ours, by the study", "L-infinity radius in [0, 1]", low=0, high=1)
     pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
     reward: list[str] = option(
         ["accuracy:0.9", "format:0.1"], "ours", "NAME:WEIGHT or file.py:function:WEIGHT, several"
     )
-    advantage_scale: Literal["std", "none"] = option("std", "ours", "divisor of centred rewards")
-    zero_variance: Literal["keep", "drop"] = option("keep", "ours", "groups of equal accuracy")
-    clip_low: float = option(0.2, "ours", "the ratio is clipped below 1 - clip_low", low=0, high=1)
-    clip_high: float = option(0.28, "ours", "and above 1 + clip_high (DAPO's clip-higher)", low=0)
+    advantage_scale: Literal["std", "none"] = option("std", "ours", "what divides A = r - mean")
+    zero_variance: Literal["keep", "drop"] = option("keep", "ours", "equal-accuracy groups")
+    clip_low: float = option(0.2, "ours", "ratios are clipped below 1 - clip_low", low=0, high=1)
+    clip_high: float = option(0.28, "ours", "ratios are clipped above 1 + clip_high (DAPO)", low=0)
     kl_coef: float = option(0.0, "ours", "weight of k3 to the initial policy; 0: none", low=0)
     updates_per_step: int = option(1, "ours", "optimiser steps per batch of rollouts", low=1)
     lr: float = option(1e-6, "ours", "AdamW's learning rate", above=0)

@@ -120,7 +120,9 @@ class ModelArgs(Options):
 @dataclass
 class MemoryArgs(Options):
     _argument_group_name = "memory"
-    freeze: Literal["none", "vision", "vision+projector"] = option("none", "ours", "not trained")
+    freeze: Literal["none", "vision", "vision+projector"] = option(
+        "none", "ours", "parts that are not trained"
+    )
     lora_rank: int = option(0, "ours", "train LoRA adapters of this rank alone; 0: none", low=0)
     gradient_checkpointing: bool = option(False, "ours", "recompute each layer in the backward")
     micro_prompts: int = option(16, "ours", "prompts a device attacks, updates at a time", low=1)
@@ -146,6 +148,10 @@ class DataArgs(Options):
     columns: list[str] = option([], "ours", "image=NAME problem=NAME answer=NAME choices=NAME")
     streaming: bool = option(False, "ours", "read rows as they come, without storing the data set")
     bad_rows: Literal["refuse", "skip"] = option("refuse", "ours", "what to do with unusable rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        data.parse_columns(self.columns)  # a wrong key ends here, before a model is loaded
 
     def load(self, split: str | None, **settings: Any) -> data.Rows | data.Stream:
         """The checked rows of a split. settings: limit, seed, prompt_tokens, max_prompt_tokens."""
@@ -229,12 +235,14 @@ class HelpFormatter(argparse.HelpFormatter):
             values = " | ".join(action.choices)
         else:
             values = {int: "N", float: "X", string_to_bool: "true | false"}.get(action.type, "NAME")
+            values = f"{values} ..." if action.nargs == "+" else values
         return f"{action.option_strings[0]} {values}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
-        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        default = action.default
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
 

@@ -441,7 +441,9 @@ def check_keys(columns: dict[str, str]) -> None:
         if key not in COLUMNS:
             near = difflib.get_close_matches(key, COLUMNS, n=1)
             hint = f", did you mean {near[0]}?" if near else ";"
-            raise ValueError(f"--columns: unknown key {key!r}{hint} Keys are {', '.join(COLUMNS)}")
+            raise ValueError(
+                f"--columns: unknown key {key!r}{hint} The keys are {', '.join(COLUMNS)}"
+            )
 
 
 def find_columns(found: list[str], columns: dict[str, str]) -> dict[str, str]:

@@ -473,7 +473,9 @@ def readme_table(folder: Path, settings: tuple[str, ...] = ("shifted", "confirm"
             compared_to = "" if arm == "saei" else change(paired(saei, kept[arm], first, "pass@1"))
             row += [f"{np.mean(values):.3f}", compared_to, f"{np.mean(minutes_of(kept[arm])):.1f}"]
         rows.append(row)
-    note = "Five seeds per arm, 2,000 fresh problems, 8 samples each. Differences: mean, 95% interval "
+    note = (
+        "Five seeds per arm, 2,000 fresh problems, 8 samples each. Differences: mean, 95% interval "
+    )
     note += "over seeds and problems (bold: 0 is outside), and in how many seeds SaEI is ahead."
     return f"{table(head, rows)}\n\n{note} `python -m study.run`, `python -m benchmarks.tables`"
 
