@@ -440,7 +440,7 @@ def check_keys(columns: dict[str, str]) -> None:
     for key in columns:
         if key not in COLUMNS:
             near = difflib.get_close_matches(key, COLUMNS, n=1)
-            hint = f", did you mean {near[0]}?" if near else ";"
+            hint = f". Did you mean {near[0]}?" if near else "."
             raise ValueError(
                 f"--columns: unknown key {key!r}{hint} The keys are {', '.join(COLUMNS)}"
             )
