@@ -3,7 +3,7 @@
 `Policy.read` fills one PromptLayer per layer of the language model. In scoring, `read[owner]`
 repeats each prompt for its responses, and gradients flow back through it. In sampling,
 `read.decode_cache(n, room)` copies it once, with room for the tokens to come. Another kind of layer
-(linear attention) needs a class with PromptLayer's methods.
+(linear attention) needs a class with PromptLayer's methods, and a line in `prompt_layers`.
 
 Symbols: P prompts, n responses per prompt, L prompt tokens, D hidden size, d size of a head.
 """
@@ -68,6 +68,11 @@ class DecodeLayer(DynamicLayer):
     def keep(self, rows: Tensor) -> None:
         """Drop the other rows. rows: a mask or indices."""
         self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def prompt_layers(config) -> list[PromptLayer]:
+    """An empty layer for each of the language model's. Here other kinds of layers are chosen."""
+    return [PromptLayer() for _ in range(config.get_text_config().num_hidden_layers)]
 
 
 def with_room(x: Tensor, n: int, room: int) -> Tensor:

@@ -38,7 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import grpo
 import tsec
 from vlm import adapt
-from vlm.cache import PromptLayer, ReadPrompts
+from vlm.cache import ReadPrompts, prompt_layers
 from vlm.families import FAMILIES, qwen_resize
 
 LOGITS_PER_CHUNK = 2**26  # of the output head in scoring: 256 MiB in float32
@@ -164,8 +164,10 @@ class Policy(nn.Module):
         self.eval()
 
     def _language_layer(self) -> str:
-        """Class name of the language model's layers. The tower does not run for text alone, so FSDP
-        must not shard its layers apart."""
+        """Class name of the language model's layers.
+
+        The tower does not run for text alone, so FSDP must not shard its layers apart.
+        """
         for name, module in self.model.model.named_modules():
             if isinstance(module, GradientCheckpointingLayer) and not self.family.in_tower(name):
                 return type(module).__name__
@@ -417,11 +419,8 @@ class Policy(nn.Module):
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
-        if self.family.token_types:
-            vision[self.family.token_types] = prompts.token_types
-        layers = [
-            PromptLayer() for _ in range(self.model.config.get_text_config().num_hidden_layers)
-        ]
+        types = {self.family.token_types: prompts.token_types} if self.family.token_types else {}
+        layers = prompt_layers(self.model.config)
         hidden = self.model.model(
             input_ids=prompts.ids,
             attention_mask=prompts.mask.long(),
@@ -430,6 +429,7 @@ class Policy(nn.Module):
             # Make no other cache. The one given is used, and checkpointed layers keep it.
             use_cache=False,
             **vision,
+            **types,
         ).last_hidden_state
         if not all(layer.is_initialized for layer in layers):
             raise RuntimeError(
