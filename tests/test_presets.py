@@ -300,6 +300,7 @@ def test_choices_of_one_string(text, separator, choices):
         (["A. red", "B. blue"], "Which?\nChoices:\nA. red\nB. blue"),  # lettered already
         (["(A) red", "(B) blue"], "Which?\nChoices:\n(A) red\n(B) blue"),
         (["A. red", "A. blue"], "Which?\nChoices:\nA. A. red\nB. A. blue"),
+        (["red", "B. blue"], "Which?\nChoices:\nA. red\nB. B. blue"),
         (None, "Which?"),
         ([], "Which?"),
     ],
