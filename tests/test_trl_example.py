@@ -1,11 +1,6 @@
 """extras/trl_saei.py: who saw which picture in TRL's trainer, train_saei.py's attack, refusals."""
 
 import functools
-import json
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -247,38 +242,6 @@ def test_other_qwens_with_checkpointing_and_lora(kind, tmp_path):
     assert spied.model.is_gradient_checkpointing
     spied.trainer.evaluate(dataset(ROWS[::-1]))
     assert len(spied.attacks) == 2  # those of training: evaluation sees clean pictures
-
-
-def test_copied_alone_it_trains_and_the_attack_raises_the_entropy(tmp_path):
-    """Where nothing of ours is but what its docstring says, on pictures in a folder."""
-    alone, rows = tmp_path / "alone", tmp_path / "rows" / "train"
-    alone.mkdir()
-    rows.mkdir(parents=True)
-    for name in ("egas.py", "tsec.py", "extras/trl_saei.py"):
-        shutil.copy(ROOT / name, alone)
-    with open(rows / "metadata.jsonl", "w") as file:
-        for i, row in enumerate(ROWS):
-            row["images"][0].save(rows / f"{i}.png")
-            line = {"file_name": f"{i}.png", "problem": row["problem"], "answer": row["answer"]}
-            file.write(json.dumps(line) + "\n")
-    command = [sys.executable, "trl_saei.py", "--model", MODEL, "--dataset", str(rows.parent)]
-    size = dict(max_steps=2, per_device_train_batch_size=4, num_generations=2, adversarial=1)
-    for name, value in (size | dict(max_completion_length=16)).items():
-        command += [f"--{name}", str(value)]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1"}
-    settings = dict(cwd=alone, env=environment, capture_output=True, text=True, timeout=200)
-    run = subprocess.run(command, **settings)
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = [line.split() for line in run.stdout.splitlines()]
-    header = lines.index(["step", *trl_saei.LOGGED])
-    assert [line[0] for line in lines[header + 1 :]] == ["1", "2"]
-    for _, *values in lines[header + 1 :]:
-        logged = dict(zip(trl_saei.LOGGED, map(float, values), strict=True))
-        assert logged["entropy/attacked"] > logged["entropy/selected"] > 0
-        assert logged["entropy/clean"] > 0 and logged["entropy/adversarial"] > 0
-        assert logged["attack/linf"] == pytest.approx(2 / 255, abs=1e-4)
 
 
 # -------------------------------------------------------------------- tokens, prompt and reward
