@@ -1,36 +1,35 @@
-"""docs/walkthrough/README.md and walkthrough/: the page shows what its script prints, the exercises' checks tell right from wrong.
+"""docs/walkthrough: the page shows what is computed, the exercises' checks tell right from wrong.
 
-Links, lines and quoted code of all pages: tests/test_readme.py.
+tests/test_readme.py checks the files and headings that links lead to.
 """
 
+import ast
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "docs/walkthrough"))
+FOLDER = ROOT / "docs/walkthrough"
+sys.path.insert(0, str(FOLDER))
+
 import test_exercises as exercises  # noqa: E402
 import worked_example  # noqa: E402
 
-PAGE = (ROOT / "docs/walkthrough/README.md").read_text()
+PAGE = (FOLDER / "README.md").read_text()
 
-# exercise -> what a solution often has instead: (text of the solution, text in its place)
+# exercise -> typical mistakes: (text of the solution, text in its place)
+PASS_AT_K = "prod((n - c - i) / (n - i) for i in range(k))"
 WRONG = {
     "exercise_1_entropy": [
-        (
-            "checkpoint(of_chunk, rows, use_reentrant=False)",
-            "of_chunk(rows)",
-        ),  # keeps all for the backward
+        ("checkpoint(chunk_entropy, rows, use_reentrant=False)", "chunk_entropy(rows)"),
         ("hidden.split(size)", "hidden.split(len(hidden))"),  # all logits at once
         ("logp.masked_fill(banned, 0.0)", "logp"),  # 0 * -inf
         ("rows @ head.T", "rows.detach() @ head.T"),
-        ("logits.log_softmax(-1)", "(logits.log_softmax(-1) / 0.6931)"),  # not nats
+        ("logits.log_softmax(-1)", "(logits.log_softmax(-1) / 0.6931)"),  # bits, not nats
         (".masked_fill(banned, -torch.inf)", ""),  # banned tokens in the distribution
     ],
     "exercise_2_tsec": [
@@ -50,34 +49,28 @@ WRONG = {
         ("x0 - eps), x0 + eps)", "x - eps), x + eps)"),  # the ball of the last image
     ],
     "exercise_4_pass_at_k": [
-        ("prod((n - c - i) / (n - i) for i in range(k))", "(1 - c / n) ** k"),
-        ("prod((n - c - i) / (n - i) for i in range(k))", "float(c == 0)"),  # any of all n
-        ("1.0 - prod((n - c - i) / (n - i) for i in range(k))", "c / n"),
+        (PASS_AT_K, "(1 - c / n) ** k"),
+        (PASS_AT_K, "float(c == 0)"),  # any of all n
+        ("1.0 - " + PASS_AT_K, "c / n"),
     ],
     "exercise_5_advantages": [
         ("correction=1", "correction=0"),
         (".masked_fill(equal, 0.0)", ""),
         ("rewards.mean(dim=1, keepdim=True)", "rewards.mean()"),
         ("dim=1, keepdim=True, correction=1", "correction=1"),
-        ("centred = rewards - ", "centred = rewards.sub_("),
+        ("rewards - rewards.mean(dim=1, keepdim=True)", "rewards.sub_(rewards.mean(1, True))"),
     ],
     "exercise_6_loss": [
         ("/ tokens", "/ mask.sum()"),  # a normaliser per micro-batch
-        (
-            "surrogate.masked_fill(~mask, 0.0).sum() / tokens",
-            "(surrogate.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)).mean()",
-        ),
+        ("surrogate.masked_fill(~mask, 0.0).sum() / tokens", "surrogate[mask].mean()"),
         ("torch.minimum(ratio * a, ", "("),  # clipped on both sides, whatever the sign
         ("return -surrogate", "return surrogate"),
-        (
-            "(logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()",
-            "(logprobs - old_logprobs).exp()",
-        ),
+        ("(logprobs - old_logprobs).masked_fill(~mask, 0.0)", "logprobs - old_logprobs"),
         ("surrogate.masked_fill(~mask, 0.0)", "surrogate"),  # padding counts as ratio 1
         ("1 + clip_high", "1 + clip_low"),
     ],
     "exercise_7_conditioning": [
-        ("logp_old(images, tokens)", "recorded"),  # of the attacked image, below one of the clean
+        ("logp_old(images, tokens)", "recorded"),  # of the attacked image, against the clean one
         ('condition == "clean"', 'condition != "clean"'),
         ("torch.where(adversarial[:, None], attacked, clean)", "attacked"),
         ('clean if condition == "clean" else ', ""),
@@ -86,94 +79,75 @@ WRONG = {
         ("logp_old(images, tokens)", "logp(images, tokens)"),
     ],
 }
+MISTAKES = [(name, old, new) for name, pairs in WRONG.items() for old, new in pairs]
 
 
-def load(text: str, folder: Path):
-    path = folder / "solution.py"
+def solution_text(name: str) -> str:
+    return (FOLDER / "solutions" / f"{name}.py").read_text()
+
+
+def check(name: str, text: str, folder: Path) -> None:
+    """The exercise's check of a solution with this text, which has the signature of the task."""
+    exercise, path = exercises.load(FOLDER / f"{name}.py"), folder / "solution.py"
     path.write_text(text)
-    return exercises.load(path)
-
-
-def parts(name: str):
-    """-> an exercise's check, the name of its function, its solution's text"""
-    module = exercises.load(ROOT / "docs/walkthrough" / f"{name}.py")
-    solution = ROOT / "docs/walkthrough/solutions" / f"{name}.py"
-    return module.check, exercises.stub(module).__name__, solution.read_text()
+    task = exercises.stub(exercise)
+    solution = getattr(exercises.load(path), task.__name__)
+    assert list(solution.__annotations__) == list(task.__annotations__)
+    exercise.check(solution)
 
 
 @pytest.mark.parametrize("name", exercises.EXERCISES)
-def test_a_solution_passes_and_has_the_stubs_signature(name, tmp_path):
-    check, function, text = parts(name)
-    solution = getattr(load(text, tmp_path), function)
-    check(solution)
-    stub = exercises.stub(exercises.load(ROOT / "docs/walkthrough" / f"{name}.py"))
-    assert list(stub.__annotations__) == list(solution.__annotations__)
+def test_a_solution_passes(name, tmp_path):
+    check(name, solution_text(name), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name, wrong", [(name, i) for name in WRONG for i in range(len(WRONG[name]))]
-)
-def test_a_typical_wrong_solution_fails(name, wrong, tmp_path):
-    check, function, text = parts(name)
-    old, new = WRONG[name][wrong]
+@pytest.mark.parametrize("name, old, new", MISTAKES)
+def test_a_typical_mistake_fails(name, old, new, tmp_path):
+    text = solution_text(name)
     assert old in text, f"the solution has no {old!r} any more"
-    text = text.replace(old, new)
-    text = text.replace(
-        "rewards.sub_(rewards.mean(dim=1, keepdim=True)", "rewards.sub_(rewards.mean(1, True))"
-    )
     with pytest.raises(AssertionError):
-        check(getattr(load(text, tmp_path), function))
-
-
-def test_every_exercise_has_wrong_solutions_and_a_place_in_the_page():
-    assert list(WRONG) == exercises.EXERCISES
-    assert {path.stem for path in (ROOT / "docs/walkthrough/solutions").glob("*.py")} == set(WRONG)
-    assert [name for name in WRONG if f"walkthrough/{name}.py" not in PAGE] == []
-
-
-@pytest.mark.parametrize("name", exercises.EXERCISES)
-def test_a_stub_is_unsolved(name):
-    """Solve them in a copy (docs/walkthrough/README.md): what is committed is the task."""
-    module = exercises.load(ROOT / "docs/walkthrough" / f"{name}.py")
-    with pytest.raises(NotImplementedError):
-        module.check(exercises.stub(module))
+        check(name, text.replace(old, new), tmp_path)
 
 
 def test_a_reader_who_has_solved_some(tmp_path):
-    """In a copy, by the page's command: those pass, the others fail; the project's own test run sees none of it."""
-    shutil.copytree(ROOT / "docs/walkthrough", tmp_path / "mine")
+    """In a copy, those pass. The others fail. What is committed is unsolved."""
+    copy = shutil.copytree(FOLDER, tmp_path / "mine")
     solved = exercises.EXERCISES[::2]
     for name in solved:
-        path = tmp_path / "mine" / f"{name}.py"
-        _, _, text = parts(name)
-        path.write_text(
-            path.read_text().replace("def check(", f"{text}\n\ndef check(")
-        )  # after the stub, over it
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "mine"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert f"{len(WRONG) - len(solved)} failed, {len(solved)} passed" in run.stdout, run.stdout
+        with (copy / f"{name}.py").open("a") as file:
+            file.write(solution_text(name))  # below the task: it replaces the stub
+    copied = exercises.load(copy / "test_exercises.py")
+    assert copied.HERE == copy and copied.EXERCISES == list(WRONG)
+    for name in copied.EXERCISES:
+        with pytest.raises(NotImplementedError):
+            exercises.test_exercise(name)
+        if name not in solved:
+            with pytest.raises(NotImplementedError):
+                copied.test_exercise(name)
+        else:
+            copied.test_exercise(name)
+
+
+def test_every_exercise_is_on_the_page_and_none_in_the_projects_test_run():
+    assert re.findall(r"\((exercise_\w+)\.py\)", PAGE) == list(WRONG)
     assert 'testpaths = ["tests"]' in (ROOT / "pyproject.toml").read_text()
     assert "pytest -q tests" in (ROOT / "run.sh").read_text()
 
 
-# ------------------------------------------------------------------------------------------------- the worked example
+# ------------------------------------------------------------------------------ the worked example
 
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def differences(shown: str, now: str) -> list[str]:
     """Lines that differ in a word, or in a number by more than one of its last digit."""
-    found, shown, now = [], shown.splitlines(), now.splitlines()
-    if len(shown) != len(now):
-        return [f"{len(shown)} lines, now {len(now)}"]
-    for a, b in zip(shown, now, strict=True):
-        digits = [10 ** -len(x.partition(".")[2]) for x in NUMBER.findall(a)]
-        numbers = [[float(x) for x in NUMBER.findall(line)] for line in (a, b)]
-        words = NUMBER.sub("#", a) == NUMBER.sub("#", b)
-        if not words or any(
-            abs(x - y) > 1.01 * d for x, y, d in zip(*numbers, digits, strict=True)
-        ):
+    found = []
+    for a, b in zip(shown.splitlines(), now.splitlines(), strict=True):
+        same = NUMBER.sub("#", a) == NUMBER.sub("#", b)
+        for x, y in zip(NUMBER.findall(a), NUMBER.findall(b), strict=False):
+            last_digit = 10 ** -len(x.partition(".")[2])
+            same = same and abs(float(x) - float(y)) <= 1.01 * last_digit
+        if not same:
             found.append(f"- {a}\n+ {b}")
     return found
 
@@ -181,71 +155,100 @@ def differences(shown: str, now: str) -> list[str]:
 def test_differences_of_rounding_are_let_pass_and_others_seen():
     assert differences("H 0.123 to -0.20, 5%", "H 0.124 to -0.19, 6%") == []
     assert len(differences("H 0.123\nx 1", "H 0.125\nx 1")) == 1
-    assert len(differences("H 0.123", "h 0.123")) == len(differences("1\n2", "1")) == 1
+    assert len(differences("H 0.123", "h 0.123")) == len(differences("1 2", "1")) == 1
 
 
 @pytest.fixture(scope="module")
-def printed():
-    return worked_example.blocks()
+def results():
+    return worked_example.compute()
 
 
-def test_the_page_shows_what_the_script_prints(printed):
-    shown = {
-        name: PAGE.split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
-        for name in printed
-    }
-    found = {name: differences(shown[name], printed[name]) for name in printed}
-    assert not any(found.values()), (
-        "python docs/walkthrough/worked_example.py --write\n" + "\n".join(sum(found.values(), []))
+def test_the_page_shows_what_the_script_computes(results):
+    found = differences(PAGE, worked_example.fill(PAGE, results))
+    assert not found, "\n".join(["run python docs/walkthrough/worked_example.py --write", *found])
+    assert [name for name, _ in worked_example.BLOCK.findall(PAGE)] == sorted(results, key=place)
+
+
+def place(name: str) -> tuple[str, str]:
+    """worked 1, variants 1, worked 2, ..."""
+    kind, number = name.split()
+    return number, {"worked": "a", "variants": "b"}[kind]
+
+
+def test_a_page_with_other_numbers_is_filled_and_one_with_other_rows_refused(results):
+    first = results["variants 1"][0][0]
+    old = f"**{first}** of the ratios"
+    assert worked_example.fill(PAGE.replace(old, "**99%** of the ratios"), results) == (
+        worked_example.fill(PAGE, results)
     )
-    assert len(re.findall(r"<!-- (worked|otherwise) \d -->", PAGE)) == len(printed)
+    for wrong in (f"{first} of the ratios", f"**{first}** of the **ratios**"):
+        with pytest.raises(ValueError, match="1 bold number"):
+            worked_example.fill(PAGE.replace(old, wrong), results)
 
 
-def test_the_script_writes_its_blocks_where_they_belong(printed):
-    blank = PAGE
-    for name in printed:
-        head, rest = blank.split(f"<!-- {name} -->\n")
-        blank = f"{head}<!-- {name} -->\n<!-- /{name} -->{rest.split(f'<!-- /{name} -->')[1]}"
-    filled = worked_example.fill(blank, printed)
-    assert differences(PAGE, filled) == [] and filled != blank
+def test_worked_numbers_are_those_of_the_formulas(results):
+    """A = (r - mean) / std with G - 1; the loss is -sum A_i |y_i| / tokens."""
+    rows = {"reward": [], "A": []}
+    for line in results["worked 5"]:
+        if match := re.match(r" +(reward|A) +([-. \d]+)", line):
+            rows[match[1]].append([float(x) for x in match[2].split()])
+    for rewards, advantages in zip(rows["reward"], rows["A"], strict=True):
+        mean = sum(rewards) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
+        assert advantages == pytest.approx([(r - mean) / std for r in rewards], abs=0.006)
+    text = "\n".join(results["worked 6"])
+    numbers = re.search(r"tokens of each response (.+), in all", text)[1]
+    lengths = [int(x) for x in NUMBER.findall(numbers)]
+    advantages = [a for row in rows["A"] for a in row]
+    expected = -sum(a * n for a, n in zip(advantages, lengths, strict=True)) / sum(lengths)
+    assert float(re.search(r"loss (\S+)", text)[1]) == pytest.approx(expected, abs=2e-3)
 
 
-def test_every_fenced_block_is_one_that_is_made_or_run():
-    """text: the script's; python: quoted from a file; bash: what the tests above run."""
-    page = re.sub(r"<!-- (worked \d) -->\n```text\n[\s\S]*?\n```\n<!-- /\1 -->", "", PAGE)
-    page = re.sub(r"<!-- code .+ -->\n\[.+\n\n```python\n[\s\S]*?\n```\n<!-- /code -->", "", page)
-    blocks = re.findall(r"```(\w*)\n([\s\S]*?)\n```", page)
-    assert {kind for kind, _ in blocks} == {"bash"} and page.count("```") == 2 * len(blocks)
-    lines = [
-        line.split("#")[0].split() for line in "\n".join(text for _, text in blocks).splitlines()
+# ------------------------------------------------------------------------------ quotations, links
+
+
+def function_source(path: Path, name: str) -> str:
+    """The text of the function or method `name` ("f" or "Class.f"), "" if there is none."""
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and node.name == name.split(".")[-1]:
+            return ast.get_source_segment(text, node)
+    return ""
+
+
+def without_layout(code: str) -> str:
+    """Formatters break lines of a page and of a file at different places."""
+    return re.sub(r"\s", "", code).replace(",)", ")")
+
+
+def test_quoted_code_is_in_the_function_that_is_named_above_it():
+    """`name` in [file](path), then the block."""
+    *before, _ = PAGE.split("```python\n")
+    codes = re.findall(r"```python\n([\s\S]+?)```", PAGE)
+    for text, code in zip(before, codes, strict=True):
+        name, file = re.findall(r"`([\w.]+)` in \[\S+\]\((\S+)\)", text.rsplit("```")[-1])[-1]
+        source = without_layout(function_source(FOLDER / file, name))
+        assert without_layout(code) in source, f"{name} in {file} has no\n{code}"
+
+
+def test_links_name_functions_and_no_lines():
+    for name, file in re.findall(r"\[`(\w+)`\]\((\S+?)\)", PAGE):
+        assert re.search(rf"(def|class) {name}\b", (FOLDER / file).read_text()), f"{name} in {file}"
+    assert not re.search(r"\]\(\S+#L\d", PAGE)
+
+
+def test_every_fenced_block_is_computed_quoted_or_run():
+    """text: the script's; python: quoted; bash: what the tests above do."""
+    page = re.sub(r"```python\n[\s\S]+?```", "", worked_example.BLOCK.sub("", PAGE))
+    commands = []
+    for block in re.findall(r"```bash\n([\s\S]+?)```", page):
+        commands += [" ".join(line.split("#")[0].split()) for line in block.splitlines()]
+    assert page.count("```") == 2 * page.count("```bash")
+    assert commands == [
+        "bash run.sh test",
+        ". .venv/bin/activate",
+        "python docs/walkthrough/worked_example.py",
+        "python -m pytest docs/walkthrough",
+        "cp -r docs/walkthrough mine",
+        "python -m pytest mine -k exercise_3",
     ]
-    assert lines == [
-        ["bash", "run.sh", "test"],
-        [".", ".venv/bin/activate"],
-        ["python", "walkthrough/worked_example.py"],
-        ["python", "-m", "pytest", "docs/walkthrough"],
-        ["cp", "-r", "docs/walkthrough", "mine"],
-        ["python", "-m", "pytest", "mine", "-k", "exercise_3"],
-    ]
-
-
-def test_worked_numbers_are_those_of_the_formulas(printed):
-    """By hand: prompt 1 has rewards 0.1, 1, 1, 1, so A = (r - 0.775) / 0.45; the loss is -sum A_i |y_i| / tokens."""
-    table = printed["worked 5"].split("prompt 1")[1]
-    rewards, advantages = (
-        [float(x) for x in re.findall(rf"{name} +(.+?)(?:   |\n)", table)[0].split()]
-        for name in ("reward", "A")
-    )
-    mean = sum(rewards) / 4
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
-    assert advantages == pytest.approx([(r - mean) / std for r in rewards], abs=0.006)
-    first = [float(x) for x in re.findall(r"A +(.+)\n", printed["worked 5"])[0].split()]
-    lengths = [
-        int(x)
-        for x in re.findall(r"tokens of each response \[\[(.+?)\]\]", printed["worked 6"])[0]
-        .replace("], [", ", ")
-        .split(", ")
-    ]
-    loss = float(re.search(r"loss (-?[\d.]+)", printed["worked 6"])[1])
-    expected = -sum(a * n for a, n in zip(first + advantages, lengths, strict=True)) / sum(lengths)
-    assert loss == pytest.approx(expected, abs=2e-3)

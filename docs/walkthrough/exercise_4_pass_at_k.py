@@ -1,13 +1,12 @@
 """Exercise 4 (step 4): pass@k from n samples, without bias.
 
-Whether attacked images widen what the policy finds is asked with pass@k: the chance that at least one of k responses is
-right. From n >= k samples of which c are right, average over all subsets of k samples. The plug-in 1 - (1 - c/n)^k is
-too low.
+Do attacked images widen what the policy finds? pass@k is the chance that at least one of k
+responses is right. From n >= k samples of which c are right, average over all subsets of k samples.
+The plug-in estimate 1 - (1 - c/n)^k is too low.
 """
 
 from itertools import combinations
-
-import torch
+from math import comb
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -20,17 +19,12 @@ def check(pass_at_k) -> None:
         for c in range(n + 1):
             for k in range(1, n + 1):
                 subsets = list(combinations([True] * c + [False] * (n - c), k))
-                expected = sum(map(any, subsets)) / len(subsets)
-                assert abs(pass_at_k(n, c, k) - expected) < 1e-9, (
-                    f"n={n}, c={c}, k={k}: {expected:.4f} of the subsets"
-                )
+                expected = sum(any(subset) for subset in subsets) / len(subsets)
+                error = abs(pass_at_k(n, c, k) - expected)
+                assert error < 1e-9, f"n={n}, c={c}, k={k}: {expected:.4f} of the subsets"
     assert 0.6 < pass_at_k(2000, 2, 1000) < 0.9, "large n: no overflow"
     p, n, k = 0.2, 8, 4  # unbiased: its mean over draws is the true 1 - (1 - p)^k
-    rights = (
-        torch.distributions.Binomial(n, torch.tensor(p))
-        .log_prob(torch.arange(n + 1.0))
-        .exp()
-        .tolist()
-    )
-    mean = sum(weight * pass_at_k(n, c, k) for c, weight in enumerate(rights))
-    assert abs(mean - (1 - (1 - p) ** k)) < 1e-5, "biased"
+    mean = 0.0
+    for c in range(n + 1):
+        mean += comb(n, c) * p**c * (1 - p) ** (n - c) * pass_at_k(n, c, k)
+    assert abs(mean - (1 - (1 - p) ** k)) < 1e-9, "biased"

@@ -1,7 +1,7 @@
 """Exercise 5 (step 5): advantages within the group of one prompt.
 
-A_i = (r_i - mean) / (std + eps), std with G - 1. A group of equal rewards teaches nothing: its advantages are exactly
-zero, whatever the rounding of its mean.
+A_i = (r_i - mean) / (std + eps), where the std divides by G - 1. A group of equal rewards teaches
+nothing: its advantages are exactly zero, whatever the rounding of its mean.
 """
 
 import statistics
@@ -24,12 +24,9 @@ def check(group_advantages) -> None:
     for row, found in zip(rewards.tolist(), advantages.tolist(), strict=True):
         mean, std = statistics.mean(row), statistics.stdev(row)
         expected = [(r - mean) / (std + 1e-6) for r in row]
-        assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 1e-4, (
-            f"{row}: expected {expected}"
-        )
+        error = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        assert error < 1e-4, f"{row}: expected {expected}"
     for value in (0.1, 0.7, 1.1, 1e-3, 1234.567):
         for G in range(2, 20):
-            found = group_advantages(torch.full((1, G), value))
-            assert (found == 0).all(), (
-                f"{G} rewards of {value} are equal, and an advantage is {found.abs().max():.3g}"
-            )
+            largest = group_advantages(torch.full((1, G), value)).abs().max()
+            assert largest == 0, f"{G} rewards of {value} are equal, an advantage is {largest:.3g}"

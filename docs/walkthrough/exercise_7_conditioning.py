@@ -1,9 +1,10 @@
 """Exercise 7 (step 6): which image conditions the update.
 
-An adversarial response was sampled from pi_old(. | attacked image). The update multiplies its advantage by a ratio
-pi(y | image) / pi_old(y | image): with `condition` "clean" the image is the clean one, for every response; with
-"sampled" it is the one a response was sampled from. The same image stands above and below, so that the ratio of a
-policy that has not moved is 1. `recorded` is what the sampler wrote down. When may it be used?
+An adversarial response was sampled from pi_old(. | attacked image). The update multiplies its
+advantage by a ratio pi(y | image) / pi_old(y | image). With `condition` "clean", the image is the
+clean one for every response. With "sampled", it is the one that a response was sampled on. Both
+policies see the same image, so the ratio of a policy that has not moved is 1. `recorded` is what
+the sampler recorded. When may it be used?
 """
 
 from collections.abc import Callable
@@ -24,9 +25,11 @@ def log_ratios(
 ) -> Tensor:
     """log pi(y_i | image_i) - log pi_old(y_i | image_i), no gradient through the second.   -> (N,)
 
-    logp(images, tokens), logp_old(images, tokens): (N, D), (N,) -> (N,), the policy now and before the step
-    clean, attacked (N, D): each response's two images; tokens (N,): the responses, one token each
-    adversarial (N,) bool: sampled on the attacked image; recorded (N,): log pi_old(y_i | the image it was sampled on)
+    logp(images, tokens), logp_old(images, tokens): (N, D), (N,) -> (N,), the policy now and before
+    clean, attacked: each response's two images, (N, D)
+    tokens: the responses, one token each, (N,)
+    adversarial: sampled on the attacked image, (N,) bool
+    recorded: log pi_old(y_i | the image it was sampled on), (N,)
     """
     raise NotImplementedError
 
@@ -47,30 +50,16 @@ def check(log_ratios) -> None:
             weights = (old + moved * torch.randn(D, V, generator=generator)).requires_grad_()
             before = old.clone().requires_grad_()
             recorded = policy(old)(sampled_on, tokens)
-            found = log_ratios(
-                policy(weights),
-                policy(before),
-                condition,
-                clean,
-                attacked,
-                tokens,
-                adversarial,
-                recorded,
-            )
+            arguments = (condition, clean, attacked, tokens, adversarial, recorded)
+            found = log_ratios(policy(weights), policy(before), *arguments)
             expected = policy(weights)(images, tokens) - policy(old)(images, tokens)
-            if moved == 0:
-                assert torch.allclose(found, torch.zeros(N), atol=1e-6), (
-                    f"{condition}: pi = pi_old, and the ratio not 1"
-                )
-            assert torch.allclose(found, expected, atol=1e-6), (
-                f"{condition}: not the ratio on the image that conditions"
-            )
+            right = torch.allclose(found, expected, atol=1e-6)
+            assert right or moved, f"{condition}: pi = pi_old, and the ratio is not 1"
+            assert right, f"{condition}: not the ratio on the image that conditions"
             assert found.requires_grad, f"{condition}: no gradient reaches the policy"
-            mine = torch.autograd.grad(found.sum(), (weights, before), allow_unused=True)
-            theirs = torch.autograd.grad(expected.sum(), weights)[0]
-            assert mine[0] is not None and torch.allclose(mine[0], theirs, atol=1e-5), (
-                f"{condition}: a wrong gradient"
-            )
-            assert mine[1] is None or not mine[1].any(), (
-                f"{condition}: the old log-probs carry a gradient"
-            )
+            gradients = torch.autograd.grad(found.sum(), (weights, before), allow_unused=True)
+            of_policy, of_old = (torch.zeros(D, V) if x is None else x for x in gradients)
+            (expected,) = torch.autograd.grad(expected.sum(), weights)
+            right = torch.allclose(of_policy, expected, atol=1e-5)
+            assert right, f"{condition}: a wrong gradient"
+            assert not of_old.any(), f"{condition}: the old log-probs carry a gradient"

@@ -3,7 +3,8 @@
     python -m pytest docs/walkthrough                  # all of them
     python -m pytest docs/walkthrough -k exercise_3    # one
 
-Each file beside this one states a task, has a stub to fill, and `check`, which is called here with what you wrote.
+Each file beside this one states a task and has a function to fill. Its `check` is called here with
+what you wrote.
 """
 
 import importlib.util

@@ -11,9 +11,8 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
 ) -> Tensor:
-    ratio = (
-        (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()
-    )  # padding: exactly 1, no gradient
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # padding: no gradient
+    ratio = log_ratio.exp()
     a = advantages[:, None]
     surrogate = torch.minimum(ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a)
     return -surrogate.masked_fill(~mask, 0.0).sum() / tokens

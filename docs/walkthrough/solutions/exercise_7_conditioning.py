@@ -16,7 +16,6 @@ def log_ratios(
 ) -> Tensor:
     images = clean if condition == "clean" else torch.where(adversarial[:, None], attacked, clean)
     with torch.no_grad():
-        old = logp_old(
-            images, tokens
-        )  # `recorded` would do for "sampled", and for the clean half of "clean"
+        # `recorded` would do for "sampled", and for the clean responses of "clean"
+        old = logp_old(images, tokens)
     return logp(images, tokens) - old
