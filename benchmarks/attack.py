@@ -1,18 +1,19 @@
-"""Does the attack work? Entropy and accuracy of a policy on clean, randomly changed and attacked images.
+"""Does the attack work? Entropy and accuracy on clean, randomly changed and attacked images.
 
-    python -m benchmarks.attack                                   # the demo's policy, data and eps
+    python -m benchmarks.attack                          # the demo's model, data and eps
     python -m benchmarks.attack --model demo/mixed --split plain/test --sweep 0.5 1 2 4 8 16
 
-For each image: the teacher-forced entropy of the clean responses' tokens (those that TsEC chose; all of them), then
-entropy and accuracy of fresh responses; all of it again after the image went through an 8-bit PNG. Intervals are 95%
-bootstraps over prompts of the difference to the clean image. Writes benchmarks/attack.json and prints tables.
+For each image it measures the teacher-forced entropy of the clean responses' tokens (those that
+TsEC chose, and all), then entropy and accuracy of responses sampled on it. It measures all of it
+again after the image was saved as an 8-bit PNG. Changes are to the clean image, with 95% bootstrap
+intervals over prompts. Writes benchmarks/attack.json; python -m benchmarks.tables shows it.
 """
 
 import argparse
 import io
 import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,186 +22,161 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
-import egas  # noqa: E402
-import rewards  # noqa: E402
-import train_saei  # noqa: E402
-import tsec  # noqa: E402
-from eval import bootstrap_interval  # noqa: E402
-from runtime import data  # noqa: E402
-from vlm.policy import Policy, Prompts, Responses  # noqa: E402
+import egas
+import rewards
+import tsec
+from eval import bootstrap_interval
+from runtime import data
+from vlm.policy import Policy, Prompts, Responses
 
-SAMPLES = 4  # responses per prompt, clean ones and fresh ones
+SAMPLES = 4  # clean responses per prompt, and responses per changed image
+MAX_NEW_TOKENS = 64
+PROMPTS_PER_BATCH = 32
+SWEPT = ("clean", "random signs", "EgAS + TsEC, 5 steps")  # over eps
+
+
+def mean_per_prompt(values: Tensor) -> Tensor:
+    """(P * SAMPLES,) -> (P,)"""
+    return values.view(-1, SAMPLES).mean(dim=1)
+
+
+def entropy_of(policy: Policy, prompts: Prompts, responses: Responses, chosen: Tensor) -> Callable:
+    """The attack's objective: images -> entropy of the chosen tokens, (P,)."""
+
+    def objective(images: list[Tensor]) -> Tensor:
+        changed = prompts.with_images(images)
+        _, entropy = policy.score(changed, responses.tokens, responses.mask)
+        return mean_per_prompt(tsec.selective_entropy(entropy, chosen))
+
+    return objective
+
+
+def attacks(
+    policy: Policy, prompts: Prompts, clean: Responses, chosen: Tensor, eps: float, seed: int
+) -> dict[str, Callable[[], list[Tensor]]]:
+    """name -> a function that makes the changed images"""
+    images = prompts.images
+    selected = entropy_of(policy, prompts, clean, chosen)
+    everything = entropy_of(policy, prompts, clean, clean.mask)
+    generator = torch.Generator().manual_seed(seed)
+
+    def gaussian() -> list[Tensor]:
+        noisy = []
+        for image in images:
+            noise = torch.randn(image.shape, generator=generator)
+            noisy.append((image + eps * noise).clamp(0, 1))
+        return noisy
+
+    def ascent(objective: Callable, steps: int) -> Callable[[], list[Tensor]]:
+        return lambda: egas.pgd_ascent(objective, images, eps, steps=steps)
+
+    return {
+        "clean": lambda: images,
+        "random signs": lambda: egas.random_signs(images, eps, generator),
+        "Gaussian noise, std eps": gaussian,
+        "EgAS + TsEC, 1 step": ascent(selected, 1),
+        "EgAS + TsEC, 5 steps": ascent(selected, 5),
+        "EgAS, all tokens, 1 step": ascent(everything, 1),
+        "EgAS, all tokens, 5 steps": ascent(everything, 5),
+        "descent + TsEC, 5 steps": ascent(lambda changed: -selected(changed), 5),
+    }
+
+
+@torch.no_grad()
+def measure_images(
+    policy: Policy,
+    prompts: Prompts,
+    clean: Responses,
+    chosen: Tensor,
+    rows: list[dict],
+    seeds: list[int],
+) -> dict[str, Tensor]:
+    """What the policy does on the prompts' images. A value per prompt."""
+    answers = [row["answer"] for row in rows for _ in range(SAMPLES)]
+    _, entropy = policy.score(prompts, clean.tokens, clean.mask)  # teacher-forced
+    fresh = policy.sample(prompts, SAMPLES, seeds, max_new_tokens=MAX_NEW_TOKENS)
+    right = torch.tensor(rewards.accuracy_reward(policy.decode(fresh), answers))
+    return {
+        "chosen": mean_per_prompt(tsec.selective_entropy(entropy, chosen)),
+        "all": mean_per_prompt(tsec.selective_entropy(entropy, clean.mask)),
+        "fresh": mean_per_prompt(tsec.selective_entropy(fresh.entropy, fresh.mask)),
+        "accuracy": mean_per_prompt(right),
+    }
 
 
 def png_round_trip(image: Tensor) -> Tensor:
-    """What an attacked image is after it was saved and opened again."""
+    """The image after it was saved and opened again."""
     file = io.BytesIO()
     to_pil_image(image).save(file, "PNG")
     return to_tensor(Image.open(file))
 
 
-def attacks(
-    policy: Policy, prompts: Prompts, clean: Responses, keep: Tensor, eps: float, seed: int
-) -> dict:
-    """name -> a function that makes the changed images"""
-    x = prompts.images
-    chosen = train_saei.entropy_objective(policy, prompts, clean, keep, 1.0)
-    everything = train_saei.entropy_objective(policy, prompts, clean, clean.mask, 1.0)
-    generator = torch.Generator().manual_seed(seed)
-    normal = lambda i: torch.randn(i.shape, generator=generator)  # noqa: E731
-    return {
-        "clean": lambda: x,
-        "random signs": lambda: egas.random_signs(x, eps, generator),
-        "Gaussian noise, std eps": lambda: [(i + eps * normal(i)).clamp(0, 1) for i in x],
-        "EgAS + TsEC, 1 step": lambda: egas.pgd_ascent(chosen, x, eps, steps=1),
-        "EgAS + TsEC, 5 steps": lambda: egas.pgd_ascent(chosen, x, eps, steps=5),
-        "EgAS, all tokens, 1 step": lambda: egas.pgd_ascent(everything, x, eps, steps=1),
-        "EgAS, all tokens, 5 steps": lambda: egas.pgd_ascent(everything, x, eps, steps=5),
-        "descent + TsEC, 5 steps": lambda: egas.pgd_ascent(lambda i: -chosen(i), x, eps, steps=5),
-    }
-
-
-@torch.no_grad()
-def look(
-    policy: Policy,
-    prompts: Prompts,
-    clean: Responses,
-    keep: Tensor,
-    rows: list[dict],
-    seeds: list[int],
-) -> dict:
-    """What the policy does on the prompts' images, one value a prompt."""
-    P, answers = len(rows), [row["answer"] for row in rows for _ in range(SAMPLES)]
-    _, entropy = policy.score(prompts, clean.tokens, clean.mask)  # teacher-forced, (P * n, T)
-    tokens = {"chosen": keep, "all": clean.mask}
-    table = {
-        name: tsec.selective_entropy(entropy, chosen).view(P, -1).mean(1)
-        for name, chosen in tokens.items()
-    }
-    fresh = policy.sample(prompts, SAMPLES, seeds, max_new_tokens=64)
-    right = torch.tensor(rewards.accuracy_reward(policy.decode(fresh), answers))
-    table |= {"fresh": tsec.selective_entropy(fresh.entropy, fresh.mask).view(P, -1).mean(1)}
-    table |= {"accuracy": right.view(P, -1).mean(1)}
-    return table
-
-
-def measure(
-    policy: Policy, rows: list[dict], eps: float, names: list[str] | None, batch: int = 32
-) -> dict:
-    """name of the image -> column -> one value a prompt"""
+def measure(policy: Policy, rows: list[dict], eps: float, names: tuple[str, ...] | None) -> dict:
+    """name of the attack -> column -> a value per prompt. names: None for all, with PNGs."""
     found = {}
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        prompts = policy.encode([row["problem"] for row in part], [row["images"] for row in part])
-        seeds = range(start, start + len(part))
-        clean = policy.sample(prompts, SAMPLES, [10_000_000 + s for s in seeds], max_new_tokens=64)
-        keep = tsec.select_tokens(clean.entropy, clean.mask)
-        for name, attack in attacks(policy, prompts, clean, keep, eps, start).items():
+    for start in range(0, len(rows), PROMPTS_PER_BATCH):
+        batch = rows[start : start + PROMPTS_PER_BATCH]
+        seeds = list(range(start, start + len(batch)))
+        prompts = policy.encode([row["problem"] for row in batch], [row["images"] for row in batch])
+        clean_seeds = [10_000_000 + seed for seed in seeds]
+        clean = policy.sample(prompts, SAMPLES, clean_seeds, max_new_tokens=MAX_NEW_TOKENS)
+        chosen = tsec.select_tokens(clean.entropy, clean.mask)
+        for name, attack in attacks(policy, prompts, clean, chosen, eps, start).items():
             if names and name not in names:
                 continue
-            with train_saei.frozen(policy):
-                images = attack()
-            table = look(policy, prompts.with_images(images), clean, keep, part, list(seeds))
+            images = attack()
+            about = (clean, chosen, batch, seeds)
+            columns = measure_images(policy, prompts.with_images(images), *about)
             if names is None:
-                saved = prompts.with_images([png_round_trip(i) for i in images])
-                table |= {
-                    f"{k} (PNG)": v
-                    for k, v in look(policy, saved, clean, keep, part, list(seeds)).items()
-                }
-            pairs = list(zip(images, prompts.images, strict=True))
-            table["psnr"] = torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs])
-            for column, values in table.items():
+                saved = prompts.with_images([png_round_trip(image) for image in images])
+                for column, values in measure_images(policy, saved, *about).items():
+                    columns[f"{column} (PNG)"] = values
+            pairs = zip(images, prompts.images, strict=True)
+            columns["psnr"] = torch.tensor([min(egas.psnr(a, b), 99.0) for a, b in pairs])
+            for column, values in columns.items():
                 found.setdefault(name, {}).setdefault(column, []).extend(values.tolist())
-        print(
-            f"eps {255 * eps:.2g}/255: {start + len(part)} of {len(rows)} prompts", file=sys.stderr
-        )
+        print(f"eps {255 * eps:.2g}/255: {start + len(batch)} of {len(rows)} prompts", flush=True)
     return found
 
 
 def summarise(found: dict) -> dict:
-    """Means, and the change against the clean image with its interval, as a share of the clean mean."""
+    """Means; and changes to the clean image with intervals, as shares of the clean mean."""
     rows = {}
     for name, columns in found.items():
         rows[name] = {column: float(np.mean(values)) for column, values in columns.items()}
         for column in ("chosen", "fresh", "accuracy"):
             base = np.array(found["clean"][column])
-            low, high = bootstrap_interval(np.array(columns[column]) - base)
-            mean = float(base.mean())
-            rows[name][f"change of {column}"] = [
-                (rows[name][column] - mean) / mean,
-                low / mean,
-                high / mean,
-            ]
+            change = np.array(columns[column]) - base
+            low, high = bootstrap_interval(change)
+            shares = np.array([rows[name][column] - base.mean(), low, high]) / base.mean()
+            rows[name][f"change of {column}"] = shares.tolist()
     return rows
 
 
-def print_table(eps: float, rows: dict) -> None:
-    percent = lambda change: "{:+.0%} [{:+.0%}, {:+.0%}]".format(*change)  # noqa: E731
-    print(f"\neps = {255 * eps:.2g}/255\n")
-    print(
-        "| image | H chosen | change | H all | H fresh | change | accuracy | PSNR dB | after PNG: H chosen | accuracy |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, x in rows.items():
-        cells = [
-            name,
-            f"{x['chosen']:.4f}",
-            percent(x["change of chosen"]),
-            f"{x['all']:.4f}",
-            f"{x['fresh']:.4f}",
-        ]
-        cells += [
-            percent(x["change of fresh"]),
-            f"{x['accuracy']:.3f}",
-            f"{x['psnr']:.1f}" if x["psnr"] < 99 else "-",
-        ]
-        cells += (
-            [f"{x['chosen (PNG)']:.4f}", f"{x['accuracy (PNG)']:.3f}"]
-            if "chosen (PNG)" in x
-            else ["", ""]
-        )
-        print("| " + " | ".join(cells) + " |")
-
-
 def main() -> None:
-    recipe = train_saei.load_config(
-        ["--config", str(Path(train_saei.__file__).parent / "recipes" / "demo.yaml")]
-    )
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default=recipe.model)
-    parser.add_argument("--split", default=recipe.split.replace("/train", "/test"))
-    parser.add_argument("--eps", type=float, default=255 * recipe.eps, help="in 1/255")
-    parser.add_argument(
-        "--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255"
-    )
-    parser.add_argument("--problems", type=int, default=256)
-    parser.add_argument(
-        "--sweep_problems", type=int, default=128, help="so many of them for each further eps"
-    )
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    add = parser.add_argument
+    add("--model", default="demo/confident")
+    add("--split", default="shifted/test")
+    add("--eps", type=float, default=1.9992, help="in 1/255; default: recipes/demo.yaml's")
+    add("--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255")
+    add("--problems", type=int, default=256)
+    add("--sweep_problems", type=int, default=128, help="for each further eps")
+    add("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
-    policy, start = Policy.from_pretrained(args.model), time.time()
+    start = time.time()
+    policy = Policy.from_pretrained(args.model)
+    policy.requires_grad_(False)  # only the images are differentiated
     problems = data.load_rows("demo", args.split, limit=args.problems)
     rows = [problems[i] for i in range(len(problems))]
-    result = {
-        "model": args.model,
-        "split": args.split,
-        "problems": len(rows),
-        "eps": args.eps,
-        "sweep": {},
-    }
-    result["sweep_problems"] = args.sweep_problems
+    result = {"model": args.model, "split": args.split, "problems": len(rows), "eps": args.eps}
+    result |= {"sweep": {}, "sweep_problems": args.sweep_problems}
     result["table"] = summarise(measure(policy, rows, args.eps / 255, None))
-    print_table(args.eps / 255, result["table"])
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
     for eps in args.sweep:
-        names = ["clean", "random signs", "EgAS + TsEC, 5 steps"]
-        result["sweep"][str(eps)] = summarise(
-            measure(policy, rows[: args.sweep_problems], eps / 255, names)
-        )
-        print_table(eps / 255, result["sweep"][str(eps)])
+        found = measure(policy, rows[: args.sweep_problems], eps / 255, SWEPT)
+        result["sweep"][str(eps)] = summarise(found)
     result["seconds"] = round(time.time() - start, 1)
     args.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,23 +1,25 @@
 """What does a step cost? Our plain GRPO, our SaEI, and TRL's GRPOTrainer, on the same work.
 
     python -m benchmarks.step --quick     # 256 image tokens, G = 8, T = 48
-    python -m benchmarks.step             # the grid: Ctrl-C stops it, the same command goes on
+    python -m benchmarks.step             # the grid; Ctrl-C stops it, the same command continues
 
-The same tiny Qwen2.5-VL (real patch, merge and window sizes; tower, language model and head share the arithmetic about
-as in the 3B one), the same weights, pictures, questions, group size, response length, AdamW, clipping and float32. In
-one process, arms alternating, one step each in turn, so that other load on the machine meets all of them; the first
-turn is warm-up. Ratios are medians over turns of (TRL's seconds / ours) of the same turn; CPU
-seconds of all threads are beside them, for a machine that does much else.
+Work: the same tiny Qwen2.5-VL (real patch, merge and window sizes; vision tower, language model and
+head share the arithmetic about as in the 3B model), weights, pictures, questions, group size,
+response length, AdamW, clipping, float32. Arms alternate in one process, one step each per turn, so
+that other load on the machine meets all of them. The first turn is warm-up. Ratios are medians over
+turns of TRL's seconds / ours in the same turn. CPU seconds of all threads are beside them.
 
-A step is all that a step of training does: picture and question to tensors, sampling, rewards, (attack, second
-sampling,) our metrics, forward, backward, clipping, AdamW. Neither side writes files. No response ends early: the end
-token and all that stands for images are suppressed on both sides, and both count their tokens. TRL: no KL, one
-iteration, one micro-batch, no checkpointing, no serving engine, no logging; its training_step is called directly.
+Step: picture and question to tensors, sampling, rewards, (attack, second sampling,) our metrics,
+forward, backward, clipping, AdamW. Neither side writes files. No response ends early: the end token
+and all image tokens are suppressed on both sides, and both count their tokens. TRL: no KL, one
+iteration, one micro-batch, no checkpointing, no serving engine, no logging; its training_step is
+called directly.
 
-Peak memory: each arm in a process of its own, two steps; the highest resident memory less that before the first step.
-Outside: seconds of a step that are neither the model's forward, its backward (head included) nor AdamW.
-Attack: seconds over pgd_steps times its arithmetic: the plain model, parameters frozen, forward and backward to the
-pixels of one row a prompt, its tokens and then its clean responses one after another.
+Peak memory: each arm in a process of its own, two steps; the highest resident memory minus that
+before the first step. Outside: seconds of a step that are neither the model's forward, its backward
+(head included) nor AdamW. Attack: seconds over pgd_steps times its arithmetic, which is the plain
+model's forward and backward to the pixels, parameters frozen, of one row per prompt: its tokens,
+then its clean responses one after another.
 """
 
 import argparse
@@ -55,23 +57,19 @@ VOCABULARY, LR = 1024, 1e-6
 def build_model():
     """Qwen2.5-VL of 4 + 4 layers from a seed.   -> (model, processor)"""
     config, processor = tiny.qwen("qwen2_5_vl")
-    processor.tokenizer.add_tokens(
-        [f"filler{i}" for i in range(VOCABULARY - len(processor.tokenizer))]
-    )
-    ip = processor.image_processor
-    ip.patch_size, ip.size = 14, type(ip.size)(shortest_edge=56 * 56, longest_edge=1792 * 1792)
-    text = dict(
-        hidden_size=256, intermediate_size=704, num_hidden_layers=4, max_position_embeddings=4096
-    )
-    text |= dict(
-        vocab_size=VOCABULARY,
-        rope_parameters=config["text_config"]["rope_parameters"] | {"mrope_section": [8, 12, 12]},
-    )
-    tower = dict(
-        hidden_size=128, intermediate_size=344, depth=4, num_heads=4, patch_size=14, window_size=112
-    )
-    tower |= dict(out_hidden_size=256, fullatt_block_indexes=[3])
-    config |= dict(text_config=config["text_config"] | text, vision_config=tower)
+    fillers = VOCABULARY - len(processor.tokenizer)
+    processor.tokenizer.add_tokens([f"filler{i}" for i in range(fillers)])
+    image_processor = processor.image_processor
+    image_processor.patch_size = 14
+    sizes = {"shortest_edge": 56 * 56, "longest_edge": 1792 * 1792}
+    image_processor.size = type(image_processor.size)(**sizes)
+    rope = config["text_config"]["rope_parameters"] | {"mrope_section": [8, 12, 12]}
+    text = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    text |= {"max_position_embeddings": 4096, "vocab_size": VOCABULARY, "rope_parameters": rope}
+    tower = {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4}
+    tower |= {"patch_size": 14, "window_size": 112}
+    tower |= {"out_hidden_size": 256, "fullatt_block_indexes": [3]}
+    config |= {"text_config": config["text_config"] | text, "vision_config": tower}
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model("qwen2_5_vl", **config))
     model.generation_config.eos_token_id = 2
@@ -79,10 +77,10 @@ def build_model():
 
 
 def pictures(P: int, tokens: int) -> list[Image.Image]:
-    side, rng = 28 * int(tokens**0.5), np.random.default_rng(0)
-    return [
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)) for _ in range(P)
-    ]
+    side, rng, images = 28 * int(tokens**0.5), np.random.default_rng(0), []
+    for _ in range(P):
+        images.append(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)))
+    return images
 
 
 def parity(completions, completion_ids, **columns) -> list[float]:
@@ -100,9 +98,7 @@ class Ours:
             else {}
         )
         kind = kind or dict(intervention="none")
-        sizes = dict(
-            prompts_per_step=P, micro_prompts=P, rollouts=G, max_new_tokens=T, length_buffer=1
-        )
+        sizes = dict(prompts_per_step=P, micro_prompts=P, rollouts=G, max_new_tokens=T)
         self.cfg = train_saei.Config(lr=LR, **sizes, **kind)
         self.accelerator = Accelerator(cpu=True)
         self.policy = Policy(*build_model())
@@ -143,9 +139,7 @@ class Ours:
             train_saei.seeds_of(cfg, step, rows, train_saei.CLEAN),
         )
         clock.lap("sample")
-        keep = tsec.select_tokens(
-            clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high, cfg.tsec_scope
-        )
+        keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high)
         seeds = train_saei.seeds_of(cfg, step, rows, train_saei.ATTACK)
         attacked = train_saei.intervene(cfg, policy, prompts, clean, keep, step, seeds, len(rows))
         clock.lap("attack")
@@ -250,57 +244,55 @@ def make(arm: str, cell: dict):
     return Ours(**cell, pgd_steps=0 if arm == "GRPO" else int(arm.split()[1]))
 
 
-# ------------------------------------------------------------------------------------------------------------ measures
+# -------------------------------------------------------------------------------- measures
+
+
+def one_step(arm: str, runner, cell: dict) -> dict:
+    """Seconds, CPU seconds and phases of a step; of ours the share outside the model too."""
+    with counted(runner.spots()) as inside:
+        start, cpu = time.perf_counter(), time.process_time()
+        found = {"phases": runner.step()}
+        found["seconds"] = time.perf_counter() - start
+        found["cpu"] = time.process_time() - cpu
+    seconds = f"{found['seconds']:.2f} s, {found['cpu']:.2f} of the CPU"
+    print(f"{arm}: {seconds}", file=sys.stderr, flush=True)
+    if runner.tokens != cell["P"] * cell["G"] * cell["T"]:
+        raise RuntimeError(f"{arm} made {runner.tokens} tokens in {cell}: a response ended early")
+    if arm != ARMS[0]:
+        found["outside"] = 1 - inside[0] / found["seconds"]
+    if arm.startswith("SaEI"):
+        alone = median(arithmetic(runner) for _ in range(2))
+        found["attack/arithmetic"] = found["phases"]["attack"] / (runner.cfg.pgd_steps * alone)
+    return found
 
 
 def measure(cell: dict, arms: list[str], turns: int) -> dict:
-    """arm -> seconds, phases, share outside the model of every turn's step; of SaEI, attack over its arithmetic."""
-    made, found = {arm: make(arm, cell) for arm in arms}, {arm: [] for arm in arms}
+    """arm -> a value per turn of each number of one_step, ratios to TRL, median phases."""
+    runners = {arm: make(arm, cell) for arm in arms}
+    found = {arm: [] for arm in arms}
     for _ in range(turns + 1):
-        for arm, runner in made.items():
-            with counted(runner.spots()) as inside:
-                start, cpu = time.perf_counter(), time.process_time()
-                x = {"phases": runner.step()}
-                x |= {"seconds": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-            print(
-                f"{arm}: {x['seconds']:.2f} s, {x['cpu']:.2f} of the CPU",
-                file=sys.stderr,
-                flush=True,
-            )
-            if runner.tokens != cell["P"] * cell["G"] * cell["T"]:
-                raise RuntimeError(
-                    f"{arm} made {runner.tokens} tokens in {cell}: a response ended early"
-                )
-            if arm != ARMS[0]:
-                x["outside"] = 1 - inside[0] / x["seconds"]
-            if arm.startswith("SaEI"):
-                alone = median(arithmetic(runner) for _ in range(2))
-                x["attack/arithmetic"] = x["phases"]["attack"] / (runner.cfg.pgd_steps * alone)
-            found[arm].append(x)
+        for arm, runner in runners.items():
+            found[arm].append(one_step(arm, runner, cell))
     result = {}
-    for arm, steps in found.items():
-        steps = steps[1:]  # the first is warm-up
+    for arm in arms:
+        steps = found[arm][1:]  # the first is warm-up
         result[arm] = {name: [x[name] for x in steps] for name in steps[0] if name != "phases"}
-        result[arm]["phases"] = {
-            name: median(x["phases"][name] for x in steps) for name in steps[0]["phases"]
-        }
-        if ARMS[0] in arms:  # TRL's step of the same turn
-            for name, of in (("ratio", "seconds"), ("cpu ratio", "cpu")):
-                result[arm][name] = [
-                    a[of] / b[of] for a, b in zip(found[ARMS[0]][1:], steps, strict=True)
-                ]
-        result[arm]["tokens/s"] = made[arm].tokens / median(result[arm]["seconds"])
+        result[arm]["phases"] = {}
+        for name in steps[0]["phases"]:
+            result[arm]["phases"][name] = median(x["phases"][name] for x in steps)
+        if ARMS[0] in arms:
+            turns_of_both = list(zip(found[ARMS[0]][1:], steps, strict=True))
+            for name, key in (("ratio", "seconds"), ("cpu ratio", "cpu")):
+                result[arm][name] = [trl[key] / ours[key] for trl, ours in turns_of_both]
+        result[arm]["tokens/s"] = runners[arm].tokens / median(result[arm]["seconds"])
     return result
 
 
 @contextlib.contextmanager
 def counted(spots: list[tuple[object, str]]):
-    """Seconds inside the named functions; a call within a call counts once.   -> a list that holds them"""
-    total, depth, before = (
-        [0.0],
-        [0],
-        [(owner, name, getattr(owner, name)) for owner, name in spots],
-    )
+    """Seconds inside the named functions; a call within a call counts once.   -> [seconds]"""
+    total, depth = [0.0], [0]
+    before = [(owner, name, getattr(owner, name)) for owner, name in spots]
 
     def wrap(function):
         def inner(*arguments, **options):
@@ -310,7 +302,8 @@ def counted(spots: list[tuple[object, str]]):
                 return function(*arguments, **options)
             finally:
                 depth[0] -= 1
-                total[0] += 0.0 if depth[0] else time.perf_counter() - start
+                if not depth[0]:
+                    total[0] += time.perf_counter() - start
 
         return inner
 
@@ -324,7 +317,7 @@ def counted(spots: list[tuple[object, str]]):
 
 
 def arithmetic(arm: Ours) -> float:
-    """Seconds of the plain model's forward and backward to the pixels: prompt and clean responses, each once."""
+    """Seconds of the plain model's forward and backward to the pixels: prompts, clean responses."""
     (prompts, clean), policy = arm.last, arm.policy
     responses = clean.tokens.view(len(prompts), -1)  # (P, n * T)
     further = prompts.next_position[:, None] + torch.arange(responses.shape[1])
@@ -357,112 +350,71 @@ def peak(arm: str, cell: dict) -> float:
 
 
 def peak_apart(arm: str, cell: dict) -> float:
-    """MiB, in a process of its own."""
-    command = [sys.executable, __file__, "--peak", json.dumps([arm, cell])]
-    return float(
-        subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[
-            -1
-        ]
-    )
+    """Peak memory in MiB, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.step", "--peak", json.dumps([arm, cell])]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    return float(done.stdout.splitlines()[-1])
 
 
 def linear(cell: dict, turns: int) -> dict:
-    """Seconds of twice the prompts, and of twice the responses, over those of the cell; alternating; SaEI and GRPO."""
+    """Seconds of twice the prompts, and of twice the responses, over those of the cell."""
+    sizes = {"one": cell, "P": cell | {"P": 2 * cell["P"]}, "G": cell | {"G": 2 * cell["G"]}}
     found = {}
     for arm in (ARMS[1], ARMS[-1]):
-        sizes = {"one": cell, "P": cell | {"P": 2 * cell["P"]}, "G": cell | {"G": 2 * cell["G"]}}
-        made, seconds = (
-            {name: make(arm, size) for name, size in sizes.items()},
-            {name: [] for name in sizes},
-        )
+        runners = {name: make(arm, size) for name, size in sizes.items()}
+        seconds = {name: [] for name in sizes}
         for turn in range(turns + 1):
-            for name, runner in made.items():
+            for name, runner in runners.items():
                 start = time.perf_counter()
                 runner.step()
-                seconds[name] += [time.perf_counter() - start] if turn else []
-        found[arm] = {
-            k: [a / b for a, b in zip(seconds[k], seconds["one"], strict=True)] for k in ("P", "G")
-        }
+                if turn:  # the first is warm-up
+                    seconds[name].append(time.perf_counter() - start)
+        found[arm] = {}
+        for name in ("P", "G"):
+            pairs = zip(seconds[name], seconds["one"], strict=True)
+            found[arm][name] = [twice / once for twice, once in pairs]
     return found
-
-
-def spread(values: list[float]) -> str:
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def show(entry: dict) -> None:
-    print("\n{image_tokens} image tokens, P = {P}, G = {G}, T = {T}".format(**entry["cell"]))
-    for arm, x in entry["arms"].items():
-        line = f"  {arm:18} {spread(x['seconds'])} s  {x['tokens/s']:6.0f} tokens/s"
-        line += f"  TRL/ours {spread(x['ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
-        line += f", of CPU time {spread(x['cpu ratio'])}" if "ratio" in x and arm != ARMS[0] else ""
-        line += f"  peak {x['peak']:.0f} MiB" if "peak" in x else ""
-        line += f"  outside {median(x['outside']):.1%}" if "outside" in x else ""
-        line += (
-            f"  attack/arithmetic {spread(x['attack/arithmetic'])}"
-            if "attack/arithmetic" in x
-            else ""
-        )
-        print(
-            line + "\n" + " " * 21 + ", ".join(f"{k} {v:.2f}" for k, v in x["phases"].items()),
-            flush=True,
-        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="one cell: 256 image tokens, G = 8, T = 48"
-    )
-    parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[64, 256, 1024], help="image tokens, squares"
-    )
-    parser.add_argument("--rollouts", type=int, nargs="+", default=[8, 16])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[48, 256])
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=5, help="turns, after the warm-up")
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, help="in this order")
-    parser.add_argument("--no_memory", action="store_true", help="no peak memory")
-    parser.add_argument("--no_linear", action="store_true", help="no runs of twice P and twice G")
-    parser.add_argument(
-        "--output", default=str(ROOT / "benchmarks/step.json"), help="cells that it has are not run"
-    )
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one size: 256 image tokens, G = 8, T = 48")
+    add("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="image tokens, squares")
+    add("--rollouts", type=int, nargs="+", default=[8, 16])
+    add("--lengths", type=int, nargs="+", default=[48, 256])
+    add("--prompts", type=int, default=2)
+    add("--steps", type=int, default=5, help="turns after the warm-up")
+    add("--arms", nargs="+", default=ARMS, choices=ARMS, help="in this order")
+    add("--no_memory", action="store_true", help="no peak memory")
+    add("--no_linear", action="store_true", help="no runs of twice P and twice G")
+    add("--output", type=Path, default=ROOT / "benchmarks/step.json", help="its sizes are skipped")
+    add("--peak", help=argparse.SUPPRESS)  # set by peak_apart
     args = parser.parse_args()
     torch.set_num_threads(int(THREADS))
     if args.peak:
         print(peak(*json.loads(args.peak)))
         return
     sizes = [(t, g, n) for t in args.tokens for n in args.lengths for g in args.rollouts]
-    sizes = [(256, 8, 48)] if args.quick else sizes
-    result = {
-        "command": " ".join(["benchmarks/step.py", *sys.argv[1:]]),
-        "threads": int(THREADS),
-        "torch": torch.__version__,
-        "steps": args.steps,
-        "cells": [],
-    }
-    output = Path(args.output)
-    if output.exists():
-        result["cells"] = json.loads(output.read_text())["cells"]
+    if args.quick:
+        sizes = [(256, 8, 48)]
+    result = {"threads": int(THREADS), "torch": torch.__version__, "steps": args.steps}
+    result["cells"] = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     for tokens, G, T in sizes:
-        cell = dict(P=args.prompts, image_tokens=tokens, G=G, T=T)
+        cell = {"P": args.prompts, "image_tokens": tokens, "G": G, "T": T}
         if any(entry["cell"] == cell for entry in result["cells"]):
             continue
-        entry = {"cell": cell, "arms": measure(cell, args.arms, args.steps)}
-        for arm, x in entry["arms"].items():
+        found = measure(cell, args.arms, args.steps)
+        for arm in args.arms:
             if not args.no_memory:
-                x["peak"] = peak_apart(arm, cell)
-        show(entry)
-        result["cells"].append(entry)
-        output.write_text(json.dumps(result, indent=1) + "\n")
+                found[arm]["peak"] = peak_apart(arm, cell)
+            print(cell, arm, found[arm], flush=True)
+        result["cells"].append({"cell": cell, "arms": found})
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
     if not args.no_linear:
-        result["linear"] = linear(dict(P=args.prompts, image_tokens=256, G=8, T=48), args.steps)
-        for arm, x in result["linear"].items():
-            print(
-                f"{arm}: twice P costs {spread(x['P'])}, twice G costs {spread(x['G'])} times as much"
-            )
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        cell = {"P": args.prompts, "image_tokens": 256, "G": 8, "T": 48}
+        result["linear"] = linear(cell, args.steps)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,116 +1,107 @@
-"""The pages say what is so: tables are the results', links lead somewhere, quotations are code."""
+"""The pages are true: tables are the results, links lead somewhere, quotations are code."""
 
-import dataclasses
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
 
 import pytest
 
-import eval as evaluation
 import train_saei
+from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-
-from benchmarks import tables  # noqa: E402
-
 README = (ROOT / "README.md").read_text()
+MANUALS = ["README.md", "docs/walkthrough/README.md"]
+DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_tables_are_those_of_the_results():
-    for name, makers in tables.PAGES.items():
-        page = (ROOT / name).read_text()
-        assert tables.fill(page, makers) == page, f"{name}: run python -m benchmarks.tables"
-    if picture := tables.study_tables.picture(ROOT / "study/results"):
-        assert (ROOT / "docs/study.svg").read_text() == picture
+@pytest.mark.parametrize("name", tables.PAGES)
+def test_tables_are_those_of_the_results(name):
+    path = ROOT / name
+    page = path.read_text()
+    made = tables.quote_code(tables.fill(page, tables.PAGES[name]), path.parent)
+    assert made == page, "run python -m benchmarks.tables"
 
 
 def anchors(page: str) -> set[str]:
     """What GitHub makes of a page's headings: lower case, no punctuation, hyphens for spaces."""
     text = re.sub(r"```[\s\S]*?```", "", page)
-    return {
-        re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-        for title in re.findall(r"^#+ (.+)$", text, re.M)
-    }
+    found = set()
+    for title in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
+        found.add(re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-"))
+    return found
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "README.md",
-        "docs/walkthrough/README.md",
-        *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")),
-    ],
-)
-def test_links_lead_somewhere(name):
-    """To files that exist, to lines that they have, to headings of theirs."""
-    page, broken = ROOT / name, []
-    links = re.findall(r"\]\(((?!https?:)[^)\s]+)\)", page.read_text())
-    assert len(links) > 10 or name.startswith("docs/")
-    for link in links:
-        path, _, place = link.partition("#")
+@pytest.mark.parametrize("name", [*MANUALS, *DOCS])
+def test_links_lead_to_files_functions_and_headings_and_never_to_lines(name):
+    page = ROOT / name
+    links = re.findall(r"\[([^\]]+)\]\(((?!https?:)[^)\s]+)\)", page.read_text())
+    assert len(links) > 10 or name in DOCS
+    broken = []
+    for text, link in links:
+        path, _, heading = link.partition("#")
         target = page.parent / path if path else page
         if not target.exists():
             broken.append(link)
-        elif re.fullmatch(r"L\d+(-L\d+)?", place):
-            numbers = [int(n) for n in re.findall(r"\d+", place)]
-            if numbers != sorted(numbers) or numbers[-1] > len(target.read_text().splitlines()):
-                broken.append(link)
-        elif place and place not in anchors(target.read_text()):
+        elif heading and heading not in anchors(target.read_text()):
             broken.append(link)
+        elif re.fullmatch(r"`\w+`", text) and target.suffix == ".py":
+            if not re.search(rf"\b{text[1:-1]}\b", target.read_text()):
+                broken.append(f"{text} in {link}")
     assert broken == []
 
 
-def test_quotations_and_line_links_follow_the_code(tmp_path, monkeypatch):
-    """Moved lines are found again; a text that is gone or there twice is an error that names it."""
+def test_quotations_follow_the_code(tmp_path, monkeypatch):
+    """Code that is gone, or there twice, is an error that names it."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "a.py").write_text("x = 1\n\n\ndef f(y):\n    y += x\n    return f(y)\n")
-    page = "[`f`](a.py#L9), [`x = 1`](a.py#L9)\n<!-- code a.py: y += ... return -->\nold\n<!-- /code -->\n"
-    quoted = "[a.py, lines 5 to 6](a.py#L5-L6)\n\n```python\ny += x\nreturn f(y)\n```\n"
-    expected = f"[`f`](a.py#L4), [`x = 1`](a.py#L1)\n<!-- code a.py: y += ... return -->\n{quoted}<!-- /code -->\n"
-    assert tables.fill(page, {}) == expected and tables.fill(expected, {}) == expected
-    for text in ("[`gone`](a.py#L1)", "[`y`](a.py#L1)"):
-        with pytest.raises(ValueError, match=r"a.py has [03] lines with '(gone|y)'"):
-            tables.fill(text, {})
+    page = "<!-- code a.py: y += ... return -->\nold\n<!-- /code -->\n"
+    made = tables.quote_code(page, tmp_path / "docs")
+    block = "[a.py](../a.py)\n\n```python\ny += x\nreturn f(y)\n```\n"
+    assert made == page.replace("old\n", block)
+    assert tables.quote_code(made, tmp_path / "docs") == made
+    for text, count in (("gone", 0), ("y", 3)):
+        with pytest.raises(ValueError, match=f"a.py: {count} lines contain '{text}'"):
+            tables.quote_code(page.replace("y +=", text), tmp_path)
 
 
 def test_the_readmes_figures_of_the_graders_are_the_measured_ones():
     graders = json.loads((ROOT / "benchmarks/graders.json").read_text())["kinds"]["all"]
     text = " ".join(README.split("## Rewards")[1].split("\n## ")[0].split())
     assert f"On {graders['n']:,} grading cases" in text
-    for name, x in graders["graders"].items():
-        assert f"{x['right'] / graders['n']:.1%}" in text, name
-        assert not x["false positives"] or f"({x['false positives']}" in text, name
+    for name, found in graders["graders"].items():
+        assert f"{found['right'] / graders['n']:.1%}" in text, name
+        assert not found["false positives"] or f"({found['false positives']}" in text, name
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/walkthrough/README.md"])
+def options_of_train_saei() -> set[str]:
+    """The options that its help names."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        train_saei.load_config(["--help"])
+    return set(re.findall(r"--(\w+)", printed.getvalue())) | {"config"}
+
+
+@pytest.mark.parametrize("name", MANUALS)
 def test_commands_name_scripts_recipes_and_options_that_exist(name):
-    """Of every shown command; my_... and out/... are the reader's."""
-    shown = "\n".join(re.findall(r"```bash\n([\s\S]*?)```", (ROOT / name).read_text())).replace(
-        "\\\n", " "
-    )
-    spans = re.findall(
-        r"`((?:python|accelerate launch|bash) [^`]*)`",
-        re.sub(r"```[\s\S]*?```", "", (ROOT / name).read_text()),
-    )
-    commands = [
-        line.split("#")[0].split() for line in [*shown.splitlines(), *spans] if line.strip()
-    ]
-    assert len(commands) >= 4
-    known = {
-        script: {field.name for field in dataclasses.fields(config)} | {"config", "help"}
-        for script, config in (
-            ("train_saei.py", train_saei.Config),
-            ("eval.py", evaluation.EvalConfig),
-        )
-    }
-    for words in commands:
-        files = [
-            word
-            for word in words
-            if re.fullmatch(r"[\w/]+\.(py|yaml|sh)", word) and not word.startswith("my")
-        ]
-        assert [word for word in files if not (ROOT / word).exists()] == [], words
-        for script in set(files) & set(known):
-            options = [word[2:] for word in words[words.index(script) :] if word.startswith("--")]
-            assert set(options) <= known[script], words
+    """Of every shown command. my_... and out/... are the reader's own files."""
+    page = (ROOT / name).read_text()
+    blocks = "\n".join(re.findall(r"```bash\n([\s\S]*?)```", page)).replace("\\\n", " ")
+    prose = re.sub(r"```[\s\S]*?```", "", page)
+    spans = re.findall(r"`((?:python|accelerate launch|bash) [^`]*)`", prose)
+    lines = [line for line in [*blocks.splitlines(), *spans] if line.split("#")[0].strip()]
+    assert len(lines) >= 4
+    known = options_of_train_saei()
+    for line in lines:
+        words = line.split("#")[0].split()
+        for word in words:
+            if re.fullmatch(r"[\w/]+\.(py|yaml|sh)", word) and not word.startswith("my"):
+                assert (ROOT / word).exists(), line
+        if "-m" in words:
+            module = words[words.index("-m") + 1]
+            file = ROOT / f"{module.replace('.', '/')}.py"
+            assert module in ("pytest", "venv", "pip") or file.exists(), line
+        if "train_saei.py" in words:
+            options = words[words.index("train_saei.py") :]
+            assert {word[2:] for word in options if word.startswith("--")} <= known, line
