@@ -48,7 +48,6 @@ UNREADABLE = (OSError, TypeError, SyntaxError, EOFError, Image.DecompressionBomb
 DEMO_ROWS = 1_000_000  # length of a demo split, whose rows are drawn on demand
 BUFFER = 1000  # rows within which a stream is shuffled
 # until train_saei.py, eval.py and plan.py pass these by name
-OPTIONS = ("preset", "template", "streaming")
 
 
 class Rows(Sequence):
@@ -145,6 +144,8 @@ def load_rows(
     Raises ValueError for an empty set, a missing column, or the first bad row (bad_rows "refuse").
     """
     known, dataset = find_preset(preset, dataset)
+    if columns and (known or dataset == "demo"):
+        raise ValueError("--columns is for data of your own: the demo and presets have their columns")
     if dataset == "demo":
         return demo_rows(split or "shifted/train", limit, template)
     split = split or default_split(known, "train")
