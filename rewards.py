@@ -1326,17 +1326,3 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"rewards.py: {error}")
-
-
-def load_rewards(specs, max_new_tokens):
-    parts = {}
-    for spec in specs:
-        if ".py:" in spec:
-            name, function, weight = load_reward(spec)
-        else:
-            name, weight = spec.split(":")
-            function = {"accuracy": accuracy_reward, "format": format_reward}.get(
-                name
-            ) or length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
-        parts[name] = function, float(weight)
-    return parts
