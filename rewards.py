@@ -1,8 +1,6 @@
 r"""Verifiable rewards: find the answer in a completion, compare it with the gold answer, check the
 format.
 
-    python rewards.py "so \boxed{\frac{1}{2}}" 0.5    what is extracted, how it is read, the verdict
-
 Where the rules come from
     paper        nothing: of SaEI's reward only that it is verifiable can be known.
     second-hand  0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the tags
@@ -10,33 +8,30 @@ Where the rules come from
     ours         the order of extraction, all rules of comparison, a format without repeats.
 
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
-    numbers   by value, exactly: 0.5 = 1/2 = \frac12, 1,234 = 1234, 3 1/4 = 13/4, 3:4 = 3/4,
-              5\times10^3 = 5000. 35% = 35 and = 0.35, but 35 is not 0.35. Rounded only to the
-              `precision` that the data set states.
+    numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3 =
+              5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
     units     may be missing on one side. Two different units differ. Nothing is converted.
     names     may be missing on one side (x = 3, x \in S). Two different names differ.
     choices   a letter in any usual wrapper (B, (B), B. red, option B), or the text of the option.
-    lists     of numbers in any order (1, 2 or x = 1 or x = 2), of words in theirs. Tuples and
-              intervals: in order, with their brackets. Sets and unions: in any order. Matrices:
-              cell by cell. \pm is two answers. x > 3 = (3, \infty).
+    lists     of numbers and sets in any order, of words, tuples and intervals in theirs. \pm is two
+              answers. x > 3 = (3, \infty).
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
     the rest  by algebra (math-verify): 2\sqrt{3} = \sqrt{12}, 2x - y = 1 as y = 2x - 1.
 A miss costs less than a false reward: a doubtful answer is wrong.
 
-Safe and bounded: model text is never executed, and the rules take linear time. Algebra runs in a
-process of its own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is
-wrong. A grade takes at most 2 s, in any thread or process (Linux or macOS: it needs os.fork). The
-first formula also starts the worker that forks these processes: one or two seconds more.
+Model text is never executed. The rules take linear time. Algebra runs in a process of its own, with
+0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade takes at
+most 2 s, in any thread or process. The first formula also starts the worker that forks these
+processes: one or two seconds more. Needs os.fork (Linux, macOS), and math-verify for algebra.
 
-Symbols: N = P*G completions (P prompts, G responses each). Rewards have TRL's signature: lists of N
-in, lists of N floats out. Needs the standard library, and math-verify for algebra.
+N = P*G completions (P prompts, G responses each). Rewards have TRL's signature: lists of N in, lists
+of N floats out.
 
->>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}",
-...                "<answer> 11. </answer>"]
+>>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
 >>> accuracy_reward(completions, answer=["11", "11", "11"]), format_reward(completions)
-([1.0, 0.0, 1.0], [1.0, 1.0, 0.0])
+([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
 >>> total_reward(completions, answer=["11", "11", "11"])["reward"]
-[1.0, 0.1, 0.9]
+[1.0, 0.1, 0.0]
 """
 
 import difflib
@@ -62,7 +57,7 @@ from typing import NamedTuple
 
 Completion = str | list[dict]  # plain text, or TRL's conversational list of messages
 
-# --------------------------------------------------------------------------- 1. extraction
+# ------------------------------------------------------------------------------------ 1. extraction
 
 MAX_CHARS = 512  # a longer answer is wrong; below Python's lowest limit on the digits of an int
 
@@ -122,7 +117,7 @@ def extract_answer(text: str, prose: bool = False) -> str | None:
     return _last_prose(tail) if prose else None
 
 
-# --------------------------------------------------------------- 2. normal form of a text
+# ------------------------------------------------------------------------- 2. normal form of a text
 
 
 def _by_spelling(table: dict[str, str]) -> dict[str, str]:
@@ -154,11 +149,10 @@ _SYNONYM = re.compile(  # the longest first; a command ends where its letters do
 _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a LaTeX command
     (r"\\[bB]igg?[lr]?@|\\(?:text)?color\{[a-z]+\}", ""),
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)", "°"),
-    (r"\\not ?=", r"\\neq "),
     (r"\\binom ?([0-9])([0-9])", r"\\binom{\1}{\2}"),
     (r"(?<![a-zA-Z\\])abs\(([^()|]*)\)", r"|\1|"),
     (r"^(?:[Tt]he )?empty set$", r"\\emptyset "),
-    (r"\b[Aa]ll real numbers\b|\\mathbb R", r"\\mathbb{R}"),
+    (r"\b[Aa]ll real numbers\b", r"\\mathbb{R}"),
     (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
     (r"(?<=[0-9)}a-zA-Z])\*\*(?=[-0-9({a-zA-Z])", "^"),  # Python's power
@@ -231,7 +225,7 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
     return [*pieces, text[start:].strip()], separators
 
 
-# --------------------------------------------------------------------- 3. numbers and units
+# --------------------------------------------------------------------------------------- 3. parsing
 
 _DIGITS = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -268,6 +262,23 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?"
 )
 
+_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
+_MATRIX = re.compile(
+    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S
+)
+_NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
+    r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))"
+    r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
+    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})"
+)
+_VERBATIM = re.compile(  # dates, times, B2B; what LaTeX does not show or algebra would misread
+    r"[0-9]+([-/])[0-9]+\1[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|(?<![0-9.])[0-9]+:0[0-9]|phantom"
+    r"|\{ ?\}[0-9a-zA-Z(]|%.|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
+)
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
+_VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
+
 
 @dataclass(frozen=True)
 class Parsed:
@@ -277,10 +288,6 @@ class Parsed:
     value: object  # Fraction, str, or a tuple of Parsed (matrix: of rows; named: all equal values)
     raw: str = field(compare=False)  # the normal text (of a formula without its unit), for algebra
     note: str = ""  # the unit; the brackets; the name; of a list: "or"
-
-    def __str__(self) -> str:
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.kind} {self.value if self.kind in ('number', 'text') else self.raw}{note}"
 
 
 def _unit(text: str) -> str | None:
@@ -332,26 +339,6 @@ def _number(text: str) -> Parsed | None:
     value = (value + int(part["whole"] or 0)) * Fraction(10) ** power
     value = -value if part["sign"] == "-" else value
     return Parsed("number", value, text, part["money"].strip() or unit)
-
-
-# ------------------------------------------------------------------- 4. from text to an answer
-
-_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
-_MATRIX = re.compile(
-    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S
-)
-_NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
-    r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))"
-    r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
-    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})"
-)
-_VERBATIM = re.compile(  # dates, times, B2B; what LaTeX does not show or algebra would misread
-    r"[0-9]+([-/])[0-9]+\1[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|(?<![0-9.])[0-9]+:0[0-9]|phantom"
-    r"|\{ ?\}[0-9a-zA-Z(]|%.|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
-)
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
-_RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
-_VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 
 
 @lru_cache(maxsize=4096)
@@ -429,8 +416,6 @@ def _brackets(text: str, depth: int) -> Parsed | None:
         return None
     brackets = outer[2] + outer[3]
     braces = brackets == "{}"
-    if not braces and set(brackets) & set("{}"):
-        return None
     inside = text[outer.end(2) : -1].removesuffix("\\").strip()
     if braces and (builder := re.fullmatch(r"(\w+)(?:\\in\\mathbb{R})? ?[|:](.*)", inside)):
         inner = _parse(builder[2], depth)
@@ -447,18 +432,14 @@ def _brackets(text: str, depth: int) -> Parsed | None:
 
 
 def _relation(text: str, depth: int) -> Parsed | None:
+    r"""name = value (= value), x \in S: "named". (x,y) = (1,2): a tuple of named. Else a formula."""
     if re.fullmatch(r"[A-Z]'?\(.*,.*\)", text):  # the point A(2,3)
         text = text.replace("(", "=(", 1)
     sides, signs = _split(text, r"\\(?:leq|geq|neq|in|approx)(?![a-zA-Z])|[=<>]")
     if not signs or not all(sides):
         return None
-    if set(signs) <= {"=", r"\in", r"\approx"}:
-        return _equation(text, sides, depth)
-    return _inequality(text, sides, signs, depth)
-
-
-def _equation(text: str, sides: list[str], depth: int) -> Parsed | None:
-    r"""name = value (= value), x \in S: "named". (x,y) = (1,2): a tuple of named. Else a formula."""
+    if not set(signs) <= {"=", r"\in", r"\approx"}:
+        return _inequality(text, sides, signs, depth)
     if not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[-1]):
         sides.reverse()
     named = bool(_NAME.fullmatch(sides[0]))
@@ -526,7 +507,7 @@ def _measure(text: str, depth: int) -> Parsed | None:
     return Parsed("formula", match[1], match[1], unit)
 
 
-# --------------------------------------------------------------------------- 5. comparison
+# ------------------------------------------------------------------------------------ 4. comparison
 
 _OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because
     r"(?:(?:option|choice|answer) ?)?(?:\(([A-Z])\)(?![+*/^=_<>!]|-[0-9])"
@@ -576,13 +557,6 @@ def _yes_or_no(text: str) -> str | None:
     return answer[1] if answer and not _SECOND_THOUGHT.search(answer[2]) else None
 
 
-def _parse_options(choices: Sequence[str]) -> list[Parsed | None]:
-    """The options' texts, without letters in front where all have theirs: "A. red", "B. blue"."""
-    if all(re.match(rf"\(?{chr(65 + i)}[.):]", choice) for i, choice in enumerate(choices)):
-        choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", choice) for choice in choices]
-    return [parse(choice) for choice in choices]
-
-
 class Comparison(NamedTuple):
     """Whether two parsed answers are equal, by the rules of the module's header."""
 
@@ -594,7 +568,9 @@ class Comparison(NamedTuple):
         found, wanted, wanted_option = parse(prediction), parse(gold), None
         if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold):
             wanted_option = _option(gold)
-        options = _parse_options(choices)
+        if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
+            choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
+        options = [parse(text) for text in choices]
         index = ord(wanted_option[0]) - ord("a") if wanted_option else -1
         if wanted in options:
             index = options.index(wanted)
@@ -714,22 +690,23 @@ class Comparison(NamedTuple):
         units = {a.note, b.note} - {""}
         if other.kind in ("text", "formula") and not units and _glued(a.raw) == _glued(b.raw):
             return True  # 5 m and 5m
-        if other.kind == "list" or "formula" not in (a.kind, b.kind):
+        if (
+            other.kind == "list"
+            or "formula" not in (a.kind, b.kind)
+            or len(units) > 1
+            or "%" in units
+        ):
             return False
         if other.kind in ("text", "choice"):  # xy = x \cdot y, e = \exp(1), x = 2x/2
             letters = set(other.raw) <= set(a.raw) & set(b.raw)
             if not letters or not re.fullmatch("[a-z]{1,2}", other.raw):
                 return False
-        elif other.kind in ("number", "formula") and not re.search(
-            r"\\(?:setminus|mathbb)",
-            a.raw + b.raw,  # x \neq 3 is a set
+        if other.kind in ("number", "formula") and not re.search(
+            r"\\(setminus|mathbb)", a.raw + b.raw
         ):
-            # of x + 1 = 9 math-verify would compare the right side
             relations = [_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw)) for x in (a, b)]
             if (relations[0] is None) != (relations[1] is None):
-                return False
-        if len(units) > 1 or "%" in units:
-            return False
+                return False  # of x + 1 = 9 math-verify would compare the right side
         texts = [str(x.value) if x.kind == "number" else x.raw for x in (a, b)]  # without units
         return self.same_by_algebra(*texts)
 
@@ -744,7 +721,7 @@ class Comparison(NamedTuple):
         return self.algebra(a, b, self.precision)
 
 
-# ---------------------------------------------------------------------------------- 7. grade
+# ----------------------------------------------------------------------------------------- 5. grade
 
 
 def grade(
@@ -776,12 +753,13 @@ def grade(
 
 
 def _gold_text(answer: str | Real) -> str:
+    kind = type(answer).__name__
     if isinstance(answer, str):
         return answer
-    kind = type(answer).__name__
     if isinstance(answer, bool) or not isinstance(answer, Real | Decimal):
-        message = f"gold answer {answer!r:.80} cannot be parsed: {kind}"
-        raise ValueError(f"{message} is no string or number")
+        raise ValueError(
+            f"gold answer {answer!r:.80} cannot be parsed: {kind} is no number or text"
+        )
     try:
         return str(Fraction(str(answer)))  # through str, so that 0.1 is 1/10
     except ValueError as error:
@@ -810,7 +788,7 @@ def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: in
         return _worker.ask(prediction, gold, choices, precision)
 
 
-# ---------------------------------------------------------- 8. algebra, in a process of its own
+# -------------------------------------------------------------- 6. algebra, in a process of its own
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
 EQUAL = 77  # exit code of a process that found two answers equal
@@ -860,8 +838,7 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 def _answer_questions() -> None:
     """The worker: for each line of input, fork a process that compares two answers, print 1 or 0.
 
-    A question cannot disturb the next one. The kernel ends its process at the limits of time, even
-    inside of a big-number multiplication; at the limit of memory it raises MemoryError.
+    The kernel ends such a process at its limits of time, even inside of one big multiplication.
     """
     import logging
 
@@ -931,7 +908,7 @@ _worker = _Worker()
 os.register_at_fork(after_in_child=lambda: _worker.__init__())
 
 
-# --------------------------------------------------------------------------------- 9. rewards
+# --------------------------------------------------------------------------------------- 7. rewards
 
 Rewards = Mapping[str, tuple[Callable[..., list[float]], float]]  # {name: (function, weight)}
 
@@ -1033,13 +1010,17 @@ def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable
     ValueError: an unknown name, a weight that is no finite number, no such file or function.
     """
     path, name, weight = re.fullmatch(r"(?:(.*\.py):?)?([^:]*):?(.*)", spec, re.S).groups()
+    try:
+        number = float(weight or ("1" if path else "nan"))
+    except ValueError:
+        number = math.nan
     error = None
     if not path and name not in built_in:
         nearest = difflib.get_close_matches(name, built_in, n=1, cutoff=0)[0]
         error = f"nearest is {nearest}, known are {', '.join(built_in)} and file.py:function"
     elif path and not os.path.isfile(path):
         error = f"there is no file {path}"
-    elif not _is_finite(weight or ("1" if path else "")):
+    elif not math.isfinite(number):
         error = f"the weight {weight!r} is no finite number"
     if error:
         raise ValueError(f"reward {spec!r}: {error}")
@@ -1051,14 +1032,7 @@ def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable
         function = getattr(module, name, None)
         if not callable(function):
             raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
-    return name, function, float(weight or 1)
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+    return name, function, number
 
 
 REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  # second-hand
@@ -1093,13 +1067,10 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
                 raise ValueError(f"it returned {value!r:.80}, which is no finite number")
         return [float(value) for value in values]
     except Exception as error:  # re-raised, with its place
-        place = "the whole batch"
-        if N == 1:
-            row = f"row {columns['row'][0]}, " if "row" in columns else ""
-            place = f"{row}completion {completions[0]!r:.200}"
-        else:
-            for i, completion in enumerate(completions):  # one of them alone may raise
-                _checked(name, function, [completion], {k: [v[i]] for k, v in columns.items()})
+        row = f"row {columns['row'][0]}, " if "row" in columns else ""
+        place = f"{row}completion {completions[0]!r:.200}" if N == 1 else "the whole batch"
+        for i in range(N if N > 1 else 0):  # one of them alone may raise
+            _checked(name, function, [completions[i]], {k: [v[i]] for k, v in columns.items()})
         cause = f"{type(error).__name__}: {error}"
         raise RuntimeError(f"the reward {name!r} failed on {place}: {cause}") from error
 
