@@ -24,8 +24,8 @@ Model text is never executed. The rules take linear time. Algebra runs in a proc
 most 2 s, in any thread or process. The first formula also starts the worker that forks these
 processes: one or two seconds more. Needs os.fork (Linux, macOS), and math-verify for algebra.
 
-N = P*G completions (P prompts, G responses each). Rewards have TRL's signature: lists of N in, lists
-of N floats out.
+N = P*G completions (P prompts, G responses each). Rewards have TRL's signature: lists of N in,
+lists of N floats out.
 
 >>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
 >>> accuracy_reward(completions, answer=["11", "11", "11"]), format_reward(completions)
@@ -53,7 +53,6 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Real
-from typing import NamedTuple
 
 Completion = str | list[dict]  # plain text, or TRL's conversational list of messages
 
@@ -100,14 +99,12 @@ def _last_prose(text: str) -> str | None:
 
 
 def extract_answer(text: str, prose: bool = False) -> str | None:
-    r"""The answer that a completion states, or None. The first of these that is found:
+    r"""The answer that a completion states, or None. The first that is found of these:
 
-    1. after the last </think>, if there is one: the last balanced \boxed{...} or \fbox{...};
-    2. after the last </think>: the last <answer>...</answer>;
-    3. and 4. the same two before the last </think>;
-    5. only with prose, after the last </think>: the rest of the sentence after the last "answer is"
-       or "answer:", else the one capital letter that stands alone there (A, (B), C.).
-    An empty box is an answer, "": a later answer replaces an earlier one even if it is worse.
+    the last balanced \boxed{...} or \fbox{...} after the last </think>, or in all of the text; the
+    last <answer>...</answer> there; these two before </think>; with prose, the rest of the sentence
+    after the last "answer is" or "answer:" after </think>, else the one capital that stands alone
+    there. An empty box is an answer, "": a later answer replaces an earlier one, even a better one.
     """
     thinking, _, tail = text.rpartition("</think>")
     for part in (tail, thinking):
@@ -130,8 +127,8 @@ def _by_spelling(table: dict[str, str]) -> dict[str, str]:
 
 
 _SYNONYMS = _by_spelling({
-    r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", r"\neq ": r"≠ != \ne \not=",
-    "<": r"\lt", ">": r"\gt", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
+    r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt",
+    r"\neq ": r"≠ != \ne \not=", ">": r"\gt", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
     r"\pm ": "±", "-": "−", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", r"\theta ": "θ",
     r"\alpha ": "α", r"\beta ": "β", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½", " 1/4": "¼",
     " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
@@ -170,10 +167,9 @@ _WRAPPER = re.compile(
 )
 _PARENTHESES = re.compile(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)")  # e^(x+1) is e^{x+1}
 _LEAD = re.compile(
-    r"(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
+    r"(?i)(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
     r"(?:answer|choice|option)(?: is|:|=)+:? ?|= ?|\\approx ?|\\therefore ?"
-    r"|(?:approximately|about) (?=[0-9])",
-    re.I,
+    r"|(?:approximately|about) (?=[0-9])"
 )
 
 
@@ -186,8 +182,7 @@ def _normalise(text: str) -> str:
     text = re.sub("[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
-    text = text.replace("\\\\", "\\")  # elsewhere a model has escaped its backslash
-    text = text.replace("\\ ", " ")
+    text = text.replace("\\\\", "\\").replace("\\ ", " ")  # elsewhere a model escapes its backslash
     text = re.sub(r"\{,\}|\{\\,\}|(?<=[0-9])\\,(?=[0-9]{3})", ",", text)  # 4{,}321 and 4\,321
     text = _SYNONYM.sub(lambda spelling: _SYNONYMS[spelling[0]], text)
     for pattern, replacement in _REWRITES:
@@ -238,18 +233,18 @@ _NUMBER = re.compile(
     r"|(?P<fixed>[0-9]*\.[0-9]*)\\(?:overline|bar){(?P<repeated>[0-9]+)}"  # 0.1\overline{6}
     rf"|(?P<decimal>{_DIGITS})"
     r"(?: ?(?:\\times|\\cdot|\*|x) ?10\^\{?(?P<power>[+-]?[0-9]{1,3})(?![0-9])\}?)?)"
+    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion)\b)?"
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SCALE = re.compile(rf" ?({'|'.join(_SCALES)})\b")
 _UNITS = _by_spelling({
     "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre",
     "m": "meter metre", "in": "inch", "ft": "foot feet", "yd": "yard", "mi": "mile", "g": "gram gm",
     "kg": "kilogram kilo", "mg": "milligram", "lb": "pound", "oz": "ounce", "s": "second sec",
     "min": "minute", "h": "hour hr", "year": "yr", "l": "liter litre", "°": "degree deg",
-    "ml": "milliliter millilitre", "rad": "radian", "c": "celsius", "f": "fahrenheit", "k": "kelvin",
-    "n": "newton", "j": "joule", "w": "watt", "v": "volt", "a": "ampere amp", "pa": "pascal",
-    "hz": "hertz", "mol": "mole", "%": "percent pct", "cent": "¢", "$": "dollar usd", "€": "euro eur",
-    "£": "gbp", "¥": "yen", "/": "per", "": "unit",
+    "ml": "milliliter millilitre", "rad": "radian", "c": "celsius", "f": "fahrenheit",
+    "k": "kelvin", "n": "newton", "j": "joule", "w": "watt", "v": "volt", "a": "ampere amp",
+    "pa": "pascal", "hz": "hertz", "mol": "mole", "%": "percent pct", "cent": "¢", "/": "per",
+    "$": "dollar usd", "€": "euro eur", "£": "gbp", "¥": "yen", "": "unit",
 })  # fmt: skip
 _UNITS |= {unit: unit for unit in _UNITS.values() if unit}
 _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of a kind
@@ -263,9 +258,7 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
 )
 
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
-_MATRIX = re.compile(
-    r"\\begin\{([pbB]?matrix|smallmatrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.S
-)
+_MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
     r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
@@ -291,10 +284,7 @@ class Parsed:
 
 
 def _unit(text: str) -> str | None:
-    """The normal form of the unit after a number ("apples", "square cm", "miles per hour").
-
-    "" where there is none, or just "units". None where the text is something else than a unit.
-    """
+    """Normal form of the unit after a number (apples, square cm). None where it is not a unit."""
     text = re.sub(r"[{}]", "", text.replace(r"\cdot", " ").lower())
     text = re.sub(r"\b(?:square|sq) ([^\W\d_]+)", r"\1^2", text)
     text = re.sub(r"\b(?:cubic|cu) ([^\W\d_]+)", r"\1^3", text)
@@ -319,10 +309,7 @@ def _number(text: str) -> Parsed | None:
         return None
     rest = plain[match.end() :]
     part = {name: (value or "").replace(",", "") for name, value in match.groupdict().items()}
-    power = int(part["power"] or 0)
-    if scale := _SCALE.match(rest):
-        rest = rest[scale.end() :]
-        power += _SCALES[scale[1]]
+    power = int(part["power"] or 0) + _SCALES.get(part["scale"], 0)
     unit = _unit(rest)
     if unit is None or part["money"] and unit or re.match(r"[a-zA-Z](?![a-zA-Z])", rest):
         return None  # 5m is a product
@@ -432,7 +419,7 @@ def _brackets(text: str, depth: int) -> Parsed | None:
 
 
 def _relation(text: str, depth: int) -> Parsed | None:
-    r"""name = value (= value), x \in S: "named". (x,y) = (1,2): a tuple of named. Else a formula."""
+    r"""name = value (= value), x \in S: "named". (x,y) = (1,2): a tuple of them. Else a formula."""
     if re.fullmatch(r"[A-Z]'?\(.*,.*\)", text):  # the point A(2,3)
         text = text.replace("(", "=(", 1)
     sides, signs = _split(text, r"\\(?:leq|geq|neq|in|approx)(?![a-zA-Z])|[=<>]")
@@ -473,7 +460,7 @@ def _inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Pa
 
 
 def _name(text: str) -> str:
-    r"""A name as it is compared: no spaces, no article, words in any case; m\angle A is \angle A."""
+    r"""A name as it is compared: no spaces, no article, no case; m\angle A is \angle A."""
     decoration = r"^(?:the|an?) |^m(?=\\angle)|\\over(?:line|rightarrow)|\\(?=[a-z]+$)|[\s{}]"
     text = re.sub(decoration, "", text, flags=re.I)
     return text.casefold() if len(text) > 1 else text
@@ -510,9 +497,8 @@ def _measure(text: str, depth: int) -> Parsed | None:
 # ------------------------------------------------------------------------------------ 4. comparison
 
 _OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because
-    r"(?:(?:option|choice|answer) ?)?(?:\(([A-Z])\)(?![+*/^=_<>!]|-[0-9])"
-    r"|([A-Z])(?: ?[):]| ?\.(?![\w.])|(?= ?(?:[-–] |,? ?because ))))(.*)",
-    re.I | re.S,
+    r"(?is)(?:(?:option|choice|answer) ?)?(?:\(([A-Z])\)(?![+*/^=_<>!]|-[0-9])"
+    r"|([A-Z])(?: ?[):]| ?\.(?![\w.])|(?= ?(?:[-–] |,? ?because ))))(.*)"
 )
 _CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z])([A-Z])(?![\w'])")
 _MISREAD = re.compile(r"(?<![_0-9])[0-9]+ [0-9]|[$'′≅≡]|<>|\\(?:equiv|cong|not)")  # by math-verify
@@ -524,12 +510,6 @@ _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
 
 def _letters(text: str) -> list[str]:
     return sorted(re.findall("[a-zA-Z]", text))
-
-
-def _glued(text: str) -> str:
-    """Without braces around one character and spaces between a digit and a letter or sign."""
-    text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
-    return re.sub(r"(?<=[0-9]) (?=[A-Za-z\\])|(?<=[a-z}]) (?=[0-9\\({])", "", text)
 
 
 class NeedsAlgebra(Exception):
@@ -557,7 +537,8 @@ def _yes_or_no(text: str) -> str | None:
     return answer[1] if answer and not _SECOND_THOUGHT.search(answer[2]) else None
 
 
-class Comparison(NamedTuple):
+@dataclass(frozen=True)
+class Comparison:
     """Whether two parsed answers are equal, by the rules of the module's header."""
 
     precision: int | None = None  # the decimals that the data set states
@@ -688,22 +669,20 @@ class Comparison(NamedTuple):
         """A formula against another one, a number, a text or anything else."""
         other = a if b.kind == "formula" else b
         units = {a.note, b.note} - {""}
-        if other.kind in ("text", "formula") and not units and _glued(a.raw) == _glued(b.raw):
-            return True  # 5 m and 5m
-        if (
-            other.kind == "list"
-            or "formula" not in (a.kind, b.kind)
-            or len(units) > 1
-            or "%" in units
-        ):
+        glued = [re.sub(r"(?<=[_^])\{(\w)\}", r"\1", x.raw) for x in (a, b)]
+        spaces = r"(?<=[0-9]) (?=[A-Za-z\\])|(?<=[a-z}]) (?=[0-9\\({])"
+        if re.sub(spaces, "", glued[0]) == re.sub(spaces, "", glued[1]) and not units:
+            return other.kind in ("text", "formula")  # 5 m and 5m
+        if "formula" not in (a.kind, b.kind) or other.kind == "list":
+            return False
+        if len(units) > 1 or "%" in units:
             return False
         if other.kind in ("text", "choice"):  # xy = x \cdot y, e = \exp(1), x = 2x/2
             letters = set(other.raw) <= set(a.raw) & set(b.raw)
             if not letters or not re.fullmatch("[a-z]{1,2}", other.raw):
                 return False
-        if other.kind in ("number", "formula") and not re.search(
-            r"\\(setminus|mathbb)", a.raw + b.raw
-        ):
+        sets = re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw)  # x \neq 3 is a set
+        if other.kind in ("number", "formula") and not sets:
             relations = [_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw)) for x in (a, b)]
             if (relations[0] is None) != (relations[1] is None):
                 return False  # of x + 1 = 9 math-verify would compare the right side
@@ -732,17 +711,15 @@ def grade(
 ) -> bool:
     """Whether an extracted answer (None: nothing was found) equals the gold answer, in at most 2 s.
 
-    choices: the options in order, so that A stands for the first and either may be the gold.
-    precision: decimals to which the data set states its numbers.
-    A gold answer that cannot be parsed is an error in the data and raises ValueError, whatever the
-    prediction: grade(None, answer) checks it alone.
+    choices: the options in order; A stands for the first, and either may be the gold. precision:
+    decimals to which the data set states its numbers. ValueError, whatever the prediction, where
+    the gold answer cannot be parsed: grade(None, answer) checks it alone.
     """
-    gold = _check_gold(_gold_text(answer))
+    gold = gold_answer(_text_of_gold(answer))
     if prediction is None:
         return False
-    found = None
-    if _BOX.search(prediction) or prediction.lstrip().startswith("<"):  # a whole completion
-        found = extract_answer(prediction)
+    whole_completion = _BOX.search(prediction) or prediction.lstrip().startswith("<")
+    found = extract_answer(prediction) if whole_completion else None
     found = prediction.strip() if found is None else found
     if len(found) > MAX_CHARS:
         return False
@@ -752,7 +729,7 @@ def grade(
         return False
 
 
-def _gold_text(answer: str | Real) -> str:
+def _text_of_gold(answer: str | Real) -> str:
     kind = type(answer).__name__
     if isinstance(answer, str):
         return answer
@@ -767,7 +744,7 @@ def _gold_text(answer: str | Real) -> str:
 
 
 @lru_cache(maxsize=16384)
-def _check_gold(answer: str) -> str:
+def gold_answer(answer: str) -> str:
     """A gold answer without box or tags. ValueError where no completion could ever earn it."""
     found = extract_answer(answer)  # data sets box or tag some of their answers
     found = answer.strip() if found is None else found
@@ -836,10 +813,7 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 
 
 def _answer_questions() -> None:
-    """The worker: for each line of input, fork a process that compares two answers, print 1 or 0.
-
-    The kernel ends such a process at its limits of time, even inside of one big multiplication.
-    """
+    """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
     import logging
 
     logging.disable()  # math-verify warns that its own time limits are off
@@ -850,7 +824,7 @@ def _answer_questions() -> None:
         prediction, gold, choices, precision = json.loads(line)
         if (child := os.fork()) == 0:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # kills it inside of a multiplication
             signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
             equal = Comparison(precision, _sympy_equal).right(prediction, gold, choices)
             os._exit(EQUAL if equal else 0)
@@ -938,26 +912,22 @@ def accuracy_reward(
 
 
 def format_reward(completions: list[Completion], **columns) -> list[float]:
-    r"""1 for `<think>...</think> ... \boxed{...} ...` or `<think>...</think> <answer>...</answer>`,
-    else 0.   N -> N
+    r"""1 for <think>...</think> and then words with one \boxed{...}, or one <answer>...</answer>.
 
-    The thinking comes first, and each tag comes once and in this order. After the thinking there is
-    one answer, not empty: in a box (with words around it) or alone in tags, not in both.
+    Else 0: a tag twice or in another place, an empty answer, box and tags both.   N -> N
     """
-    return [float(_well_formed(_text(completion).strip())) for completion in completions]
-
-
-def _well_formed(text: str) -> bool:
-    tags, parts = _TAG.findall(text), _TAG.split(text)
-    if parts[0] or tags[:2] != ["<think>", "</think>"]:
-        return False
-    if tags[2:] == ["<answer>", "</answer>"]:
-        between, answer, after = parts[2:]
-        alone = not between.strip() and not after and not _BOX.search(answer)
-        return alone and bool(answer.strip())
-    if tags[2:] or len(_BOX.findall(parts[2])) != 1:
-        return False
-    return bool((_last_box(parts[2]) or "").strip())
+    scores = []
+    for completion in completions:
+        text = _text(completion).strip()
+        tags, parts, right = "".join(_TAG.findall(text)), _TAG.split(text), False
+        if tags == "<think></think>" and not parts[0]:
+            answer = (_last_box(parts[2]) or "").strip()
+            right = bool(answer) and len(_BOX.findall(parts[2])) == 1
+        if tags == "<think></think><answer></answer>":
+            outside = parts[0] + parts[2].strip() + parts[4]
+            right = bool(parts[3].strip()) and not outside and not _BOX.search(parts[3])
+        scores.append(float(right))
+    return scores
 
 
 def _text(completion: Completion) -> str:
@@ -970,10 +940,7 @@ def _text(completion: Completion) -> str:
 
 
 def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
-    """DAPO's overlong rule: 0 up to max_tokens - buffer tokens, then linearly to -1 at max_tokens.
-
-    -> a reward function of completion_ids, lists of token ids.
-    """
+    """DAPO's overlong rule: 0 up to max_tokens - buffer tokens, then linear to -1 at max_tokens."""
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
 
@@ -987,9 +954,8 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     """["accuracy:0.9", "format:0.1", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
 
-    NAME:WEIGHT for accuracy, format or length_penalty (buffer: a quarter of max_new_tokens, ours).
-    file.py:function or file.py:function:weight for your own. ValueError for an empty list, a name
-    twice, and what `load_reward` refuses.
+    The buffer of length_penalty is a quarter of max_new_tokens (ours). ValueError for an empty
+    list, a name twice, and what `load_reward` refuses.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
@@ -1005,25 +971,23 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
 
 
 def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable, float]:
-    """One spec -> name, function, weight. The weight of a function from a file is 1 if left out.
+    """NAME:WEIGHT or file.py:function[:WEIGHT] -> name, function, weight (1 if left out).
 
-    ValueError: an unknown name, a weight that is no finite number, no such file or function.
+    ValueError for an unknown name, a weight that is no finite number, no such file or function.
     """
     path, name, weight = re.fullmatch(r"(?:(.*\.py):?)?([^:]*):?(.*)", spec, re.S).groups()
     try:
         number = float(weight or ("1" if path else "nan"))
     except ValueError:
         number = math.nan
-    error = None
     if not path and name not in built_in:
         nearest = difflib.get_close_matches(name, built_in, n=1, cutoff=0)[0]
-        error = f"nearest is {nearest}, known are {', '.join(built_in)} and file.py:function"
-    elif path and not os.path.isfile(path):
-        error = f"there is no file {path}"
-    elif not math.isfinite(number):
-        error = f"the weight {weight!r} is no finite number"
-    if error:
-        raise ValueError(f"reward {spec!r}: {error}")
+        known = f"{', '.join(built_in)} and file.py:function"
+        raise ValueError(f"reward {spec!r}: the nearest name is {nearest}, known are {known}")
+    if path and not os.path.isfile(path):
+        raise ValueError(f"reward {spec!r}: there is no file {path}")
+    if not math.isfinite(number):
+        raise ValueError(f"reward {spec!r}: the weight {weight!r} is no finite number")
     function = built_in.get(name)
     if path:  # errors inside of the file are the user's to see
         module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
