@@ -1,11 +1,8 @@
 r"""Verifiable rewards: find the answer in a completion, compare it with the gold answer, check the
 format.
 
-Where the rules come from
-    paper        nothing: of SaEI's reward only that it is verifiable can be known.
-    second-hand  0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the tags
-                 format (R1-V, VLM-R1), the overlong penalty (DAPO).
-    ours         the order of extraction, all rules of comparison, a format without repeats.
+Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the tags
+format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of extraction and comparison.
 
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
     numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3 =
@@ -121,14 +118,13 @@ def _by_spelling(table: dict[str, str]) -> dict[str, str]:
     """{normal form: "spelling spelling"} -> {spelling: normal form}"""
     found = {}
     for normal, spellings in table.items():
-        for spelling in spellings.split(" "):
-            found[spelling] = normal
+        found |= dict.fromkeys(spellings.split(" "), normal)
     return found
 
 
 _SYNONYMS = _by_spelling({
-    r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt",
-    r"\neq ": r"≠ != \ne \not=", ">": r"\gt", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
+    r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt", ">": r"\gt",
+    r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
     r"\pm ": "±", "-": "−", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", r"\theta ": "θ",
     r"\alpha ": "α", r"\beta ": "β", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½", " 1/4": "¼",
     " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
@@ -346,9 +342,23 @@ def _parse(text: str, depth: int) -> Parsed | None:
     plain_text = Parsed("text", _plain(text) or text, text)
     if depth > 8 or _VERBATIM.search(text):
         return plain_text
-    for reader in (_matrix, _list, _brackets, _relation, _ratio, _union, _measure):
+    for reader in (_matrix, _list, _brackets, _relation):
         if parsed := reader(text, depth + 1):
             return parsed
+    numbers = [_number(part.strip()) for part in re.split(r":|\\colon|\bto\b", text)]
+    if len(numbers) > 1 and all(x and x.value and not x.note for x in numbers):
+        first = numbers[0].value
+        if len(numbers) == 2:  # 3:4 and 3 to 4 are the number 3/4
+            return Parsed("number", first / numbers[1].value, text)
+        items = tuple(Parsed("number", x.value / first, x.raw) for x in numbers)
+        return Parsed("tuple", items, text, ":")  # 2:4:6 is 1:2:3
+    pieces, separators = _split(text, r"\\cup(?![a-zA-Z])")
+    if separators and (union := _collection("union", pieces, text, depth + 1)):
+        return union
+    measure = re.fullmatch(r"(?s)(?!.*\\(?:sin|cos|tan|cot))(.*(?:[0-9})]|\\pi))( .*|°|%)", text)
+    unit = _unit(measure[2]) if measure and not _has_words(measure[1]) else None
+    if unit is not None and (len(unit) != 1 or unit in "°%"):  # 25\pi square cm
+        return Parsed("formula", measure[1], measure[1], unit)
     if _has_words(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
         return plain_text
     return Parsed("formula", text, text)
@@ -464,34 +474,6 @@ def _name(text: str) -> str:
     decoration = r"^(?:the|an?) |^m(?=\\angle)|\\over(?:line|rightarrow)|\\(?=[a-z]+$)|[\s{}]"
     text = re.sub(decoration, "", text, flags=re.I)
     return text.casefold() if len(text) > 1 else text
-
-
-def _ratio(text: str, depth: int) -> Parsed | None:
-    """3:4 and 3 to 4 are the number 3/4; 2:4:6 is 1:2:3."""
-    numbers = [_number(part.strip()) for part in re.split(r":|\\colon|\bto\b", text)]
-    if len(numbers) < 2 or not all(x and x.value and not x.note for x in numbers):
-        return None
-    first = numbers[0].value
-    if len(numbers) == 2:
-        return Parsed("number", first / numbers[1].value, text)
-    items = tuple(Parsed("number", x.value / first, x.raw) for x in numbers)
-    return Parsed("tuple", items, text, ":")
-
-
-def _union(text: str, depth: int) -> Parsed | None:
-    pieces, separators = _split(text, r"\\cup(?![a-zA-Z])")
-    return _collection("union", pieces, text, depth) if separators else None
-
-
-def _measure(text: str, depth: int) -> Parsed | None:
-    r"""A formula with a unit: 25\pi square cm."""
-    match = re.fullmatch(r"(.*(?:[0-9})]|\\pi))( .*|°|%)", text, re.S)
-    if not match or _has_words(match[1]) or re.search(r"\\(?:sin|cos|tan|cot)", text):
-        return None
-    unit = _unit(match[2])
-    if unit is None or len(unit) == 1 and unit not in "°%":
-        return None
-    return Parsed("formula", match[1], match[1], unit)
 
 
 # ------------------------------------------------------------------------------------ 4. comparison
@@ -642,9 +624,8 @@ class Comparison:
         ordered = bool(kinds & {"tuple", "interval", "matrix"})
         if "union" in kinds and (ordered or "set" in kinds):
             return self.same_by_algebra(a.raw, b.raw)
-        if kinds == {"list", "tuple"} and notes != {"", "()"}:
-            return False
-        if ordered and kinds != {"list", "tuple"} and (len(notes) > 1 or kinds & {"list", "set"}):
+        list_is_tuple = kinds == {"list", "tuple"} and notes == {"", "()"}
+        if ordered and not list_is_tuple and (len(notes) > 1 or kinds & {"list", "set"}):
             return False
         if kinds == {"list"}:
             names = {item.note for item in a.value + b.value if item.kind == "named"}
@@ -715,7 +696,17 @@ def grade(
     decimals to which the data set states its numbers. ValueError, whatever the prediction, where
     the gold answer cannot be parsed: grade(None, answer) checks it alone.
     """
-    gold = gold_answer(_text_of_gold(answer))
+    kind = type(answer).__name__
+    if isinstance(answer, Real | Decimal) and not isinstance(answer, bool):
+        try:
+            answer = str(Fraction(str(answer)))  # through str, so that 0.1 is 1/10
+        except ValueError as error:
+            raise ValueError(f"gold answer {kind} cannot be parsed: {error}") from error
+    if not isinstance(answer, str):
+        raise ValueError(
+            f"gold answer {answer!r:.80} cannot be parsed: {kind} is no number or text"
+        )
+    gold = gold_answer(answer)
     if prediction is None:
         return False
     whole_completion = _BOX.search(prediction) or prediction.lstrip().startswith("<")
@@ -727,20 +718,6 @@ def grade(
         return _verdict(found, gold, tuple(map(str, choices or ())), precision)
     except ChildProcessError:
         return False
-
-
-def _text_of_gold(answer: str | Real) -> str:
-    kind = type(answer).__name__
-    if isinstance(answer, str):
-        return answer
-    if isinstance(answer, bool) or not isinstance(answer, Real | Decimal):
-        raise ValueError(
-            f"gold answer {answer!r:.80} cannot be parsed: {kind} is no number or text"
-        )
-    try:
-        return str(Fraction(str(answer)))  # through str, so that 0.1 is 1/10
-    except ValueError as error:
-        raise ValueError(f"gold answer {kind} cannot be parsed: {error}") from error
 
 
 @lru_cache(maxsize=16384)
@@ -878,8 +855,7 @@ class _Worker:
 
 
 _worker = _Worker()
-# a forked process must not write into its parent's pipes
-os.register_at_fork(after_in_child=lambda: _worker.__init__())
+os.register_at_fork(after_in_child=lambda: _worker.__init__())  # its pipes are the parent's
 
 
 # --------------------------------------------------------------------------------------- 7. rewards
@@ -895,10 +871,7 @@ def accuracy_reward(
     prose: bool = False,
     **columns,
 ) -> list[float]:
-    """1 where the extracted answer equals the gold answer, else 0.   N, N -> N
-
-    choices, precision: columns of the data set, as in `grade`. prose: read unboxed answers too.
-    """
+    """1 where the answer equals the gold answer (`grade`), else 0. prose: in words, too.   N -> N"""
     N = len(completions)
     choices, precision = choices or [None] * N, precision or [None] * N
     for name, column in (("answer", answer), ("choices", choices), ("precision", precision)):
@@ -951,6 +924,10 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
     return penalty
 
 
+BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward}
+REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  # second-hand
+
+
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     """["accuracy:0.9", "format:0.1", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
 
@@ -958,10 +935,9 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     list, a name twice, and what `load_reward` refuses.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
-    built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
     rewards = {}
     for spec in specs:
-        name, function, weight = load_reward(spec, built_in)
+        name, function, weight = load_reward(spec, BUILT_IN | {"length_penalty": penalty})
         if name in rewards or name == "reward":  # "reward" is the weighted sum
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already")
         rewards[name] = function, weight
@@ -970,7 +946,7 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     return rewards
 
 
-def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable, float]:
+def load_reward(spec: str, built_in: dict = BUILT_IN) -> tuple[str, Callable, float]:
     """NAME:WEIGHT or file.py:function[:WEIGHT] -> name, function, weight (1 if left out).
 
     ValueError for an unknown name, a weight that is no finite number, no such file or function.
@@ -997,9 +973,6 @@ def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable
         if not callable(function):
             raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
     return name, function, number
-
-
-REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  # second-hand
 
 
 def total_reward(

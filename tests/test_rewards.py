@@ -683,17 +683,54 @@ def test_length_penalty_equals_trls(lengths):
             rewards.length_penalty(100, buffer)
 
 
-def test_loading_a_reward(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "FACTOR = 3\ndef size(completions, **columns): return [FACTOR] * len(completions)\n"
-    )
-    name, function, weight = rewards.load_reward(f"{tmp_path}/mine.py:size:0.25")
-    assert (name, weight, function(["a", "b"])) == ("size", 0.25, [3, 3])
-    assert rewards.load_reward(f"{tmp_path}/mine.py:size")[2] == 1.0
-    for spec in ("mine", f"{tmp_path}/mine.py", f"{tmp_path}/mine.py:other", f"{tmp_path}/mine.py:FACTOR", "no.py:f",
-                 f"{tmp_path}/mine.py:size:x"):  # fmt: skip
-        with pytest.raises(ValueError, match="reward .*: "):
-            rewards.load_reward(spec)
+def test_loading_rewards(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("FACTOR = 3\ndef size(completions, **columns): return [3] * len(completions)\n")
+    loaded = rewards.load_rewards(["accuracy:0.9", "format:0.1"], 100)
+    assert loaded == rewards.REWARDS and list(loaded) == ["accuracy", "format"]
+    specs = [f"{mine}:size:-0.25", "length_penalty:2", "format:0"]
+    loaded = rewards.load_rewards(specs, 100)
+    assert [(name, weight) for name, (_, weight) in loaded.items()] == [
+        ("size", -0.25), ("length_penalty", 2.0), ("format", 0.0)]  # fmt: skip
+    assert loaded["size"][0](["a", "b"]) == [3, 3]
+    ids = [[5] * n for n in (75, 80, 100)]
+    assert loaded["length_penalty"][0](["x"] * 3, completion_ids=ids) == [0.0, -0.2, -1.0]
+    assert rewards.load_rewards([f"{mine}:size"], 1)["size"][1] == 1.0
+    assert rewards.load_rewards(["length_penalty:1"], 1)  # the buffer is one token
+
+
+@pytest.mark.parametrize(
+    "specs, message",
+    [
+        ([], "no reward is given; the default is accuracy:0.9 format:0.1"),
+        (
+            ["acuracy:0.9"],
+            "'acuracy:0.9': the nearest name is accuracy, known are accuracy, format,",
+        ),
+        (["lenght:1"], "the nearest name is length_penalty"),
+        (["accuracy"], "the weight '' is no finite number"),
+        (["accuracy:x"], "the weight 'x' is no finite number"),
+        (["accuracy:nan"], "the weight 'nan' is no finite number"),
+        (["MINE:size:inf"], "the weight 'inf' is no finite number"),
+        (["MINE:size:1:2"], "the weight '1:2' is no finite number"),
+        (
+            ["accuracy:1", "format:1", "accuracy:2"],
+            "'accuracy:2': there is a reward called accuracy",
+        ),
+        (["MINE:size", "MINE:size:2"], "there is a reward called size already"),
+        (["MINE:reward"], "there is a reward called reward already"),
+        (["no.py:f"], "there is no file no.py"),
+        (["MINE"], "mine.py has no function ''"),
+        (["MINE:other"], "mine.py has no function 'other'"),
+        (["MINE:FACTOR"], "mine.py has no function 'FACTOR'"),
+    ],
+)
+def test_rewards_that_cannot_be_loaded(specs, message, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("FACTOR = 3\ndef size(completions, **_): return [1]\nreward = size\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        rewards.load_rewards([spec.replace("MINE", str(mine)) for spec in specs], 100)
+    assert "\n" not in str(caught.value)
 
 
 # --- the process that does the algebra ---
@@ -921,9 +958,9 @@ def test_copied_alone_it_runs_its_usage_example(tmp_path):
     assert re.search(r"3 passed", run.stdout) and "accuracy_reward(completions" in run.stdout
 
 
-def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "rewards.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "extras.grade", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
