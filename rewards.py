@@ -1,8 +1,7 @@
-r"""Verifiable rewards: find the answer in a completion, compare it with the gold answer, check the
-format.
+r"""Verifiable rewards: find an answer, compare it with the gold answer, check the format.
 
-Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the tags
-format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of extraction and comparison.
+Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the
+tags format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of reading and comparing.
 
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
     numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3 =
@@ -10,8 +9,7 @@ What equal means (`grade`). Prediction and gold are parsed by the same rules.
     units     may be missing on one side. Two different units differ. Nothing is converted.
     names     may be missing on one side (x = 3, x \in S). Two different names differ.
     choices   a letter in any usual wrapper (B, (B), B. red, option B), or the text of the option.
-    lists     of numbers and sets in any order, of words, tuples and intervals in theirs. \pm is two
-              answers. x > 3 = (3, \infty).
+    lists     numbers and sets in any order; words, tuples, intervals in theirs. x > 3 = (3, \infty).
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
     the rest  by algebra (math-verify): 2\sqrt{3} = \sqrt{12}, 2x - y = 1 as y = 2x - 1.
 A miss costs less than a false reward: a doubtful answer is wrong.
@@ -21,8 +19,7 @@ Model text is never executed. The rules take linear time. Algebra runs in a proc
 most 2 s, in any thread or process. The first formula also starts the worker that forks these
 processes: one or two seconds more. Needs os.fork (Linux, macOS), and math-verify for algebra.
 
-N = P*G completions (P prompts, G responses each). Rewards have TRL's signature: lists of N in,
-lists of N floats out.
+Rewards have TRL's signature: lists of N = P*G completions (P prompts, G responses) -> N floats.
 
 >>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
 >>> accuracy_reward(completions, answer=["11", "11", "11"]), format_reward(completions)
@@ -34,6 +31,7 @@ lists of N floats out.
 import difflib
 import importlib.util
 import json
+import logging
 import math
 import os
 import re
@@ -56,7 +54,6 @@ Completion = str | list[dict]  # plain text, or TRL's conversational list of mes
 # ------------------------------------------------------------------------------------ 1. extraction
 
 MAX_CHARS = 512  # a longer answer is wrong; below Python's lowest limit on the digits of an int
-
 _BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{")  # two backslashes where the model escaped one
 _BRACE = re.compile(_BOX.pattern + r"|\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _TAG = re.compile(r"</?(?:think|answer)>")
@@ -68,8 +65,7 @@ _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]
 
 def _last_box(text: str) -> str | None:
     """Content of the balanced box that opens last (of nested boxes: the inner one). Linear time."""
-    open_braces = []  # where a box's content starts, -1 for a brace that is no box
-    start, end = -1, -1
+    open_braces, start, end = [], -1, -1  # where a box's content starts, -1 for another brace
     for token in _BRACE.finditer(text):
         if token[0] == "}" and open_braces:
             start, end = max((start, end), (open_braces.pop(), token.start()))
@@ -79,7 +75,6 @@ def _last_box(text: str) -> str | None:
 
 
 def _last_tag(text: str) -> str | None:
-    """Content of the last closed <answer>...</answer>."""
     closed = [part for part in text.split("</answer>")[:-1] if "<answer>" in part]
     return closed[-1].rpartition("<answer>")[2] if closed else None
 
@@ -191,8 +186,7 @@ def _normalise(text: str) -> str:
     # no spaces at signs, but at commas: "1, 234" is a pair
     text = re.sub(r" (?=\\)| ?([-+*/=^_{()<>|]) ?| ?(\}) ?(?![a-zA-Z ])| (?=\})", r"\1\2", text)
     text = text.strip().removeprefix("**").removesuffix("**").strip()  # Markdown bold
-    text = re.sub(r"""^(["'`])(.*)\1$""", r"\2", text)
-    text = text.removesuffix(".").rstrip()
+    text = re.sub(r"""^(["'`])(.*)\1$""", r"\2", text).removesuffix(".").rstrip()
     return _LEAD.sub("", text, count=1).strip() if _LEAD.match(text) else text
 
 
@@ -619,7 +613,6 @@ class Comparison:
         return False
 
     def same_collection(self, a: Parsed, b: Parsed) -> bool:
-        """Lists, tuples, intervals, sets, unions and matrices."""
         kinds, notes = {a.kind, b.kind}, {a.note, b.note}
         ordered = bool(kinds & {"tuple", "interval", "matrix"})
         if "union" in kinds and (ordered or "set" in kinds):
@@ -647,7 +640,6 @@ class Comparison:
         return True
 
     def same_formula(self, a: Parsed, b: Parsed) -> bool:
-        """A formula against another one, a number, a text or anything else."""
         other = a if b.kind == "formula" else b
         units = {a.note, b.note} - {""}
         glued = [re.sub(r"(?<=[_^])\{(\w)\}", r"\1", x.raw) for x in (a, b)]
@@ -703,9 +695,7 @@ def grade(
         except ValueError as error:
             raise ValueError(f"gold answer {kind} cannot be parsed: {error}") from error
     if not isinstance(answer, str):
-        raise ValueError(
-            f"gold answer {answer!r:.80} cannot be parsed: {kind} is no number or text"
-        )
+        raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: its type is {kind}")
     gold = gold_answer(answer)
     if prediction is None:
         return False
@@ -745,7 +735,6 @@ def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: in
 # -------------------------------------------------------------- 6. algebra, in a process of its own
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
-EQUAL = 77  # exit code of a process that found two answers equal
 _WARM_UP = [
     (r"2\sqrt{3}", r"\sqrt{12}"), ("(x+1)^2", "x^2+2x+1"), ("2x>6", "x>3"), (r"\log_2 8", "3"),
     (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}"), (r"e^{x+1}", r"e\cdot e^x"),
@@ -761,9 +750,7 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 
     if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
         return False
-    plain = NormalizationConfig(
-        basic_latex=True, malformed_operators=True, nits=True, units=False, boxed="none"
-    )
+    plain = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
     expressions = []
     for text in (a, b):
@@ -791,8 +778,6 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 
 def _answer_questions() -> None:
     """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
-    import logging
-
     logging.disable()  # math-verify warns that its own time limits are off
     for pair in _WARM_UP:  # fills the caches that the processes forked from now on start with
         _sympy_equal(*pair, None)
@@ -804,9 +789,9 @@ def _answer_questions() -> None:
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # kills it inside of a multiplication
             signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
             equal = Comparison(precision, _sympy_equal).right(prediction, gold, choices)
-            os._exit(EQUAL if equal else 0)
+            os._exit(77 if equal else 0)  # a code that nothing else exits with
         _, status = os.waitpid(child, 0)
-        print(int(os.waitstatus_to_exitcode(status) == EQUAL), flush=True)
+        print(int(os.waitstatus_to_exitcode(status) == 77), flush=True)
 
 
 class _Worker:
@@ -871,7 +856,7 @@ def accuracy_reward(
     prose: bool = False,
     **columns,
 ) -> list[float]:
-    """1 where the answer equals the gold answer (`grade`), else 0. prose: in words, too.   N -> N"""
+    """1 where the answer equals the gold answer (`grade`), else 0. prose: also unboxed.   N -> N"""
     N = len(completions)
     choices, precision = choices or [None] * N, precision or [None] * N
     for name, column in (("answer", answer), ("choices", choices), ("precision", precision)):
@@ -904,7 +889,6 @@ def format_reward(completions: list[Completion], **columns) -> list[float]:
 
 
 def _text(completion: Completion) -> str:
-    """The text of a completion: of a conversational one, the content of its last message."""
     match completion:
         case str(text) | [*_, {"content": str(text)}]:
             return text
@@ -958,7 +942,7 @@ def load_reward(spec: str, built_in: dict = BUILT_IN) -> tuple[str, Callable, fl
         number = math.nan
     if not path and name not in built_in:
         nearest = difflib.get_close_matches(name, built_in, n=1, cutoff=0)[0]
-        known = f"{', '.join(built_in)} and file.py:function"
+        known = ", ".join([*built_in, "file.py:function"])
         raise ValueError(f"reward {spec!r}: the nearest name is {nearest}, known are {known}")
     if path and not os.path.isfile(path):
         raise ValueError(f"reward {spec!r}: there is no file {path}")
@@ -980,12 +964,11 @@ def total_reward(
 ) -> dict[str, list[float]]:
     """reward_i = sum_k w_k r_k,i, with each r_k under its own name.   N, N -> {name: N}
 
-    A reward that raises, or returns anything but N finite numbers, is a RuntimeError that names the
-    reward, the completion and, with a column `row`, its row of the data set. Never a silent 0.
+    RuntimeError where a reward raises or returns anything but N finite numbers. It names the
+    reward, the completion and, with a column `row`, its row of the data set.
     """
     columns = columns | {"answer": answer}
-    scores = {}
-    totals = [0.0] * len(completions)
+    scores, totals = {}, [0.0] * len(completions)
     for name, (function, weight) in rewards.items():
         scores[name] = _checked(name, function, completions, columns)
         totals = [total + weight * r for total, r in zip(totals, scores[name], strict=True)]
