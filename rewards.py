@@ -9,7 +9,7 @@ What equal means (`grade`). Prediction and gold are parsed by the same rules.
     units     may be missing on one side. Two different units differ. Nothing is converted.
     names     may be missing on one side (x = 3, x \in S). Two different names differ.
     choices   a letter in any usual wrapper (B, (B), B. red, option B), or the text of the option.
-    lists     numbers and sets in any order; words, tuples, intervals in theirs. x > 3 = (3, \infty).
+    lists     numbers and sets in any order, words, tuples, intervals in order. x>3 = (3, \infty).
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
     the rest  by algebra (math-verify): 2\sqrt{3} = \sqrt{12}, 2x - y = 1 as y = 2x - 1.
 A miss costs less than a false reward: a doubtful answer is wrong.
