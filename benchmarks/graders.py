@@ -1,14 +1,15 @@
-r"""rewards.py beside two public graders, math-verify and mathruler, on the tables of tests/grading_cases.py.
+r"""rewards.py beside two public graders, math-verify and mathruler, on tests/grading_cases.py.
 
     pip install math-verify==0.9.0 mathruler==0.1.0 pylatexenc tqdm
-    python -m benchmarks.graders          # prints the table, writes benchmarks/graders.json; minutes on one core
-    python -m benchmarks.tables           # then writes docs/grading.md anew
+    python -m benchmarks.graders      # prints the table, writes graders.json; minutes on one core
+    python -m benchmarks.tables       # then writes docs/grading.md anew
 
-Each grader gets a gold and a prediction as its users give them: math-verify both in \boxed{}, with its own extraction
-and time limits; mathruler (`grade_answer`) the bare strings. The public ones run in a process of their own, which is
-ended and counted as hung after 10 s on one case, and as crashed when it ends itself: such a case counts as wrong. They
-know no choices list and no precision: those two tables are counted apart. The hostile completions are for ours alone:
-with math-verify's own alarms they did not end in 6 minutes.
+Each grader gets a gold and a prediction as its users give them: math-verify both in \boxed{}, with
+its own extraction and time limits; mathruler (`grade_answer`) the bare strings. The public graders
+run in a process of their own. It is ended after 10 s on one case, which counts as hung. A process
+that ends itself has crashed. Both count as wrong. The public graders know no choices list and no
+precision, so these two tables are counted apart. Only rewards.py gets the hostile completions:
+math-verify with its own alarms did not finish them in 6 minutes.
 """
 
 import importlib.metadata
@@ -44,84 +45,83 @@ def mathruler_bare(gold: str, prediction: str) -> bool:
 
 
 def serve(compare, pipe) -> None:
-    """A child: a verdict for each pair that comes."""
-    os.dup2(
-        os.open(os.devnull, os.O_WRONLY), 2
-    )  # math-verify logs each of its own timeouts, with the whole text
+    """A child process: a verdict for each pair that comes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # math-verify logs its timeouts with all the text
     compare("1", "1")  # imports
     pipe.send(None)
     while True:
         pipe.send(bool(compare(*pipe.recv())))
 
 
+def start_child(compare) -> tuple:
+    context = multiprocessing.get_context("spawn")
+    pipe, its_pipe = context.Pipe()
+    child = context.Process(target=serve, args=(compare, its_pipe), daemon=True)
+    child.start()
+    its_pipe.close()
+    pipe.recv()
+    return child, pipe
+
+
 def judge(compare, pairs: list[tuple[str, str]]) -> list[tuple[bool | str, float]]:
-    """Verdicts ("hung" or "crashed" where there is none) and seconds of a public grader, in a child."""
-    context, child, out = multiprocessing.get_context("spawn"), None, []
+    """Verdicts ("hung" or "crashed" where there is none) and seconds of a public grader."""
+    child, verdicts = None, []
     for pair in pairs:
         if child is None:
-            pipe, theirs = context.Pipe()
-            child = context.Process(target=serve, args=(compare, theirs), daemon=True)
-            child.start()
-            theirs.close()
-            pipe.recv()
+            child, pipe = start_child(compare)
         start = time.monotonic()
         try:
             pipe.send(pair)
             verdict = pipe.recv() if pipe.poll(LIMIT) else "hung"
         except (EOFError, BrokenPipeError):
             verdict = "crashed"
-        out.append((verdict, time.monotonic() - start))
+        verdicts.append((verdict, time.monotonic() - start))
         if not isinstance(verdict, bool):
             child.kill()
             child.join()
             child = None
-    return out
+    return verdicts
 
 
 def cases() -> list[tuple]:
     """(kind, gold, prediction, choices, precision, verdict of the table) of every case."""
-    rows = [
-        (kind, gold, None, None, *answers)
-        for kind, table in GRADES.items()
-        for gold, *answers in table
-    ]
-    rows += [
-        ("with a choices list", gold, choices, None, *answers)
-        for gold, choices, *answers in CHOICES
-    ]
-    rows += [
-        ("with a precision", gold, None, precision, *answers)
-        for gold, precision, *answers in PRECISION
-    ]
-    return [
-        (kind, gold, prediction, choices, precision, verdict)
-        for kind, gold, choices, precision, right, wrong in rows
-        for verdict, predictions in ((True, right), (False, wrong))
-        for prediction in predictions
-    ]
+    rows = []
+    for kind, table in GRADES.items():
+        rows += [(kind, gold, None, None, *answers) for gold, *answers in table]
+    for gold, choices, *answers in CHOICES:
+        rows.append(("with a choices list", gold, choices, None, *answers))
+    for gold, precision, *answers in PRECISION:
+        rows.append(("with a precision", gold, None, precision, *answers))
+    found = []
+    for kind, gold, choices, precision, right, wrong in rows:
+        found += [(kind, gold, prediction, choices, precision, True) for prediction in right]
+        found += [(kind, gold, prediction, choices, precision, False) for prediction in wrong]
+    return found
+
+
+def timed(function, *arguments) -> tuple[bool, float]:
+    """(verdict, seconds). A gold that is too long is an error in the data: no reward."""
+    start = time.monotonic()
+    try:
+        verdict = function(*arguments)
+    except ValueError:
+        verdict = False
+    return verdict, time.monotonic() - start
 
 
 def ours(table: list[tuple]) -> list[tuple[bool, float]]:
     rewards.grade(r"2\sqrt{3}", r"\sqrt{12}")  # the worker has started
-    out = []
+    verdicts = []
     for _, gold, prediction, choices, precision, _ in table:
-        start = time.monotonic()
-        out.append((rewards.grade(prediction, gold, choices, precision), time.monotonic() - start))
-    return out
+        verdicts.append(timed(rewards.grade, prediction, gold, choices, precision))
+    return verdicts
 
 
 def hostile() -> dict:
-    """Ours on the hostile completions, none of which may be rewarded. (math-verify alone would need many minutes.)"""
+    """rewards.py on the hostile completions, none of which may be rewarded."""
     verdicts = []
     for completion, gold in HOSTILE.values():
-        start = time.monotonic()
-        try:
-            verdict = rewards.grade(rewards.extract_answer(completion), gold)
-        except (
-            ValueError
-        ):  # a gold longer than any answer may be is an error in the data, whatever the prediction
-            verdict = False
-        verdicts.append((verdict, time.monotonic() - start))
+        verdicts.append(timed(rewards.grade, rewards.extract_answer(completion), gold))
     return {"n": len(HOSTILE), "graders": {"rewards.py": count([False] * len(HOSTILE), verdicts)}}
 
 
@@ -139,11 +139,10 @@ def count(table: list[bool], verdicts: list[tuple[bool | str, float]]) -> dict:
     }
 
 
-# Why a public grader and ours disagree, the first that fits: name, kinds of case ("": any), pattern of the prediction
-# (None: any), and our verdict (None: either).
-_ALGEBRA = (
-    "latex roots, latex powers, latex trig and logs, latex pi and e, latex polynomial, latex other"
-)
+# Why a public grader and ours disagree; the first row that fits: name, kinds of case ("": any),
+# pattern of the prediction (None: any), our verdict (None: either).
+_ALGEBRA = "latex roots, latex powers, latex trig and logs, latex pi and e, latex polynomial"
+_ALGEBRA += ", latex other"
 REASONS = [
     ("decimals for an exact value", "", r"-?[0-9]*\.[0-9]{5,}", False),
     ("characters instead of commands", "", r".*[−×÷·√π∞≤≥≠½²³⁰-⁻₀-₉∪∠△θαβ∈∅].*", True),
@@ -152,7 +151,8 @@ REASONS = [
     ("final dot", "number, separators, decimal, fraction, wrappers", r".*\.", True),
     ("decoration", "wrappers", None, True),
     ("not the number that is shown", "wrappers", None, False),
-    ("another unit", "percent, currency, degree, unit, angle names", r".*[0-9})] ?(?:[a-z\\^$€£%].*)", False),
+    ("another unit", "percent, currency, degree, unit, angle names",
+     r".*[0-9})] ?(?:[a-z\\^$€£%].*)", False),
     ("the same unit, or none", "percent, currency, degree, unit", None, True),
     ("digits and commas", "number, separators, currency", None, None),
     ("unreduced and mixed numbers", "number, decimal, fraction, mixed number, percent", None, None),
@@ -185,45 +185,40 @@ def reason(kind: str, prediction: str, verdict: bool) -> str:
 
 def report(table: list[tuple], verdicts: dict[str, list], of_hostile: dict) -> dict:
     """What goes into the json."""
-    versions = {name: importlib.metadata.version(name) for name in NAMES[1:]}
-    out = {
-        "versions": versions,
-        "limit": LIMIT,
-        "kinds": {},
-        "reasons": {},
-        "hostile": of_hostile,
-        "disagreements": [],
-    }
-    plain = [i for i, case in enumerate(table) if case[0] in GRADES]
-    groups = {
-        kind: [i for i, case in enumerate(table) if case[0] == kind]
-        for kind in dict.fromkeys(c[0] for c in table)
-    }
-    for kind, rows in ({"all": plain} | groups).items():
+    rows_of = {"all": [i for i, case in enumerate(table) if case[0] in GRADES]}
+    for i, case in enumerate(table):
+        rows_of.setdefault(case[0], []).append(i)
+    kinds, reasons, disagreements = {}, {}, []
+    for kind, rows in rows_of.items():
         expected = [table[i][-1] for i in rows]
         figures = {name: count(expected, [verdicts[name][i] for i in rows]) for name in NAMES}
-        out["kinds"][kind] = {"n": len(rows), "wrong": expected.count(False), "graders": figures}
+        kinds[kind] = {"n": len(rows), "wrong": expected.count(False), "graders": figures}
     for i, (kind, gold, prediction, _, _, expected) in enumerate(table):
         we, *public = (verdicts[name][i][0] for name in NAMES)
         if we != expected or expected not in public:
-            out["disagreements"].append([kind, gold, prediction, expected, we, *public])
+            disagreements.append([kind, gold, prediction, expected, we, *public])
         if kind in GRADES and set(public) != {we}:
             empty = {"example": [gold, prediction], "accepts": [0, 0], "refuses": [0, 0]}
-            row = out["reasons"].setdefault(reason(kind, prediction, we), empty)
+            row = reasons.setdefault(reason(kind, prediction, we), empty)
             for j, theirs in enumerate(public):
                 row["refuses" if we else "accepts"][j] += theirs is not we
-    return out
+    return {
+        "versions": {name: importlib.metadata.version(name) for name in NAMES[1:]},
+        "limit": LIMIT,
+        "kinds": kinds,
+        "reasons": reasons,
+        "hostile": of_hostile,
+        "disagreements": disagreements,
+    }
 
 
 def show(result: dict) -> None:
     print(f"{'kind':24}{'n':>5}" + "".join(f"{name:>13} +   -    s" for name in NAMES))
     for kind, row in {**result["kinds"], "hostile": result["hostile"]}.items():
         cells = [f"{kind:24}{row['n']:5}"]
-        for name in NAMES:
-            if x := row["graders"].get(name):
-                cells.append(
-                    f"{x['right'] / row['n']:13.1%}{x['false positives']:4}{x['false negatives']:4}{x['slowest']:5.1f}"
-                )
+        for figures in row["graders"].values():
+            errors = f"{figures['false positives']:4}{figures['false negatives']:4}"
+            cells.append(f"{figures['right'] / row['n']:13.1%}{errors}{figures['slowest']:5.1f}")
         print(" ".join(cells))
 
 

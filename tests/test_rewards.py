@@ -1,7 +1,7 @@
-r"""rewards.py: what is found in a completion, what equals what, what the format is, and that nothing can hurt.
+r"""rewards.py: what is found in a completion, what equals what, the format, and that nothing hurts.
 
-Of the tables, at least a third are wrong answers that look right. Tests named test_trap_NN guard against a failure
-seen in other projects.
+At least a third of the tables' rows are wrong answers that look right. Tests named test_trap_NN
+guard against a failure seen in other projects.
 """
 
 import inspect
@@ -39,119 +39,85 @@ relaxed = settings(deadline=None)  # hypothesis would count wall time; see secon
 
 # What a teacher would accept and the rules do not: a miss costs less than a false reward.
 MISSES = {
-    (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"), ("42", "4{2}"),
-    (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"), ("xy", "x y"), ("1<x\\le 2", r"x>1 \text{ and } x\le 2"),
-    ("-1<k<4", r"k>-1\text{ and }k<4"),
+    (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"),
+    ("42", "4{2}"), (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"), ("xy", "x y"),
+    ("1<x\\le 2", r"x>1 \text{ and } x\le 2"), ("-1<k<4", r"k>-1\text{ and }k<4"),
 }  # fmt: skip
-CASES = [
-    (kind, prediction, gold, None, None, verdict)
-    for kind, rows in GRADES.items()
-    for gold, right, wrong in rows
-    for verdict, predictions in ((True, right), (False, wrong))
-    for prediction in predictions
-] + [
-    (name, prediction, gold, choices, precision, verdict)
-    for name, table in (
-        ("choices", [(g, c, None, *x) for g, c, *x in CHOICES]),
-        ("precision", [(g, None, p, *x) for g, p, *x in PRECISION]),
-    )
-    for gold, choices, precision, right, wrong in table
-    for verdict, predictions in ((True, right), (False, wrong))
-    for prediction in predictions
-]
-CASES_BY_KIND = {
-    kind: [case for case in CASES if case[0] == kind] for kind in dict.fromkeys(c[0] for c in CASES)
-}
 
-OWN_EXTRACTIONS = [
-    (r"so \boxed{11}", "11"),
-    (r"\boxed{ \frac{1}{2} } done", r"\frac{1}{2}"),
-    (r"\fbox{B}", "B"),
-    (r"\boxed {7}", "7"),
-    (r"\\boxed{7}", "7"),  # the model escaped its backslash
-    ("line\\\\\\boxed{7}", "7"),  # a LaTeX line break before the box
-    (r"\boxed{1}, no, \boxed{2}", "2"),
-    (r"\boxed{3} and then \boxed{4", "3"),  # the last one is cut off
-    (r"\boxed{a \boxed{3}", "3"),
-    (r"\boxed{\boxed{3}}", "3"),
-    (r"\boxed{\text{is } \boxed{3}}", "3"),
-    (r"{ \boxed{3 }} }", "3"),
-    (r"} } \boxed{3}", "3"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-    (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
-    ("\\boxed{1\n+ 2}", "1\n+ 2"),
-    (r"\boxed{3} then \boxed{}", ""),
+
+def all_cases() -> list[tuple]:
+    """(kind, prediction, gold, choices, precision, verdict) of every row of the tables."""
+    rows = [("choices", gold, choices, None, *answers) for gold, choices, *answers in CHOICES]
+    rows += [("precision", gold, None, digits, *answers) for gold, digits, *answers in PRECISION]
+    for kind, table in GRADES.items():
+        rows += [(kind, gold, None, None, *answers) for gold, *answers in table]
+    cases = []
+    for kind, gold, choices, precision, right, wrong in rows:
+        cases += [(kind, prediction, gold, choices, precision, True) for prediction in right]
+        cases += [(kind, prediction, gold, choices, precision, False) for prediction in wrong]
+    return cases
+
+
+def by_kind(rows: list[tuple]) -> dict[str, list]:
+    """{kind: rows}: the kind is what stands before ":" in a row's first item."""
+    kinds = {}
+    for row in rows:
+        kinds.setdefault(row[0].split(":")[0], []).append(row)
+    return kinds
+
+
+CASES = all_cases()
+CASES_BY_KIND = by_kind(CASES)
+
+OWN_EXTRACTIONS = [  # (completion, what is extracted)
+    (r"so \boxed{11}", "11"), (r"\boxed{ \frac{1}{2} } done", r"\frac{1}{2}"), (r"\fbox{B}", "B"),
+    (r"\boxed {7}", "7"), (r"\\boxed{7}", "7"), ("line\\\\\\boxed{7}", "7"),
+    (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{3} and then \boxed{4", "3"),
+    (r"\boxed{a \boxed{3}", "3"), (r"\boxed{\boxed{3}}", "3"),
+    (r"\boxed{\text{is } \boxed{3}}", "3"), (r"{ \boxed{3 }} }", "3"), (r"} } \boxed{3}", "3"),
+    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+    ("\\boxed{1\n+ 2}", "1\n+ 2"), (r"\boxed{3} then \boxed{}", ""),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
-    (
-        r"<think>\boxed{1}</think> <answer>2</answer>",
-        "2",
-    ),  # a box in the thinking does not beat a tag after it
-    (r"<think>\boxed{1}</think> so two", "1"),  # nothing after the thinking: the thinking is read
-    (r"<think>a</think>\boxed{1}</think> \boxed{2", "1"),
-    (r"a</think> \boxed{1} </think> <answer>2</answer>", "2"),
-    (r"\boxed{1</think>2}", None),  # a box does not reach across
-    (r"<answer>2</answer>", "2"),
-    ("<answer>\n 2 \n</answer>", "2"),
-    (r"<answer>1</answer><answer>2</answer>", "2"),
-    (r"<answer>1<answer>2</answer>", "2"),
-    (r"<answer>2</answer> </answer>", "2"),
-    (r"<answer>1</answer> <answer>2", "1"),
-    (r"<answer>so \boxed{5}</answer>", "5"),
-    (r"\boxed{5} <answer>6</answer>", "5"),  # a box before a tag
-    (r"\boxed{5 <answer>6</answer>", "6"),
-    ("<answer></answer>", ""),
-    ("The answer is 11.", None),  # bare prose is not read
-    ("11", None),
-    (r"\boxed 11", None),
-    (r"boxed{11}", None),
-    (r"\boxed\{11\}", None),
-    (r"\unboxed{11}", None),
-    ("<answer>11", None),
-    ("</answer>11<answer>", None),
-    ("<Answer>11</Answer>", None),
-    ("", None),
-]
+    (r"<think>\boxed{1}</think> <answer>2</answer>",         "2"),
+    (r"<think>\boxed{1}</think> so two", "1"), (r"<think>a</think>\boxed{1}</think> \boxed{2", "1"),
+    (r"a</think> \boxed{1} </think> <answer>2</answer>", "2"), (r"\boxed{1</think>2}", None),
+    (r"<answer>2</answer>", "2"), ("<answer>\n 2 \n</answer>", "2"),
+    (r"<answer>1</answer><answer>2</answer>", "2"), (r"<answer>1<answer>2</answer>", "2"),
+    (r"<answer>2</answer> </answer>", "2"), (r"<answer>1</answer> <answer>2", "1"),
+    (r"<answer>so \boxed{5}</answer>", "5"), (r"\boxed{5} <answer>6</answer>", "5"),
+    (r"\boxed{5 <answer>6</answer>", "6"), ("<answer></answer>", ""), ("The answer is 11.", None),
+    ("11", None), (r"\boxed 11", None), (r"boxed{11}", None), (r"\boxed\{11\}", None),
+    (r"\unboxed{11}", None), ("<answer>11", None), ("</answer>11<answer>", None),
+    ("<Answer>11</Answer>", None), ("", None),
+]  # fmt: skip
 
-OWN_FORMATS = [
+OWN_FORMATS = [  # (completion, format reward)
     (r"<think>3 + 8</think> \boxed{11}", 1),
     ("<think>\n3 + 8\n</think>\n\nThe answer is \\boxed{11}.\n", 1),
-    (r"<think></think>\boxed{11}", 1),
-    (r"<think>not \boxed{12}</think> \boxed{\frac{1}{2}}", 1),
+    (r"<think></think>\boxed{11}", 1), (r"<think>not \boxed{12}</think> \boxed{\frac{1}{2}}", 1),
     ("<think>3 + 8</think> <answer>11</answer>", 1),
-    ("\n<think>3 + 8</think>\n<answer>\n11\n</answer>\n", 1),
-    (r"\boxed{11}", 0),
-    (r"3 + 8 \boxed{11}", 0),
-    (r"<think>3 + 8 \boxed{11}", 0),
-    (r"3 + 8</think> \boxed{11}", 0),
-    (r"<think>3 + 8 \boxed{11}</think>", 0),
-    (r"<think>3 + 8 \boxed{11}</think> 11", 0),
-    (r"So <think>3 + 8</think> \boxed{11}", 0),
-    (r"</think>3 + 8<think> \boxed{11}", 0),
+    ("\n<think>3 + 8</think>\n<answer>\n11\n</answer>\n", 1), (r"\boxed{11}", 0),
+    (r"3 + 8 \boxed{11}", 0), (r"<think>3 + 8 \boxed{11}", 0), (r"3 + 8</think> \boxed{11}", 0),
+    (r"<think>3 + 8 \boxed{11}</think>", 0), (r"<think>3 + 8 \boxed{11}</think> 11", 0),
+    (r"So <think>3 + 8</think> \boxed{11}", 0), (r"</think>3 + 8<think> \boxed{11}", 0),
     (r"<think>3</think><think>8</think> \boxed{11}", 0),
     (r"<think>3<think>8</think></think> \boxed{11}", 0),
     (r"<think>3</think> \boxed{11} </think>", 0),
     (r"<think>3</think> \boxed{11} <think>8</think>", 0),
-    (r"<think>3</think> \boxed{10} \boxed{11}", 0),
-    (r"<think>3</think> \boxed{\boxed{11}}", 0),
-    (r"<think>3</think> \boxed{11} \boxed{1", 0),
-    (r"<think>3</think> \boxed{11", 0),
-    (r"<think>\boxed{11}</think> \boxed{11", 0),
-    (r"<think>3</think> \boxed{ }", 0),
-    ("<think>3</think> <answer> </answer>", 0),
-    ("<think>3</think> <answer>11", 0),
-    ("<think>3</think> so <answer>11</answer>", 0),
-    ("<think>3</think> <answer>11</answer> so", 0),
+    (r"<think>3</think> \boxed{10} \boxed{11}", 0), (r"<think>3</think> \boxed{\boxed{11}}", 0),
+    (r"<think>3</think> \boxed{11} \boxed{1", 0), (r"<think>3</think> \boxed{11", 0),
+    (r"<think>\boxed{11}</think> \boxed{11", 0), (r"<think>3</think> \boxed{ }", 0),
+    ("<think>3</think> <answer> </answer>", 0), ("<think>3</think> <answer>11", 0),
+    ("<think>3</think> so <answer>11</answer>", 0), ("<think>3</think> <answer>11</answer> so", 0),
     ("<think>3</think> <answer>10</answer><answer>11</answer>", 0),
     ("<think>3</think> <answer><answer>11</answer></answer>", 0),
     ("<think>3 <answer>11</answer></think>", 0),
     (r"<think>3 <answer>11</answer></think> \boxed{11}", 0),
     (r"<think>3</think> <answer>\boxed{11}</answer>", 0),
     (r"<think>3</think> \boxed{11} <answer>11</answer>", 0),
-    ("<answer>11</answer><think>3</think>", 0),
-    (r"<Think>3</Think> \boxed{11}", 0),
-    ("<think>3</think>", 0),
-    ("", 0),
-]
+    ("<answer>11</answer><think>3</think>", 0), (r"<Think>3</Think> \boxed{11}", 0),
+    ("<think>3</think>", 0), ("", 0),
+]  # fmt: skip
 
 HOSTILE = {
     "100k open braces": "{" * 100_000,
@@ -223,12 +189,8 @@ def test_grade(kind):
     """No false reward anywhere; no miss but the listed ones; in both families of wrappers."""
     for _, prediction, gold, choices, precision, verdict in CASES_BY_KIND[kind]:
         expected = verdict and (gold, prediction) not in MISSES
-        assert grade(prediction, gold, choices, precision) is expected, (
-            prediction,
-            gold,
-            choices,
-            precision,
-        )
+        row = (prediction, gold, choices, precision)
+        assert grade(*row) is expected, row
 
 
 def test_the_misses_are_these():
@@ -366,15 +328,9 @@ def test_grade_is_symmetric(one, other):
 
 
 WRAPPERS = [
-    "  %s\n",
-    "$%s$",
-    r"\(%s\)",
-    r"\[%s\]",
-    r"\boxed{%s}",
-    "<answer> %s </answer>",
-    "%s.",
+    "  %s\n", "$%s$", r"\(%s\)", r"\[%s\]", r"\boxed{%s}", "<answer> %s </answer>", "%s.",
     r"$\displaystyle %s$",
-]
+]  # fmt: skip
 PLAIN = [
     case
     for case in CASES
@@ -390,8 +346,8 @@ def test_spaces_and_wrappers_change_no_verdict(case, wrapper):
     assert grade(wrapper.replace("%s", prediction), gold, choices, precision) is same
 
 
-PIECES = [r"\boxed{", r"\fbox", "{", "}", "<answer>", "</answer>", "<think>", "</think>", r"\text{", r"\frac", "1", ",",
-          "\\", "$", "9" * 50]  # fmt: skip
+PIECES = [r"\boxed{", r"\fbox", "{", "}", "<answer>", "</answer>", "<think>", "</think>"]
+PIECES += [r"\text{", r"\frac", "1", ",", "\\", "$", "9" * 50]
 
 
 @relaxed
@@ -421,9 +377,7 @@ def test_hostile_completions_are_wrong_and_fast(hostile, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing was executed
 
 
-HOSTILE_KINDS = {kind: [] for kind in dict.fromkeys(name.split(":")[0] for name in HOSTILE_CASES)}
-for name, case in HOSTILE_CASES.items():
-    HOSTILE_KINDS[name.split(":")[0]].append((name, *case))
+HOSTILE_KINDS = by_kind([(name, *case) for name, case in HOSTILE_CASES.items()])
 
 
 @pytest.mark.parametrize("kind", HOSTILE_KINDS)
@@ -497,11 +451,13 @@ def test_grading_needs_no_main_thread():
 
 
 UNPARSEABLE = [
-    ("", "empty"), ("   ", "empty"), ("$$", "empty"), (".", "empty"), (r"\text{}", "empty"), (r"\boxed{}", "empty"),
-    ("<answer> </answer>", "empty"), ("1/0", "1/0"), (r"\frac{3}{0}", "1/0"), ("x" * 600, "512"), ("9" * 9000, "512"),
-    (r"\frac{1}{2", "balanced"), ("a}{b", "balanced"), (r"\boxed{3", "balanced"), ("a\\", "balanced"),
-    ("x</think>3", "balanced"), (None, "NoneType"), (["11"], "list"), ({"answer": 11}, "dict"), (True, "bool"),
-    (b"11", "bytes"), (1j, "complex"), (float("nan"), "nan"), (float("inf"), "inf"), (-float("inf"), "inf"),
+    ("", "empty"), ("   ", "empty"), ("$$", "empty"), (".", "empty"), (r"\text{}", "empty"),
+    (r"\boxed{}", "empty"), ("<answer> </answer>", "empty"), ("1/0", "1/0"),
+    (r"\frac{3}{0}", "1/0"), ("x" * 600, "512"), ("9" * 9000, "512"), (r"\frac{1}{2", "balanced"),
+    ("a}{b", "balanced"), (r"\boxed{3", "balanced"), ("a\\", "balanced"),
+    ("x</think>3", "balanced"), (None, "NoneType"), (["11"], "list"), ({"answer": 11}, "dict"),
+    (True, "bool"), (b"11", "bytes"), (1j, "complex"), (float("nan"), "nan"), (float("inf"), "inf"),
+    (-float("inf"), "inf"),
 ]  # fmt: skip
 
 
@@ -555,7 +511,7 @@ def test_trap_17_every_gold_can_be_earned_in_both_families(gold):
 
 
 def test_trap_17_right_answers_outside_of_box_and_tags_earn_nothing():
-    """The reward alone cannot see the prompt: this zero is what the trainer's check of its first steps reports."""
+    """The reward cannot see the prompt; the check of the first steps reports this zero."""
     completions = ["11", "The answer is 11.", "<think>3 + 8</think> 11", "**11**", "$11$"]
     assert total_reward(completions, ["11"] * 5)["reward"] == [0.0] * 5
 
@@ -592,8 +548,9 @@ def test_trl_calls_the_rewards(conversational):
         prompts = [[{"role": "user", "content": p}] for p in prompts]
         texts = [[{"role": "assistant", "content": t}] for t in texts]
     trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(device="cpu", is_main_process=True), reward_funcs=[accuracy_reward, format_reward],
-        reward_processing_classes=[None, None], reward_func_names=["accuracy_reward", "format_reward"],
+        accelerator=SimpleNamespace(device="cpu", is_main_process=True),
+        reward_funcs=[accuracy_reward, format_reward], reward_processing_classes=[None, None],
+        reward_func_names=["accuracy_reward", "format_reward"],
         state=SimpleNamespace(global_step=0), args=SimpleNamespace(report_to=[]), environments=None,
         _log_completion_extra=None, _log_metric=None)  # fmt: skip
     result = GRPOTrainer._calculate_rewards(trainer, inputs, prompts, texts, [[1, 2]] * 4)
@@ -656,7 +613,7 @@ def test_a_reward_that_is_no_finite_number_is_an_error_that_names_the_row(value)
         return [value if a == "2" else 1.0 for a in answer]
 
     own = {"strange": (strange, 1.0)}
-    message = "the reward 'strange' failed on row 12, completion 'b': ValueError: it returned .* no finite number"
+    message = "reward 'strange' failed on row 12, completion 'b': ValueError: .* no finite number"
     with pytest.raises(RuntimeError, match=message):
         total_reward(["a", "b"], ["1", "2"], own, row=[11, 12])
 
@@ -683,17 +640,54 @@ def test_length_penalty_equals_trls(lengths):
             rewards.length_penalty(100, buffer)
 
 
-def test_loading_a_reward(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "FACTOR = 3\ndef size(completions, **columns): return [FACTOR] * len(completions)\n"
-    )
-    name, function, weight = rewards.load_reward(f"{tmp_path}/mine.py:size:0.25")
-    assert (name, weight, function(["a", "b"])) == ("size", 0.25, [3, 3])
-    assert rewards.load_reward(f"{tmp_path}/mine.py:size")[2] == 1.0
-    for spec in ("mine", f"{tmp_path}/mine.py", f"{tmp_path}/mine.py:other", f"{tmp_path}/mine.py:FACTOR", "no.py:f",
-                 f"{tmp_path}/mine.py:size:x"):  # fmt: skip
-        with pytest.raises(ValueError, match="reward .*: "):
-            rewards.load_reward(spec)
+def test_loading_rewards(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("FACTOR = 3\ndef size(completions, **columns): return [3] * len(completions)\n")
+    loaded = rewards.load_rewards(["accuracy:0.9", "format:0.1"], 100)
+    assert loaded == rewards.REWARDS and list(loaded) == ["accuracy", "format"]
+    specs = [f"{mine}:size:-0.25", "length_penalty:2", "format:0"]
+    loaded = rewards.load_rewards(specs, 100)
+    assert [(name, weight) for name, (_, weight) in loaded.items()] == [
+        ("size", -0.25), ("length_penalty", 2.0), ("format", 0.0)]  # fmt: skip
+    assert loaded["size"][0](["a", "b"]) == [3, 3]
+    ids = [[5] * n for n in (75, 80, 100)]
+    assert loaded["length_penalty"][0](["x"] * 3, completion_ids=ids) == [0.0, -0.2, -1.0]
+    assert rewards.load_rewards([f"{mine}:size"], 1)["size"][1] == 1.0
+    assert rewards.load_rewards(["length_penalty:1"], 1)  # the buffer is one token
+
+
+@pytest.mark.parametrize(
+    "specs, message",
+    [
+        ([], "no reward is given; the default is accuracy:0.9 format:0.1"),
+        (
+            ["acuracy:0.9"],
+            "'acuracy:0.9': the nearest name is accuracy, known are accuracy, format,",
+        ),
+        (["lenght:1"], "the nearest name is length_penalty"),
+        (["accuracy"], "the weight '' is no finite number"),
+        (["accuracy:x"], "the weight 'x' is no finite number"),
+        (["accuracy:nan"], "the weight 'nan' is no finite number"),
+        (["MINE:size:inf"], "the weight 'inf' is no finite number"),
+        (["MINE:size:1:2"], "the weight '1:2' is no finite number"),
+        (
+            ["accuracy:1", "format:1", "accuracy:2"],
+            "'accuracy:2': there is a reward called accuracy",
+        ),
+        (["MINE:size", "MINE:size:2"], "there is a reward called size already"),
+        (["MINE:reward"], "there is a reward called reward already"),
+        (["no.py:f"], "there is no file no.py"),
+        (["MINE"], "mine.py has no function ''"),
+        (["MINE:other"], "mine.py has no function 'other'"),
+        (["MINE:FACTOR"], "mine.py has no function 'FACTOR'"),
+    ],
+)
+def test_rewards_that_cannot_be_loaded(specs, message, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("FACTOR = 3\ndef size(completions, **_): return [1]\nreward = size\n")
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        rewards.load_rewards([spec.replace("MINE", str(mine)) for spec in specs], 100)
+    assert "\n" not in str(caught.value)
 
 
 # --- the process that does the algebra ---
@@ -782,7 +776,8 @@ def test_an_interrupted_question_does_not_shift_the_answers(delay):
 def test_a_process_with_many_open_files():
     code = f"""
 import resource, rewards
-resource.setrlimit(resource.RLIMIT_NOFILE, (3000, max(3000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])))
+hard = max(3000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+resource.setrlimit(resource.RLIMIT_NOFILE, (3000, hard))
 files = [open("/dev/null") for _ in range(1500)]
 print(rewards.grade(*{SAME!r}))
 """
@@ -810,7 +805,8 @@ def test_threads_and_forked_processes_ask_for_themselves():
 
 @pytest.mark.parametrize("end", ["", "os.kill(os.getpid(), 9)"])
 def test_the_worker_ends_with_its_parent(end):
-    code = f"import os, rewards; rewards.grade(*{SAME!r}); print(rewards._worker.process.pid, flush=True); {end}"
+    code = f"import os, rewards; rewards.grade(*{SAME!r}); "
+    code += f"print(rewards._worker.process.pid, flush=True); {end}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -830,27 +826,32 @@ def test_without_math_verify_the_command_is_named(monkeypatch):
         grade(fresh("x"), "2x")
 
 
-GAMES = [  # (prediction, gold): found by an attack on this grader; none may earn
-    ("2, 1", "x=1, y=2"), ("y=2, x=1", "(2,1)"), ("x=2 or x=1", "(2,1)"), ("2 hundred fifty", "200"),
-    ("3 eighths", "3"),
-    ("11 thousandths", "11"), ("5 millions", "5"), ("11 pairs", "11"), ("7 twice", "7"), ("3 in four", "3"),
-    ("5 below zero", "5"), ("5 negative", "5"), ("11 in binary", "11"), ("11 twelve", "11"), ("11 nope", "11"),
-    ("11 versus twelve", "11"), (r"\frac{n^2+n}{2} million", r"\frac{n(n+1)}{2}"), ("12 13", "25"), ("1 2", "3"),
-    ("12$13", "12"), ("x+1$x+2", "x+1"), ("12\u224513", "12"), (r"13\equiv 12", "12"), ("y=3x<>y=2x+1", "y=2x+1"),
-    ("x-3>0 is wrong", "x>3"), (r"x\ne0 is wrong", r"\mathbb{R}\setminus\{0\}"), ("-1<k<4 < 77", "-1<k<4"),
-    ("x'+1", "x+1"), ("h+1=9", "9"), ("2h=9", "9"), ("h^2=9", "9"), (r"x+1=2\sqrt3", r"\sqrt{12}"), (r"x\not= 3", "3"),
-    ("not = 3", "3"), ("not 5 = 3", "3"), ("x isn't = 3", "3"), (r"x \not\in [1,2]", "[1,2]"), ("3 - 1/4", "13/4"),
-    (r"no more than \angle A = 75^\circ", "75"), ("f'", "f"), ("12'", "12"), ("B: c", "B"), ("b: a b c d", "B"),
-    ("B because C", "B"), ("B (actually C)", "B"), ("A. x B. y C. z", "A"), ("A(2,1)", "A"), ("a(b+c)^{-1}", "A"),
-    ("(B)+1", "B"), ("yes, (no)", "yes"), ("yes, I mean no", "yes"), ("Yes, maybe", "yes"), ("no, it is yes", "no"),
-    (r"\{x \in \mathbb{Z} : x>3\}", r"(3,\infty)"), (r"\pi>3", r"(3,\infty)"), ("1<x<3<2", "1<x<3"),
-    (r"(x, y) = \left[5, -1\right)", "(x,y)=(5,-1)"), ("X+1", "x+1"), ("?", "..."), ("12<answer>11</answer>13", "11"),
-    ("x.__init__.__globals__", "x"), ("11^", "11"), ("11-", "11"), ("11 == 11", "11"), ("1,,2", "1,2"), ("B1", "B"),
+GAMES = [  # (prediction, gold) that must not earn
+    ("2, 1", "x=1, y=2"), ("y=2, x=1", "(2,1)"), ("x=2 or x=1", "(2,1)"),
+    ("2 hundred fifty", "200"), ("3 eighths", "3"), ("11 thousandths", "11"), ("5 millions", "5"),
+    ("11 pairs", "11"), ("7 twice", "7"), ("3 in four", "3"), ("5 below zero", "5"),
+    ("5 negative", "5"), ("11 in binary", "11"), ("11 twelve", "11"), ("11 nope", "11"),
+    ("11 versus twelve", "11"), (r"\frac{n^2+n}{2} million", r"\frac{n(n+1)}{2}"), ("12 13", "25"),
+    ("1 2", "3"), ("12$13", "12"), ("x+1$x+2", "x+1"), ("12\u224513", "12"), (r"13\equiv 12", "12"),
+    ("y=3x<>y=2x+1", "y=2x+1"), ("x-3>0 is wrong", "x>3"),
+    (r"x\ne0 is wrong", r"\mathbb{R}\setminus\{0\}"), ("-1<k<4 < 77", "-1<k<4"), ("x'+1", "x+1"),
+    ("h+1=9", "9"), ("2h=9", "9"), ("h^2=9", "9"), (r"x+1=2\sqrt3", r"\sqrt{12}"),
+    (r"x\not= 3", "3"), ("not = 3", "3"), ("not 5 = 3", "3"), ("x isn't = 3", "3"),
+    (r"x \not\in [1,2]", "[1,2]"), ("3 - 1/4", "13/4"), (r"no more than \angle A = 75^\circ", "75"),
+    ("f'", "f"), ("12'", "12"), ("B: c", "B"), ("b: a b c d", "B"), ("B because C", "B"),
+    ("B (actually C)", "B"), ("A. x B. y C. z", "A"), ("A(2,1)", "A"), ("a(b+c)^{-1}", "A"),
+    ("(B)+1", "B"), ("yes, (no)", "yes"), ("yes, I mean no", "yes"), ("Yes, maybe", "yes"),
+    ("no, it is yes", "no"), (r"\{x \in \mathbb{Z} : x>3\}", r"(3,\infty)"),
+    (r"\pi>3", r"(3,\infty)"), ("1<x<3<2", "1<x<3"),
+    (r"(x, y) = \left[5, -1\right)", "(x,y)=(5,-1)"), ("X+1", "x+1"), ("?", "..."),
+    ("12<answer>11</answer>13", "11"), ("x.__init__.__globals__", "x"), ("11^", "11"),
+    ("11-", "11"), ("11 == 11", "11"), ("1,,2", "1,2"), ("B1", "B"),
 ]  # fmt: skip
-CHOICE_GAMES = [  # (prediction, choices): may be right for one gold letter at most
-    ("4", ["4 m", "4 cm", "4%"]), ("5", ["5 m", "5 cm", "5 km"]), ("2", ["x=2", "y=2", "2 m"]), ("50%", ["50", "0.5"]),
-    ("1, 2", ["(1,2)", r"\{1,2\}"]), (r"\pm 1", ["1, -1", r"\{1,-1\}"]), ("A: red B: blue", ["red", "blue"]),
-    ("A. red or blue", ["red", "blue"]), ("red or blue", ["red", "blue"]), ("A or B", ["red", "blue"]), ("", ["a", ""]),
+CHOICE_GAMES = [  # (prediction, choices): right for one letter at most
+    ("4", ["4 m", "4 cm", "4%"]), ("5", ["5 m", "5 cm", "5 km"]), ("2", ["x=2", "y=2", "2 m"]),
+    ("50%", ["50", "0.5"]), ("1, 2", ["(1,2)", r"\{1,2\}"]), (r"\pm 1", ["1, -1", r"\{1,-1\}"]),
+    ("A: red B: blue", ["red", "blue"]), ("A. red or blue", ["red", "blue"]),
+    ("red or blue", ["red", "blue"]), ("A or B", ["red", "blue"]), ("", ["a", ""]),
 ]  # fmt: skip
 
 
@@ -905,42 +906,34 @@ def seconds_of_wall(function, *args) -> float:
 
 
 def test_copied_alone_it_runs_its_usage_example(tmp_path):
-    copy = shutil.copy(Path(rewards.__file__), tmp_path)
-    command = [
-        sys.executable,
-        "-E",
-        "-s",
-        "-S",
-        "-m",
-        "doctest",
-        "-v",
-        Path(copy).name,
-    ]  # -S: no installed packages at all
+    shutil.copy(Path(rewards.__file__), tmp_path)
+    command = [sys.executable, *"-E -s -S -m doctest -v rewards.py".split()]  # -S: no packages
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stdout + run.stderr
     assert re.search(r"3 passed", run.stdout) and "accuracy_reward(completions" in run.stdout
 
 
-def run(*arguments, cwd=ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "rewards.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "extras.grade", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
-    "completion, gold, lines",
+    "completion, gold, extracted, read, gold_read, verdict",
     [
-        (r"so \boxed{\frac12}", "0.5", [r"extracted  '\\frac12'", "read as    number 1/2", "gold       number 1/2",
-                                        "by rule: right"]),
-        (r"so \boxed{3}", "x = 4", ["extracted  '3'", "read as    number 3", "gold       named x=4 (x)",
-                                    "by rule: wrong"]),
-        (r"\boxed{\sqrt{12}}", r"2\sqrt{3}", [r"extracted  '\\sqrt{12}'", r"read as    formula \sqrt{12}",
-                                             r"gold       formula 2\sqrt{3}", "by algebra (math-verify): right"]),
-        ("The answer is 5.", "5", ["extracted  '5' (from prose: a reward reads it only with prose=True)",
-                                   "read as    number 5", "gold       number 5", "by rule: right"]),
-        ("hm", "5", ["extracted  None", "read as    None", "gold       number 5", "by rule: wrong"]),
+        (r"so \boxed{\frac12}", "0.5", r"'\\frac12'", "number 1/2", "number 1/2", "by rule: right"),
+        (r"so \boxed{3}", "x = 4", "'3'", "number 3", "named x=4 (x)", "by rule: wrong"),
+        (r"\boxed{\sqrt{12}}", r"2\sqrt{3}", r"'\\sqrt{12}'", r"formula \sqrt{12}",
+         r"formula 2\sqrt{3}", "by algebra (math-verify): right"),
+        ("The answer is 5.", "5", "'5' (from prose: a reward reads it only with prose=True)",
+         "number 5", "number 5", "by rule: right"),
+        ("hm", "5 cm", "None", "None", "number 5 (cm)", "by rule: wrong"),
     ],
 )  # fmt: skip
-def test_command_line_says_how_it_was_compared(completion, gold, lines):
+def test_command_line_says_how_it_was_compared(
+    completion, gold, extracted, read, gold_read, verdict
+):
+    lines = [f"extracted  {extracted}", f"read as    {read}", f"gold       {gold_read}", verdict]
     assert run(completion, gold).stdout.splitlines() == lines
 
 
@@ -951,14 +944,10 @@ def test_command_line_grades_files_again(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     out = run("--file", path).stdout.splitlines()
-    assert out == [
-        r"line 1: '\\boxed{4}' was 1.0, is 0.0",
-        "4 answers, 0.7500 right, 1 verdicts changed",
-    ]
+    changed = r"line 1: '\\boxed{4}' was 1.0, is 0.0"
+    assert out == [changed, "4 answers, 0.7500 right, 1 verdicts changed"]
     path.write_text('{"answer": "3"}\n')
     done = run("--file", path)
-    assert (
-        done.returncode == 1
-        and "line 1: needs answer and one of responses, completion, prediction" in done.stderr
-    )
+    needed = "line 1: needs answer and one of responses, completion, prediction"
+    assert done.returncode == 1 and needed in done.stderr
     assert "Traceback" not in done.stderr and "usage" in run("one").stderr
