@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tests import families, tiny
@@ -192,8 +193,13 @@ def test_no_token_of_an_image_can_be_sampled(policy):
 
 
 def test_a_saved_policy_loads_with_the_auto_classes(policy, tmp_path):
-    """Weights bit for bit, the processor's grid of tiles as it was trained with, the log-probs."""
-    policy.save_pretrained(tmp_path)
+    """Weights bit for bit, the processor's grid of tiles as it was trained with, the log-probs.
+
+    From a gathered state dict: a head that is tied to the embedding is a copy there.
+    """
+    policy.save_pretrained(tmp_path, {name: w.clone() for name, w in policy.state_dict().items()})
+    tied = policy.model.all_tied_weights_keys
+    assert tied.keys().isdisjoint(load_file(tmp_path / "model.safetensors"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)
     want, found = policy.model.state_dict(), model.state_dict()
     assert type(model) is type(policy.model) and want.keys() == found.keys()

@@ -206,6 +206,17 @@ def test_prompts_slice_and_take_new_images(prompts):
         prompts.with_images(prompts.images[::-1])
 
 
+def test_pictures_stand_before_the_first_user_text(sharp):
+    """And nowhere else in a conversation, if it has no <image>."""
+    chat = [{"role": "system", "content": "Be brief."}]
+    for role, content in (("user", "first"), ("assistant", "yes"), ("user", "second")):
+        chat.append({"role": role, "content": content})
+    text = sharp.chat_text(chat, 2)
+    before, after = text.split("first")
+    assert before.split("Be brief.")[1].count("<|image_pad|>") == 2
+    assert text.count("<|image_pad|>") == 2 and "second" in after
+
+
 @pytest.mark.parametrize("problem", ["", " \n"])
 def test_an_empty_problem_is_refused(sharp, problem):
     with pytest.raises(ValueError, match="empty"):
