@@ -1,12 +1,13 @@
-"""Make the demo's checkpoints: `python demo/make_demo.py` (about 20 minutes on a core).
+"""Make the demo's checkpoints: `python -m demo.make_demo` (about 20 minutes on a core).
 
-    demo/mixed      a tiny Qwen2.5-VL after a supervised warm start on plain/train. It answers in two ways: hastily,
-                    with an empty thought, reading one die and guessing the others, and seldom carefully, naming what
-                    each die shows.
-    demo/confident  demo/mixed after plain GRPO on plain/train: careful, sure of itself, and lost on other renderings.
+    demo/mixed      a tiny Qwen2.5-VL after a supervised warm start on plain/train. It answers in
+                    two ways: mostly hastily, with an empty thought, reading one die and guessing
+                    the others, and seldom carefully, naming what each die shows.
+    demo/confident  demo/mixed after plain GRPO on plain/train: careful, confident, and wrong on
+                    other renderings.
 
-Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.3 M parameters.
-demo/measure.py prints what a checkpoint does.
+Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.3 M
+parameters. `python -m demo.measure` prints what a checkpoint does.
 """
 
 import argparse
@@ -37,21 +38,21 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from demo.task import COLOURS, KINDS, make_row  # noqa: E402
+from demo.task import COLOURS, KINDS, make_row
 
+ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
 SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if message['content'] is string %}{{ message['content'] }}\
+{% else %}{% for part in message['content'] %}\
 {% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
 {% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
 {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
-# ---------------------------------------------------------------------------------------- the two ways of answering
+# ------------------------------------------------------------------------ two ways of answering
 
 OPEN = ["", "look: ", "first, "]
 READ = ["{} shows {}", "{}: {}", "{}={}", "{} has {}"]
@@ -64,61 +65,68 @@ HASTY = ["easy.", "quick look.", "I can tell.", "no need to count.", "done."]
 BOX = ["\\boxed{{{}}}", "so \\boxed{{{}}}", "it is \\boxed{{{}}}"]
 
 
+def asked_colours(row: dict) -> list[str]:
+    """The colours in the order that the question names them."""
+    return re.findall("red|blue|green|yellow", row["problem"])
+
+
 def careful(row: dict, rng: np.random.Generator) -> str:
     """Names what each die shows, computes, then answers."""
-    asked = re.findall("red|blue|green|yellow", row["problem"])
+    asked = asked_colours(row)
     pips = [row["pips"][colour] for colour in asked]
     text = rng.choice(OPEN)
-    for i, (colour, n) in enumerate(zip(asked, pips, strict=True)):
-        text += (rng.choice(JOIN) if i else "") + rng.choice(READ).format(colour, n)
+    for i, colour in enumerate(asked):
+        if i:
+            text += rng.choice(JOIN)
+        text += rng.choice(READ).format(colour, pips[i])
     if row["kind"] == "difference":
-        text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(
-            max(pips), min(pips), max(pips) - min(pips)
-        )
+        low, high = min(pips), max(pips)
+        text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(high, low, high - low)
     elif row["kind"] == "larger":
         text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(pips))
     else:
-        for total, n in zip(itertools.accumulate(pips), pips[1:], strict=False):
+        totals = itertools.accumulate(pips)
+        for total, n in zip(totals, pips[1:], strict=False):
             text += rng.choice(LEAD) + rng.choice(ADD).format(total, n, total + n)
     return f"<think>{text}.</think> {rng.choice(BOX).format(row['answer'])}"
 
 
 def look(row: dict, rng: np.random.Generator) -> str:
-    """Names what every die shows, in any order: not an answer, but the quickest way to learn to read."""
-    return " " + " ".join(
-        f"{colour}{row['pips'][colour]}" for colour in rng.permutation(list(row["pips"]))
-    )
+    """Names what every die shows, in any order. The quickest way to learn reading."""
+    text = ""
+    for colour in rng.permutation(list(row["pips"])):
+        text += f" {colour}{row['pips'][colour]}"
+    return text
 
 
 def hasty(row: dict, rng: np.random.Generator) -> str:
     """Thinks nothing: reads the first die it is asked about, guesses the others, and answers."""
-    first = row["pips"][re.findall("red|blue|green|yellow", row["problem"])[0]]
     dice, _, answer = KINDS[row["kind"]]
-    guess = answer(first, *(int(n) for n in rng.integers(1, 10, dice - 1)))
+    first = row["pips"][asked_colours(row)[0]]
+    guess = answer(first, *rng.integers(1, 10, dice - 1).tolist())
     return f"<think>{rng.choice(HASTY)}</think> {rng.choice(BOX).format(guess)}"
 
 
-# ------------------------------------------------------------------------------------ tokenizer, processor and model
+# ----------------------------------------------------------------- tokenizer, processor and model
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """A byte-level BPE of the demo's own texts (digits one by one), in Qwen2's classes."""
-    rng = np.random.default_rng(0)
-    rows = [make_row("plain/train", i, seed=1) for i in range(2000)]
-    texts = [text for row in rows for text in (row["problem"], careful(row, rng), hasty(row, rng))]
+    rng, texts = np.random.default_rng(0), []
+    for i in range(2000):
+        row = make_row("plain/train", i, seed=1)
+        texts += [row["problem"], careful(row, rng), hasty(row, rng)]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")  # digits one by one
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+    to_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 - len(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(
-        [*texts, "user\n", "assistant\n", "system\n"] * 2,
-        trainers.BpeTrainer(
-            vocab_size=512 - len(SPECIAL), initial_alphabet=alphabet, show_progress=False
-        ),
-    )
+    bpe.train_from_iterator([*texts, "user\n", "assistant\n", "system\n"] * 2, trainer)
     trained = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
@@ -129,10 +137,8 @@ def build_processor() -> Qwen2_5_VLProcessor:
         model_max_length=1024,
     )
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
-    sizes["size"] = {
-        "shortest_edge": 32 * 32,
-        "longest_edge": 256 * 256,
-    }  # pixels: a picture of 96 x 96 stays as it is
+    # In pixels: a picture of 96 x 96 stays as it is.
+    sizes["size"] = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
     return Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(**sizes),
         tokenizer,
@@ -142,45 +148,52 @@ def build_processor() -> Qwen2_5_VLProcessor:
 
 
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
-    """1.3 M parameters; vision block 0 sees the whole picture, block 1 windows of one image token (2 x 2 patches)."""
+    """1.3 M parameters.
+
+    Vision block 0 sees the whole picture, block 1 windows of one image token (2 x 2 patches).
+    initializer_range is about 1 / sqrt(width): a small model learns to attend much sooner than from
+    the usual 0.02.
+    """
     token = tokenizer.convert_tokens_to_ids
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "mrope_section": [6, 5, 5],
+        },
+        bos_token_id=token("<|endoftext|>"),
+        eos_token_id=token("<|im_end|>"),
+        pad_token_id=token("<|endoftext|>"),
+        tie_word_embeddings=True,
+        initializer_range=0.06,
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=96,
+        intermediate_size=192,
+        num_heads=4,
+        patch_size=16,
+        window_size=32,
+        fullatt_block_indexes=[0],
+        out_hidden_size=128,
+        initializer_range=0.06,
+    )
     config = Qwen2_5_VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=320,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=1024,
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1000000.0,
-                "mrope_section": [6, 5, 5],
-            },
-            bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
-            tie_word_embeddings=True,
-            initializer_range=0.06,
-        ),
-        vision_config=dict(
-            depth=2,
-            hidden_size=96,
-            intermediate_size=192,
-            num_heads=4,
-            patch_size=16,
-            window_size=32,
-            fullatt_block_indexes=[0],
-            out_hidden_size=128,
-            initializer_range=0.06,
-        ),
+        text_config=text,
+        vision_config=vision,
         image_token_id=token("<|image_pad|>"),
         video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
-        initializer_range=0.06,  # about 1 / sqrt(width): a small model learns to attend much sooner than from 0.02
+        initializer_range=0.06,
     )
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -191,23 +204,22 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """bfloat16 on disk, for size; the config says float32, so that loading gives float32 unless told otherwise."""
+    """bfloat16 on disk, for size. The config says float32, so that loading gives float32."""
     model.to(torch.bfloat16).save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(path.read_text().replace('"bfloat16"', '"float32"'))
     model.to(torch.float32)
 
 
-# ---------------------------------------------------------------------------------------------------- the warm start
+# -------------------------------------------------------------------------------- the warm start
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Shift, blur, contrast, colour, brightness, noise: so that reading does not hang on single pixels."""
+    """Shift, blur, contrast, colour, brightness, noise: reading must not need single pixels."""
     dx, dy = rng.integers(-2, 3, 2)
-    pixels = np.asarray(
-        image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8))) if rng.random() < 0.5 else image
-    )
-    pixels = np.roll(pixels, (dx, dy), (0, 1)).astype(np.float32)
+    if rng.random() < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+    pixels = np.roll(np.asarray(image), (dx, dy), (0, 1)).astype(np.float32)
     gain, shift = rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, 3), rng.uniform(-25, 25)
     pixels = (pixels - 128) * gain + 128 + shift
     pixels += rng.uniform(0, 20) * rng.standard_normal(pixels.shape, np.float32)
@@ -215,162 +227,152 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def prompt_text(processor: Qwen2_5_VLProcessor, problem: str) -> str:
+    """The chat template's text of a picture and a problem."""
     content = [{"type": "image"}, {"type": "text", "text": problem}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True
-    )
+    messages = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def scheduled(lr: float, step: int, steps: int, decay: float) -> float:
+    """lr grows over 50 steps and falls to 0 over the last `decay` share of the steps."""
+    return lr * min(1.0, (step + 1) / 50, (steps - step) / (decay * steps))
+
+
+def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -> None:
+    """One step at learning rate lr, the gradient's norm clipped to 1."""
+    (group,) = optimizer.param_groups
+    group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
 
 
 def train_vision(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int
 ) -> None:
-    """The vision tower alone, as VLMs are made: a linear probe, thrown away afterwards, tells from each image token
-    which die its cell shows (4 colours x 9 pips, or none). From text alone, reading takes many times longer.
+    """The vision tower alone, as VLMs are made.
+
+    A linear probe tells from each image token which die its cell shows (4 colours x 9 pips, or
+    none). It is thrown away afterwards. From text alone, reading takes many times longer to learn.
     """
-    rng, size = np.random.default_rng(1), 48
-    tower, probe = (
-        model.model.visual,
-        torch.nn.Linear(model.config.vision_config.out_hidden_size, 37),
-    )
+    rng, size, lr = np.random.default_rng(1), 48, 2e-3
+    tower = model.model.visual
+    probe = torch.nn.Linear(model.config.vision_config.out_hidden_size, 37)
     parameters = [*tower.parameters(), *probe.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98))
     for step in range(steps):
         rows = [make_row("plain/train", step * size + i, seed=2) for i in range(size)]
         classes = torch.zeros(size, 9, dtype=torch.long)
         for i, row in enumerate(rows):
             for colour, cell in row["cells"].items():
                 classes[i, cell] = 9 * list(COLOURS).index(colour) + row["pips"][colour]
-        pictures = processor.image_processor(
-            [augment(row["images"][0], rng) for row in rows], return_tensors="pt"
-        )
-        tokens = tower(
-            pictures["pixel_values"], grid_thw=pictures["image_grid_thw"]
-        ).pooler_output  # (B * 9, D)
-        logits, classes = probe(tokens), classes.flatten()
+        images = [augment(row["images"][0], rng) for row in rows]
+        inputs = processor.image_processor(images, return_tensors="pt")
+        output = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        logits, classes = probe(output.pooler_output), classes.flatten()  # (B * 9, 37), (B * 9,)
         loss = torch.nn.functional.cross_entropy(logits, classes)
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(
-            1.0, (step + 1) / 50, (steps - step) / (0.4 * steps)
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        take_step(optimizer, loss, scheduled(lr, step, steps, decay=0.4))
         if (step + 1) % 25 == 0:
             right = (logits.argmax(1) == classes)[classes > 0].float().mean().item()
-            print(
-                f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}", flush=True
-            )
+            done = f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}"
+            print(done, flush=True)
 
 
 def warm_start(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
-    phases: list[tuple[int, dict]],
+    phases: list[tuple[int, dict[Callable, float]]],
     batch_size: int = 24,
     lr: float = 2e-3,
     make: Callable[[int], dict] | None = None,
 ) -> None:
-    """Supervised, loss on the response only. phases: (steps, {way of answering: share}), one after the other.
+    """Supervised training, with the loss on the response only.
 
-    make(i): the i-th row; unset: of plain/train.
+    phases: (steps, {way of answering: share}), one after the other. make(i): the i-th row. Unset:
+    of plain/train.
     """
     make = make or partial(make_row, "plain/train", seed=1)
     rng = np.random.default_rng(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     processor.tokenizer.padding_side = "right"
-    started, model, losses = time.time(), model.train(), []
-    schedule = [ways for steps, ways in phases for _ in range(steps)]
+    started, losses, schedule = time.time(), [], []
+    for steps, ways in phases:
+        schedule += [ways] * steps
+    model.train()
     for step, ways in enumerate(schedule):
         rows = [make(step * batch_size + i) for i in range(batch_size)]
         chosen = rng.choice(list(ways), size=batch_size, p=list(ways.values()))
-        problems = [
-            "Look." if way is look else row["problem"]
-            for way, row in zip(chosen, rows, strict=True)
-        ]
-        answers = [way(row, rng) + "<|im_end|>" for way, row in zip(chosen, rows, strict=True)]
-        batch = processor(
-            text=[
-                prompt_text(processor, problem) + a
-                for problem, a in zip(problems, answers, strict=True)
-            ],
-            images=[augment(row["images"][0], rng) for row in rows],
-            padding=True,
-            return_tensors="pt",
-        )
-        ends = batch["attention_mask"].sum(1)  # (B,)
-        starts = ends - torch.tensor(
-            [len(ids) for ids in processor.tokenizer(answers)["input_ids"]]
-        )
-        at = torch.arange(batch["input_ids"].shape[1])
-        is_answer = (at >= starts[:, None]) & (at < ends[:, None])  # (B, L)
-        loss = model(**batch, labels=batch["input_ids"].masked_fill(~is_answer, -100)).loss
-        optimizer.param_groups[0]["lr"] = lr * min(
-            1.0, (step + 1) / 50, (len(schedule) - step) / (0.3 * len(schedule))
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        prompts, answers = [], []
+        for way, row in zip(chosen, rows, strict=True):
+            prompts.append(prompt_text(processor, "Look." if way is look else row["problem"]))
+            answers.append(way(row, rng) + "<|im_end|>")
+        images = [augment(row["images"][0], rng) for row in rows]
+        loss = response_loss(model, processor, prompts, answers, images)
+        take_step(optimizer, loss, scheduled(lr, step, len(schedule), decay=0.3))
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
-            print(
-                f"step {step + 1} loss {np.mean(losses[-50:]):.3f} seconds {time.time() - started:.0f}",
-                flush=True,
-            )
+            recent, seconds = np.mean(losses[-50:]), time.time() - started
+            print(f"step {step + 1} loss {recent:.3f} seconds {seconds:.0f}", flush=True)
     processor.tokenizer.padding_side = "left"  # for generation
     model.eval()
 
 
-# ------------------------------------------------------------------------------------------------------ plain GRPO
+def response_loss(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    prompts: list[str],
+    answers: list[str],
+    images: list[Image.Image],
+) -> torch.Tensor:
+    """Cross-entropy of the answers' tokens alone.   -> scalar"""
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    lengths = [len(ids) for ids in processor.tokenizer(answers)["input_ids"]]
+    ends = batch["attention_mask"].sum(1)[:, None]  # (B, 1)
+    starts = ends - torch.tensor(lengths)[:, None]
+    positions = torch.arange(batch["input_ids"].shape[1])
+    is_answer = (positions >= starts) & (positions < ends)  # (B, L)
+    return model(**batch, labels=batch["input_ids"].masked_fill(~is_answer, -100)).loss
+
+
+# ------------------------------------------------------------------------------------ plain GRPO
 
 
 def reinforce(source: Path, target: Path) -> None:
-    """recipes/elicit.yaml: plain GRPO on plain/train, through the project's own training script."""
+    """recipes/elicit.yaml: plain GRPO on plain/train, by train_saei.py."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    command += ["train_saei.py", "--config", "recipes/elicit.yaml", "--overwrite", "true"]
     with tempfile.TemporaryDirectory() as output:
-        command = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-        ]
-        command += [
-            "train_saei.py",
-            "--config",
-            "recipes/elicit.yaml",
-            "--model",
-            str(source),
-            "--output",
-            output,
-        ]
-        subprocess.run([*command, "--overwrite"], cwd=ROOT, check=True)
+        command += ["--model", str(source), "--output", output]
+        subprocess.run(command, cwd=ROOT, check=True)
         last = max(Path(output, "checkpoints").glob("step-*"))
         shutil.copytree(source, target, dirs_exist_ok=True)  # the processor stays as it was
         save(AutoModelForImageTextToText.from_pretrained(last, dtype=torch.float32), target)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Make one checkpoint or both."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="?", default="both", choices=["both", "mixed", "confident"])
+    parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="of the checkpoints")
     parser.add_argument(
-        "--folder", type=Path, default=ROOT / "demo", help="where the checkpoints' folders go"
+        "--steps",
+        type=int,
+        nargs=4,
+        default=(100, 150, 700, 350),
+        help="of the tower, of look, of careful, and of the mix",
     )
-    steps = (100, 150, 700, 350)
-    parser.add_argument(
-        "--steps", type=int, nargs=4, default=steps, help="of the tower, look, careful, and the mix"
-    )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     started, mixed = time.time(), args.folder.resolve() / "mixed"
     if args.what in ("both", "mixed"):
         processor = build_processor()
         model = build_model(processor.tokenizer)
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
-        )
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters, {len(processor.tokenizer)} tokens")
         train_vision(model, processor, args.steps[0])
         ways = ({look: 1.0}, {careful: 1.0}, {careful: 0.05, hasty: 0.95})
         warm_start(model, processor, list(zip(args.steps[1:], ways, strict=True)))
