@@ -78,7 +78,7 @@ class Step(Rollouts):
         self.loss = self.loss_with(advantages)
         self.gradient = self.gradient_of(self.loss)
 
-    def sample(self, prompts: Prompts, branch: int, temperature: float = 1.0) -> Responses:
+    def sample(self, prompts: Prompts, branch: int, temperature=SAEI.temperature) -> Responses:
         """n responses per prompt. `branch` names the part of the step that they are for."""
         seeds = self.batch.seeds(branch)
         return self.policy.sample(prompts, self.n, seeds, SAEI.max_new_tokens, temperature)
