@@ -78,7 +78,7 @@ class Step(Rollouts):
         self.loss = self.loss_with(advantages)
         self.gradient = self.gradient_of(self.loss)
 
-    def sample(self, prompts: Prompts, branch: int, temperature: float = 1.0) -> Responses:
+    def sample(self, prompts: Prompts, branch: int, temperature=SAEI.temperature) -> Responses:
         """n responses per prompt. `branch` names the part of the step that they are for."""
         seeds = self.batch.seeds(branch)
         return self.policy.sample(prompts, self.n, seeds, SAEI.max_new_tokens, temperature)
@@ -464,17 +464,17 @@ def fill(page: str, results: dict[str, list]) -> str:
         else:
             head, line, *rows = text.splitlines()
             pairs = zip(rows, results[name], strict=True)
-            lines = [head, line, *(with_bold(row, numbers) for row, numbers in pairs)]
+            lines = [head, line, *(with_bold(row, values) for row, values in pairs)]
         return "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
 
     return BLOCK.sub(block, page)
 
 
-def with_bold(row: str, numbers: list[str]) -> str:
+def with_bold(row: str, values: list[str]) -> str:
     """The row with these bold numbers. Raises ValueError if it has more or fewer."""
-    if len(BOLD.findall(row)) != len(numbers):
-        raise ValueError(f"the row needs {len(numbers)} bold numbers: {row}")
-    remaining = iter(numbers)
+    if len(BOLD.findall(row)) != len(values):
+        raise ValueError(f"the row needs {len(values)} bold numbers: {row}")
+    remaining = iter(values)
     return BOLD.sub(lambda _: f"**{next(remaining)}**", row)
 
 
