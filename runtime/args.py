@@ -210,6 +210,8 @@ class RunArgs(Options):
 def number(text: str) -> float:
     """ "0.5", "1e-6" or a fraction such as "2/255"."""
     top, slash, bottom = text.partition("/")
+    if slash and float(bottom) == 0:
+        raise ValueError(f"a fraction over 0: {text}")
     value = float(top) / float(bottom) if slash else float(text)
     if not math.isfinite(value):
         raise ValueError(f"not a finite number: {text}")
@@ -234,7 +236,9 @@ class HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
-        default = " ".join(action.default) if isinstance(action.default, list) else action.default
+        default = action.default
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
 
