@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("forkserver")  # a new process costs no imports
-FORK.set_forkserver_preload(["train_saei"])
+FORK.set_forkserver_preload(["train_saei", "eval"])
 
 
 def pytest_configure(config):
