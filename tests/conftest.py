@@ -77,15 +77,21 @@ def start(processes: int, function: Callable, *arguments) -> list[BaseProcess]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    common |= {"ACCELERATE_USE_CPU": "true"}
     started = []
     for rank in range(processes):
-        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if processes == 1:
-            environment = {}
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            environment |= common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         started.append(FORK.Process(target=_in_process, args=(environment, function, *arguments)))
         started[-1].start()
     return started
+
+
+def finish(processes: list[BaseProcess], exit_code: int = 0) -> None:
+    """Wait until they end, all with that code."""
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [exit_code] * len(processes)
 
 
 def _in_process(environment: dict[str, str], function: Callable, *arguments) -> None:

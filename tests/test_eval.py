@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import lines_of, start
+from conftest import finish, lines_of, start
 
 from eval import bootstrap_interval, evaluate_rows, load_config, main, pass_at_k
 from vlm.policy import Policy
@@ -82,9 +82,7 @@ def test_files_and_the_share_of_each_process(tiny, tmp_path):
     """7 problems on 2 processes: each once, in order, the same numbers as on one."""
     options = ["--model", tiny, "--problems", "7", "--samples", "4", "--k", "1", "4"]
     options += ["--max_new_tokens", "8", "--batch", "3"]
-    for process in start(2, main, load_config([*options, "--output", str(tmp_path / "two")])):
-        process.join(120)
-        assert process.exitcode == 0
+    finish(start(2, main, load_config([*options, "--output", str(tmp_path / "two")])))
     result = main(load_config([*options, "--output", str(tmp_path / "one")]))
     one, two = (lines_of(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
     entropies = [record["entropy"] for record in one]

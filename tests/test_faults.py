@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from conftest import (
     assert_same_run,
     comparable,
+    finish,
     launch,
     lines_of,
     metrics_of,
@@ -105,10 +106,7 @@ def test_a_signal_to_one_process_stops_all_and_one_process_continues(
     tiny, tmp_path, half_right, whole
 ):
     config = short(tiny, tmp_path, steps=4, save_every=4)
-    processes = start(2, train, config, signal.SIGTERM, 1)
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [143, 143]
+    finish(start(2, train, config, signal.SIGTERM, 1), exit_code=143)
     assert names(tmp_path) == ["step-000002"]
     main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
     for a, b in zip(metrics_of(tmp_path), metrics_of(whole), strict=True):
@@ -173,9 +171,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
         unfinished += len(list(tmp_path.glob("killed/checkpoints/.step-*")))
     assert unfinished or kills < 4
     for config in configs.values():
-        for process in start(processes, train, config):
-            process.join(120)
-            assert process.exitcode == 0
+        finish(start(processes, train, config))
     assert any(life[0].exitcode == -signal.SIGKILL for life in lives)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     states = []
