@@ -237,8 +237,7 @@ class HelpFormatter(argparse.HelpFormatter):
         if action.default in (None, argparse.SUPPRESS, []):
             return action.help
         default = action.default
-        if isinstance(default, list):
-            default = " ".join(map(str, default))
+        default = " ".join(map(str, default)) if isinstance(default, list) else default
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
 
