@@ -216,6 +216,8 @@ class RunArgs(Options):
 def number(text: str) -> float:
     """ "0.5", "1e-6" or a fraction such as "2/255"."""
     top, slash, bottom = text.partition("/")
+    if slash and float(bottom) == 0:
+        raise ValueError(f"a fraction over 0: {text}")
     value = float(top) / float(bottom) if slash else float(text)
     if not math.isfinite(value):
         raise ValueError(f"not a finite number: {text}")

@@ -53,8 +53,12 @@ def micro_batches(stop: int, size: int, start: int = 0) -> list[slice]:
 
 
 def load_rewards(specs: list[str], max_new_tokens: int, row: dict) -> rewards.Rewards:
-    """rewards.load_rewards, each function called once on `row`, so that a broken one fails here."""
+    """rewards.load_rewards, each function called once on `row`, so that a broken one fails here.
+
+    The metrics need the accuracy: where no spec names it, its weight is 0.
+    """
     functions = rewards.load_rewards(specs, max_new_tokens)
+    functions.setdefault("accuracy", (rewards.accuracy_reward, 0.0))
     columns = {name: [value] for name, value in row.items() if name != "images"}
     columns["completion_ids"] = [[0]]
     text = "<think>a synthetic call</think> \\boxed{0}"

@@ -1,9 +1,10 @@
-"""Training runs of four rows, made hard for several processes; started by tests/test_parallel.py on 1, 2 and 4 of them.
+"""Training runs of four rows, made hard for several processes, for tests/test_parallel.py.
 
     torchrun --nproc_per_node 2 tests/parallel_cases.py FOLDER ddp/mixed fsdp2/mixed ...
 
-Row i goes to process i % n. Rows 1 and 3 have no image, and their responses are of one token: a process of 2 (two of 4)
-reaches no vision parameter, samples less than the others and could skip the pass over its responses.
+Row i goes to process i % n. Rows 1 and 3 have no image, and their responses are of one token. So a
+process of 2 (two of 4) reaches no vision parameter, samples less than the others and could skip the
+pass over its responses. benchmarks/parallel.py runs more of the cases, on 1, 2 and 4 processes.
 """
 
 import faulthandler
@@ -15,37 +16,34 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import DistributedType
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import rewards  # noqa: E402
 import train_saei  # noqa: E402
 from demo.task import make_row  # noqa: E402
+from runtime import data  # noqa: E402
+from runtime.rollouts import TrainingBatch  # noqa: E402
 from vlm.policy import Policy, Prompts, Responses  # noqa: E402
 
-PICTURES = [make_row("plain/train", i) | {"row": i} for i in range(4)]
+PICTURES = [make_row("plain/train", i) for i in range(4)]
 ROWS = [row | ({"images": []} if i % 2 else {}) for i, row in enumerate(PICTURES)]
+AER = {"update_control": "aer", "entropy_coef": 0.01}
 CASES = {
-    "mixed": {"update_control": "top_entropy"},  # tokens are chosen among those of all processes
-    # rows 1 and 3 are dropped: nothing of some processes is. The bonus' coefficient is global, saved and resumed
-    "drop": {
-        "condition": "sampled",
-        "zero_variance": "drop",
-        "update_control": "aer",
-        "entropy_coef": 0.01,
-    },
-    "lots": {
-        "update_control": "top_entropy",
-        "checkpointing": True,
-        "micro_responses": 2,
-    },  # mixed, computed again in the backward
+    # Tokens are chosen among those of all processes.
+    "mixed": {"update_control": "top_entropy"},
+    # Rows 1 and 3 are dropped: some processes have nothing left. The bonus' coefficient is global,
+    # saved and resumed.
+    "drop": {"condition": "sampled", "zero_variance": "drop"} | AER,
+    # mixed, computed again in the backward
+    "lots": {"update_control": "top_entropy", "gradient_checkpointing": True, "micro_responses": 2},
     "adapters": {"lora_rank": 4, "lr": 1e-3},
-    "half": {
-        "updates_per_step": 2
-    },  # bf16: pixels in, log-probs and entropies out are checked to be float32
-    # what ZeRO-2 can train: pictures in every row
-    "pictures": {"update_control": "aer", "entropy_coef": 0.01, "max_grad_norm": 0.1},
+    # bfloat16. Pixels in, log-probs and entropies out are checked to be float32.
+    "half": {"updates_per_step": 2},
+    # What ZeRO-2 can train: pictures in every row.
+    "pictures": AER | {"max_grad_norm": 0.1},
 }
 sample = Policy.sample
 
@@ -58,29 +56,34 @@ def one_token_without_image(self: Policy, prompts: Prompts, n: int, *rest) -> Re
     return Responses(*(x[:, :width] for x in (found.tokens, mask, found.logprobs, found.entropy)))
 
 
-def half_right(completions: list[str], row: list[int], dropped: bool, **_) -> list[float]:
-    """A gradient of every row; dropped: of rows 0 and 2 alone."""
-    return [0.0 if dropped and row[i] % 2 else i % 2.0 for i in range(len(completions))]
+def half_right(completions: list[str], row: list[int], **_) -> list[float]:
+    """A gradient of every row."""
+    return [i % 2.0 for i in range(len(completions))]
+
+
+def half_right_with_images(completions: list[str], row: list[int], **_) -> list[float]:
+    """A gradient of rows 0 and 2 alone."""
+    return [0.0 if row[i] % 2 else i % 2.0 for i in range(len(completions))]
 
 
 def float32_alone() -> None:
-    """The policy, wrapped or not, gets pixels and gives log-probs and entropies in float32, whatever it computes in."""
-    score, of_part = Policy.score, train_saei.Part.score
+    """Check that pixels, log-probs and entropies are float32, whatever the policy computes in."""
+    policy_score, batch_score = Policy.score, TrainingBatch.score
 
-    def scored(self: Policy, prompts: Prompts, *rest):
+    def checked_policy_score(self: Policy, prompts: Prompts, *rest):
         assert {x.dtype for x in prompts.images} <= {torch.float32}, "pixels were rounded"
-        return score(self, prompts, *rest)
+        return policy_score(self, prompts, *rest)
 
-    def of_part_scored(self, policy, temperature):
-        found = of_part(self, policy, temperature)
+    def checked_batch_score(self, policy, temperature):
+        found = batch_score(self, policy, temperature)
         assert {x.dtype for x in found} == {torch.float32}, "log-probs or entropies were rounded"
         return found
 
-    Policy.score, train_saei.Part.score = scored, of_part_scored
+    Policy.score, TrainingBatch.score = checked_policy_score, checked_batch_score
 
 
 def deepspeed_on_cpus() -> None:
-    """accelerate leaves CPUs to DDP; and the operator that DeepSpeed compiles for them would only be faster."""
+    """accelerate leaves CPUs to DDP. The operator that DeepSpeed compiles would only be faster."""
     import deepspeed.comm.torch as communication
 
     communication.build_shm_op = lambda: None
@@ -89,16 +92,12 @@ def deepspeed_on_cpus() -> None:
     del config["bf16"]  # to compare
     path = Path(tempfile.mkdtemp()) / "zero2.json"
     path.write_text(json.dumps(config))
-    os.environ |= {
-        "ACCELERATE_USE_CPU": "false",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "DS_ACCELERATOR": "cpu",
-    }
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
+    os.environ |= {"ACCELERATE_USE_CPU": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
 
 
 def run(folder: Path, way: str, case: str, **changes) -> None:
-    """Train 5 steps; way: ddp | fsdp2 | zero2 (in a launch of its own, with DeepSpeed installed)."""
+    """Train 5 steps. way: ddp | fsdp2 | zero2 (in a launch of its own, with DeepSpeed)."""
     os.environ |= {"ACCELERATE_USE_FSDP": str(way == "fsdp2").lower(), "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if case == "half" else "no"
@@ -108,40 +107,32 @@ def run(folder: Path, way: str, case: str, **changes) -> None:
         deepspeed_on_cpus()
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    rows = PICTURES if case == "pictures" else ROWS
-    train_saei.data.load_rows = lambda *_, **__: rows
-    train_saei.rewards.accuracy_reward = lambda *args, **columns: half_right(
-        *args, dropped=case == "drop", **columns
-    )
-    settings = dict(
-        model="demo/mixed", output=str(folder / way / case), steps=5, prompts_per_step=4, rollouts=4
-    )
-    settings |= dict(
-        adversarial_rollouts=2,
-        max_new_tokens=12,
-        pgd_steps=2,
-        lr=1e-4,
-        micro_prompts=1,
-        self_check=False,
-    )
-    train_saei.main(train_saei.Config(**settings | CASES[case] | changes))
+    rows = data.Rows((PICTURES if case == "pictures" else ROWS).__getitem__, range(4))
+    data.load_rows = lambda *_, **__: rows
+    rewards.accuracy_reward = half_right_with_images if case == "drop" else half_right
+    settings = dict(model="demo/mixed", output=str(folder / way / case), steps=5, lr=1e-4)
+    settings |= dict(prompts_per_step=4, micro_prompts=1, rollouts=4, adversarial_rollouts=2)
+    settings |= dict(max_new_tokens=12, pgd_steps=2, self_check=False)
+    train_saei.main(train_saei.load_config(**settings | CASES[case] | changes))
+
+
+def main(folder: str, *runs: str) -> None:
+    """runs: WAY/CASE, WAY/CASE/3 (to step 3), WAY/CASE/resume (on from there)."""
+    # It ends the process group, and another run follows.
+    Accelerator.end_training = lambda self: None
+    Policy.sample = one_token_without_image
+    data.epoch_order = lambda seed, epoch, n: np.arange(n)
+    for name in runs:
+        way, case, *steps = name.split("/")
+        changes = {}
+        if steps:
+            changes = {"resume": True} if steps == ["resume"] else {"steps": int(steps[0])}
+        # Where a process waits for the others, if one does.
+        faulthandler.dump_traceback_later(120, exit=True)
+        run(Path(folder), way, case, **changes)
+        PartialState().wait_for_everyone()  # the last checkpoint has its name
+    faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
-    train_saei.Accelerator.end_training = lambda self: (
-        None
-    )  # it ends the process group, and another run follows
-    Policy.sample = one_token_without_image
-    train_saei.epoch_order = lambda seed, epoch, n: np.arange(n)
-    for argument in sys.argv[2:]:
-        way, case, *steps = argument.split(
-            "/"
-        )  # fsdp2/mixed/3: to step 3; fsdp2/mixed/resume: on from there
-        changes = (
-            {"resume": True} if steps == ["resume"] else {"steps": int(steps[0])} if steps else {}
-        )
-        faulthandler.dump_traceback_later(
-            120, exit=True
-        )  # where a process waits for the others, if one does
-        run(Path(sys.argv[1]), way, case, **changes)
-        PartialState().wait_for_everyone()  # the last checkpoint has its name
+    main(*sys.argv[1:])

@@ -1,13 +1,14 @@
-"""eval.py: the estimators against enumeration, intervals against theory, the split of the work, the files."""
+"""eval.py: the estimators against enumeration, intervals against theory, processes, files."""
 
 import itertools
 import json
 
 import numpy as np
 import pytest
-from conftest import launch
+from conftest import finish, lines_of, start
 
-from eval import EvalConfig, bootstrap_interval, main, pass_at_k
+from eval import bootstrap_interval, evaluate_rows, load_config, main, pass_at_k
+from vlm.policy import Policy
 
 
 @pytest.mark.parametrize(
@@ -40,91 +41,84 @@ def test_bootstrap_interval_matches_the_normal_one():
     assert bootstrap_interval(np.ones(10)) == (1.0, 1.0)
 
 
-def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match="every k must be between 1 and samples=4, got \\[1, 8\\]"):
-        EvalConfig(model="m", output="o", samples=4)
-    with pytest.raises(ValueError, match="greedy decoding is measured anyway"):
-        EvalConfig(model="m", output="o", temperature=0.0)
-    for name, value in (
-        ("problems", 0),
-        ("problems", -3),
-        ("batch", 0),
-        ("max_new_tokens", 0),
-        ("seed", -1),
-    ):
-        with pytest.raises(
-            ValueError,
-            match="batch, max_new_tokens and problems must be at least 1, seed 0 or more",
-        ):
-            EvalConfig(model="m", output="o", **{name: value})
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"output": None}, "must satisfy --output NAME"),
+        ({"samples": 4}, "1 <= k <= samples=4, got k=8"),
+        ({"k": [0]}, "1 <= k <= samples=8, got k=0"),
+        ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),
+        ({"problems": 0}, "problems=0: it must be at least 1"),
+        ({"seed": -1}, "seed=-1: it must be at least 0"),
+        ({"dataset": "rows.jsonl", "streaming": True}, "must satisfy --problems N if streaming"),
+    ],
+)
+def test_bad_settings_are_refused(options, said):
+    with pytest.raises(ValueError, match=said):
+        load_config(**{"output": "o"} | options)
+
+
+def test_splits_and_problems_depend_on_the_data():
+    demo, other = (load_config(output="o", **x).eval for x in ({}, {"dataset": "rows.jsonl"}))
+    assert (demo.splits, demo.problems) == (["plain/test"], 1000)
+    assert (other.splits, other.problems) == (["test"], None)
 
 
 def test_unknown_split_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match="unknown split 'nowhere/test'"):
-        main(EvalConfig(model=tiny, output=str(tmp_path / "x"), splits=["nowhere/test"]))
+        main(load_config(model=tiny, output=str(tmp_path / "x"), splits=["nowhere/test"]))
 
 
 def test_a_column_called_split_does_not_hide_the_split(tiny, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"problem": "1 + 1?", "answer": "2", "split": "x"}) + "\n")
-    options = dict(
-        dataset=str(rows), splits=["train"], image_column="none", samples=2, k=[1], max_new_tokens=4
-    )
-    main(EvalConfig(model=tiny, output=str(tmp_path / "one"), **options))
-    assert json.loads((tmp_path / "one.jsonl").read_text())["split"] == "train"
+    options = dict(dataset=str(rows), splits=["train"], columns=["image=none"])
+    options |= dict(samples=2, k=[1], max_new_tokens=4, model=tiny, output=str(tmp_path / "one"))
+    main(load_config(**options))
+    assert lines_of(tmp_path / "one.jsonl")[0]["split"] == "train"
 
 
-def test_files_and_split_of_the_work(tiny, tmp_path):
+def test_files_and_the_share_of_each_process(tiny, tmp_path):
     """7 problems on 2 processes: each once, in order, the same numbers as on one."""
-    options = [
-        "--model",
-        tiny,
-        "--splits",
-        "plain/test",
-        "--problems",
-        "7",
-        "--samples",
-        "4",
-        "--k",
-        "1",
-        "4",
-    ]
+    options = ["--model", tiny, "--problems", "7", "--samples", "4", "--k", "1", "4"]
     options += ["--max_new_tokens", "8", "--batch", "3"]
-    launch(2, "eval.py", *options, "--output", str(tmp_path / "two"))
-    cfg = EvalConfig(
-        model=tiny,
-        output=str(tmp_path / "one"),
-        problems=7,
-        samples=4,
-        k=[1, 4],
-        max_new_tokens=8,
-        batch=3,
-    )
-    result = main(cfg)
-
-    records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    for record, other in zip(
-        records, map(json.loads, (tmp_path / "two.jsonl").read_text().splitlines()), strict=True
-    ):
-        assert record.pop("entropy") == pytest.approx(
-            other.pop("entropy"), rel=1e-5
-        )  # other batches, other rounding
+    finish(start(2, main, load_config([*options, "--output", str(tmp_path / "two")])))
+    result = main(load_config([*options, "--output", str(tmp_path / "one")]))
+    one, two = (lines_of(tmp_path / f"{name}.jsonl") for name in ("one", "two"))
+    entropies = [record["entropy"] for record in one]
+    for record, other in zip(one, two, strict=True):  # other batches, other rounding
+        assert record.pop("entropy") == pytest.approx(other.pop("entropy"), rel=1e-5)
         assert record == other
-    records = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
-    assert [record["row"] for record in records] == list(range(7))
-    assert all(len(record["responses"]) == len(record["right"]) == 4 for record in records)
+    assert [record["row"] for record in one] == list(range(7))
+    assert all(len(record["responses"]) == len(record["right"]) == 4 for record in one)
     written = json.loads((tmp_path / "one.json").read_text())
     assert written == result and written["splits"]["plain/test"]["n"] == 7
     mean, low, high = written["splits"]["plain/test"]["entropy"]
-    assert low <= mean <= high and mean == pytest.approx(
-        np.mean([record["entropy"] for record in records])
-    )
+    assert low <= mean <= high and mean == pytest.approx(np.mean(entropies))
+
+
+def test_a_prompt_is_read_once(policy, rows, monkeypatch):
+    """Greedy and sampled answers share the prompt pass, and are those of two passes."""
+    cfg = load_config(output="o", samples=2, k=[1], max_new_tokens=6).eval
+    seeds, calls, read = [5, 6, 7, 8], [], Policy.read
+
+    def listen(self, prompts):
+        calls.append(len(prompts))
+        return read(self, prompts)
+
+    monkeypatch.setattr(Policy, "read", listen)
+    records = evaluate_rows(policy, rows, seeds, cfg)
+    assert calls == [4]
+    prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
+    greedy = policy.decode(policy.sample(prompts, 1, seeds, 6, temperature=0.0))
+    sampled = policy.decode(policy.sample(prompts, 2, seeds, 6))
+    assert [record["greedy"] for record in records] == greedy
+    assert sum((record["responses"] for record in records), []) == sampled
 
 
 def test_cut_responses_are_counted_and_said(tiny, tmp_path, capsys):
-    common = {"model": tiny, "output": str(tmp_path / "e"), "problems": 4, "samples": 2, "k": [1]}
-    result = main(EvalConfig(**common, max_new_tokens=1))
+    options = dict(model=tiny, output=str(tmp_path / "e"), problems=4, samples=2, k=[1])
+    result = main(load_config(**options, max_new_tokens=1))
     assert result["splits"]["plain/test"]["truncated"][0] > 0.9
-    assert "ran into --max_new_tokens 1: raise it" in capsys.readouterr().out
-    records = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
-    assert all(0 <= record["truncated"] <= 1 for record in records)
+    assert "responses ran into --max_new_tokens: raise it" in capsys.readouterr().out
+    assert all(0 <= record["truncated"] <= 1 for record in lines_of(tmp_path / "e.jsonl"))

@@ -1,75 +1,36 @@
-"""What ends a run from outside, and what is left of it (docs/faults.md): signals, kill -9, full disks, lost ranks."""
+"""What ends a run, and what is left of it (docs/faults.md): signals, kill -9, full disks."""
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import kill
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from test_train import comparable, half_right, metrics_of, parameters, short  # noqa: F401
+from conftest import (
+    assert_same_run,
+    comparable,
+    finish,
+    launch,
+    lines_of,
+    metrics_of,
+    reward_half,
+    short,
+    start,
+)
+from safetensors import SafetensorError
 
 import rewards
 import train_saei
+from runtime import data
 from runtime import run as runs
-from runtime.data import load_rows
-from train_saei import Config, given_order, main
-
-ROOT = Path(__file__).resolve().parent.parent
-FAULTS = """
-import os, signal
-
-def at_the_third_call(action):
-    calls = []  # the first is the trial before step 0
-    def reward(completions, **_):
-        calls.append(1)
-        if len(calls) == 3 and os.environ.get("RANK", "1") == "1":
-            action()
-        return [i % 2.0 for i in range(len(completions))]
-    return reward
-
-calls = []
-
-def raises(completions, **_):
-    calls.append(1)
-    if len(calls) >= 3 and os.environ.get("RANK", "1") == "1":
-        raise KeyError("the service is gone")
-    return [0.0] * len(completions)
-
-terminated = at_the_third_call(lambda: os.kill(os.getpid(), signal.SIGTERM))
-killed = at_the_third_call(lambda: os.kill(os.getpid(), signal.SIGKILL))
-"""
-
-
-def in_two(tmp_path: Path, fault: str, *more: str) -> subprocess.CompletedProcess:
-    """Four steps on two processes; `fault` befalls the second one in step 1."""
-    (tmp_path / "faults.py").write_text(FAULTS)
-    options = "--model demo/mixed --split plain/train --steps 4 --prompts_per_step 2 --rollouts 4 --pgd_steps 1"
-    options += (
-        " --adversarial_rollouts 2 --max_new_tokens 6 --lr 1e-4 --save_every 1 --self_check false"
-    )
-    options += f" --output {tmp_path}/run --reward {tmp_path}/faults.py:{fault}"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command += ["train_saei.py", *options.split(), *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+from train_saei import main
 
 
 def names(out: Path) -> list[str]:
@@ -77,99 +38,153 @@ def names(out: Path) -> list[str]:
 
 
 def reward_that(action, at_call: int):
+    """Half right, with an action at a call. Call 1 is the trial, call 2 step 0, call 3 step 1."""
     calls = []
 
     def reward(completions, **_):
         calls.append(1)
         if len(calls) == at_call:
             action()
-        return [i % 2.0 for i in range(len(completions))]
+        return reward_half(completions)
 
     return reward
 
 
-# ------------------------------------------------------------------------------------------------------------ signals
+def train(config: train_saei.Config, number: int = 0, rank: int = 0) -> None:
+    """In a process of its own: half right, and in step 1 a signal to the process of that rank."""
+
+    def action() -> None:
+        if number and os.environ.get("RANK", "0") == str(rank):
+            os.kill(os.getpid(), number)
+
+    rewards.accuracy_reward = reward_that(action, at_call=3)
+    main(config)
+
+
+# --------------------------------------------------------------------------------------- signals
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_at_a_step_boundary_and_it_goes_on_exactly(
-    tiny, tmp_path, monkeypatch, number, code
+def test_a_signal_ends_the_run_after_the_step_and_it_continues_exactly(
+    tiny, tmp_path, monkeypatch, whole, number, code
 ):
     before = signal.getsignal(number)
-    action = reward_that(
-        lambda: os.kill(os.getpid(), number), at_call=3
-    )  # the trial, step 0, step 1
-    monkeypatch.setattr(rewards, "accuracy_reward", action)
+    send = reward_that(lambda: os.kill(os.getpid(), number), at_call=3)
+    monkeypatch.setattr(rewards, "accuracy_reward", send)
     with pytest.raises(SystemExit) as end:
-        main(short(tiny, tmp_path / "parts", steps=4, save_every=4))
+        main(short(tiny, tmp_path, steps=4, save_every=4))
     assert end.value.code == code and signal.getsignal(number) is before
-    assert names(tmp_path / "parts") == ["step-000002"] and len(metrics_of(tmp_path / "parts")) == 2
-    monkeypatch.setattr(rewards, "accuracy_reward", reward_that(None, at_call=0))
-    main(short(tiny, tmp_path / "parts", steps=4, save_every=4, resume=True))
-    main(short(tiny, tmp_path / "whole", steps=4, save_every=4))
-    whole, parts = (
-        parameters(tmp_path / name / "checkpoints/step-000004") for name in ("whole", "parts")
-    )
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    lines = [[comparable(m) for m in metrics_of(tmp_path / name)] for name in ("whole", "parts")]
-    assert lines[0] == lines[1] and lines[0][3]["grad_norm"] > 0
+    assert names(tmp_path) == ["step-000002"] and len(metrics_of(tmp_path)) == 2
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_half)
+    main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
+    assert_same_run(whole, tmp_path)
 
 
 def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     exits, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with runs.signals_given_back():
-        stop = runs.Stop(None)
-    stop.ask(signal.SIGINT, None)
+    signals = runs.Signals(None)
+    signals.receive(signal.SIGINT, None)
     now[0] += 0.5  # a launcher passes on what the terminal sent to all
-    stop.ask(signal.SIGTERM, None)
-    assert exits == [] and stop.received == signal.SIGINT
+    signals.receive(signal.SIGTERM, None)
+    assert exits == [] and signals.received == signal.SIGINT
     now[0] += 1.0
-    stop.ask(signal.SIGTERM, None)
+    signals.receive(signal.SIGTERM, None)
     assert exits == [143]
 
 
 def test_a_run_that_fails_gives_the_signals_back(tiny, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(train_saei, "sample", lambda *_: 1 / 0)
+    monkeypatch.setattr(train_saei.rollouts, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(short(tiny, tmp_path, steps=1))
     assert signal.getsignal(signal.SIGINT) is before and before is not None
 
 
-def test_a_signal_to_one_rank_stops_all_and_one_process_goes_on(tmp_path):
-    done = in_two(tmp_path, "terminated", "--save_every", "4")
-    assert done.returncode != 0 and "SIGTERM: finishing the step, saving" in done.stderr, (
-        done.stderr[-2000:]
-    )
-    assert names(tmp_path / "run") == ["step-000002"]
-    (tmp_path / "faults.py").write_text(FAULTS.replace("== 3", "== 0"))
-    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    main(Config(**config | {"resume": True}))
-    shutil.copytree(tmp_path / "run", tmp_path / "parts")
-    main(Config(**config | {"overwrite": True}))
-    for a, b in zip(metrics_of(tmp_path / "run"), metrics_of(tmp_path / "parts"), strict=True):
+def test_a_signal_to_one_process_stops_all_and_one_process_continues(
+    tiny, tmp_path, half_right, whole
+):
+    config = short(tiny, tmp_path, steps=4, save_every=4)
+    finish(start(2, train, config, signal.SIGTERM, 1), exit_code=143)
+    assert names(tmp_path) == ["step-000002"]
+    main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
+    for a, b in zip(metrics_of(tmp_path), metrics_of(whole), strict=True):
         assert comparable(a) == pytest.approx(comparable(b), rel=1e-3, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------- lost ranks
+LOST = """
+import os, signal
+calls = []
+
+def lost(completions, **_):
+    calls.append(1)
+    if len(calls) >= 3 and os.environ["RANK"] == "1":
+        FAULT
+    return [0.0] * len(completions)
+"""
 
 
 @pytest.mark.parametrize(
-    "fault, said", [("raises", "the reward 'raises' failed on row"), ("killed", "SIGKILL")]
+    "fault, said",
+    [
+        ("raise KeyError('the service is gone')", "the reward 'lost' failed on row"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+    ],
+    ids=["raises", "killed"],
 )
-def test_a_lost_rank_ends_all(tmp_path, fault, said):
+def test_a_lost_process_ends_all(tiny, tmp_path, fault, said):
+    (tmp_path / "mine.py").write_text(LOST.replace("FAULT", fault))
+    config = short(tiny, tmp_path / "run", save_every=1, reward=[f"{tmp_path}/mine.py:lost:1"])
+    options = {k: v for k, v in train_saei.args.flat(config).items() if v is not None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
     begun = time.monotonic()
-    done = in_two(tmp_path, fault)
+    done = launch(2, "train_saei.py", "--config", str(tmp_path / "recipe.yaml"), check=False)
     assert done.returncode != 0 and said in done.stderr, done.stderr[-2000:]
-    assert (
-        time.monotonic() - begun < 90
-    )  # the start, and at most 30 s that torchrun leaves to the others
+    assert time.monotonic() - begun < 90  # torchrun leaves at most 30 s to the others
     assert names(tmp_path / "run") == ["step-000001"]
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------- kill -9
+
+
+@pytest.mark.parametrize("processes, kills", [(1, 8), (2, 2)])
+def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
+    """Killed at random moments. Every other kill waits until a checkpoint is being written."""
+    rng, unfinished, lives = random.Random(5), 0, []
+    configs = {}
+    for name in ("killed", "whole"):
+        configs[name] = short(tiny, tmp_path / name, steps=12, save_every=1, keep_last=2)
+        configs[name].run.resume = True
+    for i in range(kills):
+        lives.append(start(processes, train, configs["killed"]))
+        if i % 2:
+            while not list(tmp_path.glob("killed/checkpoints/.step-*")):
+                assert all(process.is_alive() for process in lives[-1])
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.03))
+        else:
+            time.sleep(rng.uniform(0, 2.0))
+        for process in lives[-1]:
+            process.kill()
+            process.join()
+        unfinished += len(list(tmp_path.glob("killed/checkpoints/.step-*")))
+    assert unfinished or kills < 4
+    for config in configs.values():
+        finish(start(processes, train, config))
+    assert any(life[0].exitcode == -signal.SIGKILL for life in lives)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    states = []
+    for name in configs:
+        folder = tmp_path / name / "checkpoints/step-000012/state"
+        states.append(torch.load(folder / "optimizer.bin")["state"])
+        assert len(list(folder.glob("random_states_*"))) == processes
+    assert states[0].keys() == states[1].keys() and len(states[0]) > 50
+    for k, state in states[0].items():
+        assert all(torch.equal(x, states[1][k][name]) for name, x in state.items())
+
+
+# ----------------------------------------------------------------------------------- checkpoints
 
 
 def test_keep_last_keeps_the_newest(tiny, tmp_path):
@@ -185,82 +200,102 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path, monkeypatch):
     checkpoint = tmp_path / "checkpoints/step-000001"
     checkpoint.mkdir(parents=True)
     seen = []
-    monkeypatch.setattr(
-        shutil, "rmtree", lambda path, **_: seen.append((Path(path).name, names(tmp_path)))
-    )
-    runs.discard(checkpoint)
+    remove = lambda path, **_: seen.append((Path(path).name, names(tmp_path)))  # noqa: E731
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    runs.delete_checkpoint(checkpoint)
     assert seen[-1] == (".step-000001", [])
 
 
 def test_everything_is_synced_before_the_rename_and_the_folder_after(tiny, tmp_path, monkeypatch):
-    events, sync, rename = [], os.fsync, Path.rename
-    path_of = lambda descriptor: Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: E731
-    monkeypatch.setattr(os, "fsync", lambda d: events.append(path_of(d)) or sync(d))
-    monkeypatch.setattr(
-        Path, "rename", lambda self, to: events.append("rename") or rename(self, to)
-    )
+    events, fsync, rename = [], os.fsync, Path.rename
+
+    def listen_fsync(descriptor):
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def listen_rename(self, to):
+        events.append("rename")
+        return rename(self, to)
+
+    monkeypatch.setattr(os, "fsync", listen_fsync)
+    monkeypatch.setattr(Path, "rename", listen_rename)
     main(short(tiny, tmp_path, steps=1))
     at, folder = events.index("rename"), tmp_path / "checkpoints"
-    written = {
-        folder / ".step-000001" / p.relative_to(folder / "step-000001")
-        for p in folder.glob("step-*/**/*")
-    }
-    assert written | {tmp_path / "metrics.jsonl", folder / ".step-000001"} <= set(events[:at])
-    assert events[at + 1 :] == [folder] and len(written) > 5
+    written = {folder / ".step-000001", tmp_path / "metrics.jsonl"}
+    for path in folder.glob("step-*/**/*"):
+        written.add(folder / ".step-000001" / path.relative_to(folder / "step-000001"))
+    assert written <= set(events[:at]) and len(written) > 7
+    assert events[at + 1 :] == [folder]
 
 
 def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(tiny, tmp_path, monkeypatch):
     """A real failure of write(2): no file may grow beyond 1 MB from step 1 on."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = reward_that(
-        lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1])), at_call=3
-    )
-    monkeypatch.setattr(rewards, "accuracy_reward", full)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))  # noqa: E731
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_that(limit, at_call=3))
     try:
-        with pytest.raises((OSError, RuntimeError, runs.SafetensorError)) as error:
+        with pytest.raises((OSError, RuntimeError, SafetensorError)) as error:
             main(short(tiny, tmp_path, save_every=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (note,) = error.value.__notes__
-    assert "step 2 could not be written" in note and "step-000001; --resume true" in note
+    assert "step 2 could not be written" in note and "step-000001. --resume true" in note
     assert names(tmp_path) == ["step-000001"]
     main(short(tiny, tmp_path, save_every=1, resume=True))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "step-000001",
-        "step-000002",
-    ]
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["step-000001", "step-000002"]
 
 
-def test_a_line_cut_anywhere_is_forgotten(tiny, tmp_path):
-    main(short(tiny, tmp_path, steps=1))
+# ---------------------------------------------------------------------------------------- resume
+
+
+def test_resume_is_exact_and_forgets_lines_after_the_checkpoint(tiny, tmp_path, half_right, whole):
+    main(short(tiny, tmp_path))
     for name in ("metrics.jsonl", "samples.jsonl"):
-        with open(tmp_path / name, "a") as file:
-            file.write('{"step": 1, "response": "\\\\boxed{5}')  # ends with a brace, is no line
-    main(short(tiny, tmp_path, steps=2, resume=True))
-    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1]
-    assert all(json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines())
+        with open(tmp_path / name, "a") as file:  # a whole line, and one cut after a brace
+            file.write('{"step": 2, "reward": 0.5}\n{"step": 3, "response": "\\\\boxed{5}')
+    main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
+    assert_same_run(whole, tmp_path)
+    assert lines_of(tmp_path / "samples.jsonl") == lines_of(whole / "samples.jsonl")
 
 
-# -------------------------------------------------------------------------------------------------------------- resume
-
-
-def test_resume_with_other_micro_batches_takes_the_same_steps(tiny, tmp_path, half_right):  # noqa: F811
-    """accelerate counts micro-batches: an odd count would end the first update after half of its batch."""
-    main(short(tiny, tmp_path / "whole", steps=3))
-    main(short(tiny, tmp_path / "parts", steps=1))
-    main(short(tiny, tmp_path / "parts", steps=3, resume=True, micro_prompts=1))
-    for a, b in zip(metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "parts"), strict=True):
+def test_resume_with_other_micro_batches_takes_the_same_steps(tiny, tmp_path, half_right, whole):
+    """accelerate counts micro-batches: an odd count would end the first update too early."""
+    main(short(tiny, tmp_path, steps=1))
+    main(short(tiny, tmp_path, steps=4, resume=True, micro_prompts=1))
+    for a, b in zip(metrics_of(whole), metrics_of(tmp_path), strict=True):
         assert comparable(a) == pytest.approx(comparable(b), rel=1e-3, abs=1e-4)
 
 
-def test_another_number_of_processes_is_refused_where_it_matters(tmp_path):
-    (tmp_path / "state").mkdir()
-    for i in range(2):
-        (tmp_path / f"state/random_states_{i}.pkl").touch()
-    runs.same_processes(Config(), tmp_path, 1)
-    runs.same_processes(Config(tsec_scope="batch"), tmp_path, 2)
-    with pytest.raises(ValueError, match="had 2 processes, now 1: tsec_scope=batch"):
-        runs.same_processes(Config(tsec_scope="batch"), tmp_path, 1)
+def test_a_folder_that_holds_a_run_is_safe(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1))
+    said = "already holds a run: --resume continues it, --overwrite replaces it"
+    with pytest.raises(ValueError, match=said):
+        main(short(tiny, tmp_path, steps=1))
+    with pytest.raises(ValueError, match="started with other options .eps: .* -> 0.5"):
+        main(short(tiny, tmp_path, resume=True, eps=0.5))
+    saved = tmp_path / "checkpoints/step-000001/config.yaml"
+    text = saved.read_text()
+    saved.write_text(text + "lora_alpha: 8\nimage_column: picture\nforgotten: 1\n")
+    with pytest.raises(ValueError, match="earlier version and cannot be resumed") as error:
+        main(short(tiny, tmp_path, resume=True))
+    for said in (
+        "lora_alpha (removed: it is 2 *",
+        "(write --columns image=NAME)",
+        "forgotten (rem",
+    ):
+        assert said in str(error.value)
+    saved.write_text(text)
+    free = dict(micro_prompts=1, keep_last=3, profile=False, gradient_checkpointing=True)
+    main(short(tiny, tmp_path, resume=True, **free))
+    main(short(tiny, tmp_path, steps=1, overwrite=True))
+    assert len(metrics_of(tmp_path)) == 1 and names(tmp_path) == ["step-000001"]
+
+
+def test_the_steps_of_an_annealed_run_are_not_free(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1, intervention="noise"))
+    with pytest.raises(ValueError, match="steps: 1 -> 2"):
+        main(short(tiny, tmp_path, steps=2, intervention="noise", resume=True))
 
 
 def test_another_reference_is_refused(tiny, tmp_path):
@@ -269,39 +304,40 @@ def test_another_reference_is_refused(tiny, tmp_path):
     main(short(model, out, steps=1, kl_coef=0.1))
     main(short(model, out, steps=2, kl_coef=0.1, resume=True))
     shutil.copy(out / "checkpoints/step-000002/model.safetensors", model)
-    with pytest.raises(
-        ValueError, match="holds other weights than when the run .* began, and kl_coef=0.1"
-    ):
+    said = "holds other weights than when the run .* began, and kl_coef pulls to them"
+    with pytest.raises(ValueError, match=said):
         main(short(model, out, steps=3, kl_coef=0.1, resume=True))
 
 
 def test_other_rows_are_refused(tiny, tmp_path):
-    """Exact resume: the order of the data follows from the rows that are there, and from --order."""
+    """What an exact resume needs: the same rows, and the same --order."""
     rows, order = tmp_path / "rows.jsonl", tmp_path / "order.json"
-    line = json.dumps({"problem": "1 + 1? Answer in \\boxed{}.", "answer": "2"}) + "\n"
-    rows.write_text(line * 4)
+    lines = [json.dumps({"problem": f"{i} + 1?", "answer": str(i + 1)}) + "\n" for i in range(4)]
+    text = "".join(lines)
+    rows.write_text(text)
     order.write_text("[0, 1, 2, 3]")
-    data = dict(dataset=str(rows), split="train", image_column="none", intervention="none")
+    settings = dict(dataset=str(rows), split="train", columns=["image=none"], save_every=1)
 
-    def run(name, steps, **changes):
-        given_order.cache_clear()
-        main(short(tiny, tmp_path / name, steps=steps, save_every=1, **data, **changes))
+    def resumed(name, steps, **changes):
+        config = short(tiny, tmp_path / name, intervention="none", **settings | changes)
+        config.run.steps, config.run.resume = steps, True
+        main(config)
 
-    run("shuffled", 1)
-    run("ordered", 1, order=str(order))
-    run("shuffled", 2, resume=True)
+    resumed("shuffled", 1)
+    resumed("ordered", 1, order=str(order))
+    said = "{} holds other rows than when the run .* began; put the first ones back"
+    edited = text.replace('"answer": "4"', '"answer": "5"')
+    for changed in (edited, text + lines[0], "".join(reversed(lines))):
+        assert changed != text
+        rows.write_text(changed)
+        with pytest.raises(ValueError, match=said.format("rows.jsonl")):
+            resumed("shuffled", 2)
+    rows.write_text(text)
+    resumed("shuffled", 2)
     order.write_text("[3, 2, 1, 0]")
-    with pytest.raises(
-        ValueError, match="order.json has other rows than when the run .* put the first ones back"
-    ):
-        run("ordered", 2, order=str(order), resume=True)
-    rows.write_text(line * 5)
-    with pytest.raises(
-        ValueError, match="rows.jsonl has other rows than when the run .* began: the order would"
-    ):
-        run("shuffled", 3, resume=True)
-    rows.write_text(line * 4)
-    run("shuffled", 3, resume=True)
+    with pytest.raises(ValueError, match=said.format("order.json")):
+        resumed("ordered", 2, order=str(order))
+    assert [len(metrics_of(tmp_path / name)) for name in ("shuffled", "ordered")] == [2, 1]
 
 
 def test_fingerprint_is_exact():
@@ -313,7 +349,7 @@ def test_fingerprint_is_exact():
     assert runs.fingerprint(a) != runs.fingerprint(b)
 
 
-# ------------------------------------------------------------------------------------------------------- other faults
+# ---------------------------------------------------------------------------------- other faults
 
 
 def test_a_tracker_that_goes_down_has_not_lost_the_step(tiny, tmp_path, monkeypatch):
@@ -324,48 +360,25 @@ def test_a_tracker_that_goes_down_has_not_lost_the_step(tiny, tmp_path, monkeypa
     monkeypatch.setattr(Accelerator, "log", down)
     with pytest.raises(ConnectionError, match="the tracker is down"):
         main(short(tiny, tmp_path, save_every=1))
-    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1] and names(tmp_path) == [
-        "step-000001"
-    ]
+    assert [line["step"] for line in metrics_of(tmp_path)] == [0, 1]
+    assert names(tmp_path) == ["step-000001"]
 
 
 def test_an_output_that_cannot_be_written_is_named(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        ValueError, match="cannot write to --output .*file/run: .*choose another folder"
-    ):
+    said = "cannot write to --output .*file/run: .*choose another folder"
+    with pytest.raises(ValueError, match=said):
         main(short(tiny, tmp_path / "file/run"))
 
 
 def test_a_row_that_vanishes_is_named(tmp_path, rows):
+    lines = []
     for i, row in enumerate(rows):
         row["images"][0].save(tmp_path / f"{i}.png")
-    lines = [
-        {"images": [f"{i}.png"], "problem": "how many?", "answer": "1"} for i in range(len(rows))
-    ]
+        lines.append({"images": [f"{i}.png"], "problem": "how many?", "answer": "1"})
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    loaded = load_rows(str(tmp_path / "data.jsonl"))
+    loaded = data.load_rows(str(tmp_path / "data.jsonl"))
     (tmp_path / "2.png").unlink()
     with pytest.raises(ValueError, match="unreadable image: .*2.png") as error:
         loaded[2]
     assert "row 2" in error.value.__notes__[0]
-
-
-@pytest.mark.parametrize("processes, kills", [(1, 2), (2, 1)])
-def test_killed_runs_end_as_one_that_was_not(tmp_path, processes, kills):
-    arguments = [
-        "--kills",
-        str(kills),
-        "--steps",
-        "12",
-        "--processes",
-        str(processes),
-        "--seed",
-        "5",
-    ]
-    result = kill.main(
-        [*arguments, "--folder", str(tmp_path / "runs"), "--output", str(tmp_path / "kill.json")]
-    )
-    assert result["kills"] == kills and set(result["different"].values()) == {0}
-    states = (tmp_path / "runs/killed/checkpoints/step-000012/state").glob("random_states_*")
-    assert len(list(states)) == processes
