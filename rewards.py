@@ -995,5 +995,5 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
         raise RuntimeError(f"the reward {name!r} failed on {place}: {cause}") from error
 
 
-if __name__ == "__main__":  # the worker
-    _answer_questions()
+if __name__ == "__main__":
+    sys.exit(_answer_questions() if "--answer-questions" in sys.argv else "rewards.py is a module")

@@ -1,7 +1,7 @@
 r"""How rewards.py reads and compares answers, from the command line.
 
-    python -m extras.grade "so \boxed{\frac{1}{2}}" 0.5    what is extracted, how it is compared
-    python -m extras.grade --file predictions.jsonl        grade the answers of a file again
+python -m extras.grade "so \boxed{\frac{1}{2}}" 0.5    what is extracted, how it is compared
+python -m extras.grade --file predictions.jsonl        grade the answers of a file again
 """
 
 import json
