@@ -62,12 +62,10 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
         raise ImportError("lora_rank needs peft: pip install peft") from error
     torch.manual_seed(seed)  # for the values of A
     config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=LORA_TARGETS)
-    inject_adapter_in_model(config, policy.model)
+    inject_adapter_in_model(config, policy.model)  # freezes all other parameters
     policy.lora_rank = rank
     for name, parameter in policy.model.named_parameters():
-        adapter = ".lora_" in name
-        parameter.requires_grad_(adapter)
-        if adapter:
+        if ".lora_" in name:
             parameter.data = parameter.data.float()
     if folder is not None:
         loaded = set_peft_model_state_dict(policy.model, load_file(Path(folder) / ADAPTER))
