@@ -1,77 +1,53 @@
-"""study/loop_picture.py draws what the policy said, and the pictures that it saw, pixel for pixel."""
+"""study/loop_picture.py draws the responses, numbers and pictures of a run's folder."""
 
-from pathlib import Path
+import subprocess
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
+from test_report import write_run
 
-import egas
-import rewards
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """-> what the script found, the file that it wrote, all texts in it"""
-    path, texts, real = (
-        tmp_path_factory.mktemp("picture") / "loop.png",
-        [],
-        ImageDraw.ImageDraw.text,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        from study import loop_picture
-
-        def text(self, xy, words, *args, **kwargs):
-            texts.append(words)
-            real(self, xy, words, *args, **kwargs)
-
-        patch.setattr(ImageDraw.ImageDraw, "text", text)
-        found = loop_picture.main(["--output", str(path)])
-    return found, path, texts
+pytest.importorskip("matplotlib")
+from study import loop_picture
 
 
-def test_the_responses_in_it_are_real(drawn):
-    found, _, texts = drawn
-    cfg, row = found["cfg"], found["row"]
-    responses = [
-        "".join(token for token, *_ in line).removesuffix("(end)") for line in found["lines"]
-    ]
-    assert len(responses) == cfg.rollouts and len(set(responses)) > 2
-    scores = rewards.total_reward(responses, answer=[row["answer"]] * len(responses))
-    assert scores["reward"] == pytest.approx(found["rewards"])
-    assert 0 < sum(scores["accuracy"]) < len(responses)
-    written = "".join(texts)
-    assert all(response in written for response in responses)
-    assert all(f"{a:+.2f}" in texts for a in found["advantages"]) and sum(
-        found["advantages"]
-    ) == pytest.approx(0, abs=1e-4)
-    before, after = found["entropy"]
-    assert after > before and {f"{before:.3f} nats", f"{after:.3f} nats"} <= set(texts)
-    assert all(str(number) in texts for number in range(1, 7))  # the six steps
-    framed = [[kept for *_, kept in line] for line in found["lines"]]
-    assert all(map(any, framed[: cfg.clean_rollouts])) and not any(
-        map(any, framed[cfg.clean_rollouts :])
-    )
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: write_run(folder, steps=3))
+    return loop_picture.real_step(folder)
 
 
-def test_the_pictures_in_it_are_the_clean_and_the_attacked_one(drawn):
-    found, path, _ = drawn
-    assert 50_000 < path.stat().st_size < 350_000
-    sheet = np.asarray(Image.open(path))
-    assert sheet.shape[2] == 3 and (sheet[0] == 255).all()  # opaque and white, on a dark page too
-    for top, name in ((140, "clean"), (860, "attacked")):
-        pixels = sheet[top : top + 384 : 4, 92 : 92 + 384 : 4].transpose(2, 0, 1) / 255
-        assert np.abs(pixels - found[name].numpy()).max() < 1 / 255, name
-    assert egas.psnr(found["attacked"], found["clean"]) < 50
+def test_the_step_is_the_first_whose_clean_responses_differ(step, tmp_path):
+    assert step["step"] == 0 and len(step["samples"]) == 8
+    assert all(sample["step"] == 0 for sample in step["samples"])
+    for name, file in (("clean", "0-clean.png"), ("attacked", "0-adversarial.png")):
+        pixels = np.asarray(Image.open(tmp_path / "run/pictures" / file)) / 255
+        assert np.array_equal(step[name], pixels)
 
 
-def test_the_readmes_picture_is_what_the_script_draws(drawn):
-    old, new = (
-        np.asarray(Image.open(path).convert("RGB"), np.float64)
-        for path in (ROOT / "docs/loop.png", drawn[1])
-    )
-    assert old.shape == new.shape and np.abs(old - new).mean() < 1, (
-        "run python -m study.loop_picture"
-    )
+def test_tokens_frames_rewards_and_pictures_are_the_steps(step):
+    (axes,) = loop_picture.draw(step).axes
+    texts = [text.get_text() for text in axes.texts]
+    tokens = [token for sample in step["samples"] for token in sample["tokens"]]
+    shown = ["(end)" if token == "<|im_end|>" else token.replace("\n", " ") for token in tokens]
+    drawn = [text.get_text() for text in axes.texts if text.get_fontfamily() == ["monospace"]]
+    assert drawn == shown
+    for number in range(1, 7):
+        assert str(number) in texts
+    for sample in step["samples"]:
+        assert f"{sample['advantage']:+.2f}" in texts and f"{sample['reward']:.1f}" in texts
+    assert any("0.400 to 0.470 nats" in text for text in texts)
+    framed = [box for box in axes.patches if box.get_edgecolor()[3] and box.get_height() == 16]
+    assert len(framed) == sum(sum(sample["kept"] or []) for sample in step["samples"]) > 0
+    difference = np.clip(0.5 + loop_picture.GAIN * (step["attacked"] - step["clean"]), 0, 1)
+    images = [image.get_array() for image in axes.images]
+    for pixels, expected in zip(images, (step["clean"], difference, step["attacked"]), strict=True):
+        assert np.array_equal(pixels, expected)
+
+
+def test_the_picture_in_docs_is_opaque_and_small():
+    file = loop_picture.ROOT / "docs/loop.png"
+    pixels = np.asarray(Image.open(file).convert("RGBA"))
+    assert (pixels[..., 3] == 255).all() and (pixels[0] == 255).all()
+    assert pixels.shape[1] == 1800 and file.stat().st_size < 500_000
