@@ -4,17 +4,16 @@
     accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista \\
         --max_new_tokens 2048 --batch 4 --output out/mathvista
 
-Any folder or hub id of a supported vision-language model, trained here or not. Writes <output>.json
-(the numbers) and <output>.jsonl (one line per problem: what was answered). Several processes share
-the problems. The numbers do not depend on how many there are.
+Any folder or hub id of a supported vision-language model. Writes <output>.json (the numbers) and
+<output>.jsonl (what was answered, a line per problem). The numbers do not depend on how many
+processes share the problems.
 
     greedy     share of problems that the most likely answer (temperature 0) solves
-    pass@k     chance that at least one of k sampled answers is right, estimated without bias from n
-               samples, c of them right: 1 - C(n - c, k) / C(n, k)
+    pass@k     chance that one of k sampled answers is right: 1 - C(n - c, k) / C(n, k), without
+               bias from n samples, c of them right
     truncated  share of sampled responses that ran into max_new_tokens (a cut answer is wrong)
-    entropy    mean over sampled responses of their mean token entropy, in nats, at the temperature
-Intervals are percentile bootstraps over problems: how far the number would move with other
-problems, not with other seeds.
+    entropy    mean over sampled responses of their mean token entropy, in nats
+Intervals are percentile bootstraps over problems. They do not cover other seeds.
 """
 
 import json
@@ -88,14 +87,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
 
 
-def bootstrap_interval(
-    values: np.ndarray, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple:
     """2.5% and 97.5% percentile of the mean of `values` resampled with replacement.   (n,) -> 2"""
-    rng = np.random.default_rng(seed)
-    n, means = len(values), []
-    for _ in range(resamples):
-        means.append(values[rng.integers(0, n, n)].mean())
+    rng, n = np.random.default_rng(seed), len(values)
+    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
@@ -160,15 +155,10 @@ def report(result: dict, cfg: EvalArgs) -> None:
     names = ["greedy", *(f"pass@{k}" for k in cfg.k), "entropy"]
     print(f"{'split':16}" + "".join(f"{name:>22}" for name in names))
     for split, numbers in result["splits"].items():
-        line = f"{split:16}"
-        for name in names:
-            mean, low, high = numbers[name]
-            cell = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-            line += f"{cell:>22}"
-        print(line)
-        cut = numbers["truncated"][0]
-        if cut > 0.5:
-            print(f"warning: {cut:.0%} of the responses ran into --max_new_tokens: raise it")
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*numbers[name]) for name in names]
+        print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
+        if numbers["truncated"][0] > 0.5:
+            print("warning: most responses ran into --max_new_tokens: raise it")
     for split, numbers in result.get("official", {}).items():
         found = [f"{name} {value:.3g}" for name, value in numbers.items()]
         print(f"{split:16}{'  '.join(found)}")
@@ -187,17 +177,16 @@ def main(config: Config) -> dict:
             records[split] = evaluate_split(policy, split, config, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
-    result["seconds"] = round(time.time() - start, 1)
+    result |= {"seconds": round(time.time() - start, 1)}
     result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
     if preset:
         result |= {"preset": preset.dataset, "by_rule": preset.departs}
         if preset.summary:
             result["official"] = {split: preset.summary(found) for split, found in records.items()}
     if accelerator.is_main_process:
-        output = Path(cfg.output)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_name(output.name + ".json").write_text(json.dumps(result, indent=1) + "\n")
-        with open(output.with_name(output.name + ".jsonl"), "w") as file:
+        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{cfg.output}.json").write_text(json.dumps(result, indent=1) + "\n")
+        with open(f"{cfg.output}.jsonl", "w") as file:
             for found in records.values():
                 file.writelines(json.dumps(record, default=str) + "\n" for record in found)
         report(result, cfg)

@@ -908,7 +908,6 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
     return penalty
 
 
-BUILT_IN = {"accuracy": accuracy_reward, "format": format_reward}
 REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  # second-hand
 
 
@@ -919,9 +918,10 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     list, a name twice, and what `load_reward` refuses.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
+    built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
     rewards = {}
     for spec in specs:
-        name, function, weight = load_reward(spec, BUILT_IN | {"length_penalty": penalty})
+        name, function, weight = load_reward(spec, built_in)
         if name in rewards or name == "reward":  # "reward" is the weighted sum
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already")
         rewards[name] = function, weight
@@ -930,7 +930,7 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     return rewards
 
 
-def load_reward(spec: str, built_in: dict = BUILT_IN) -> tuple[str, Callable, float]:
+def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable, float]:
     """NAME:WEIGHT or file.py:function[:WEIGHT] -> name, function, weight (1 if left out).
 
     ValueError for an unknown name, a weight that is no finite number, no such file or function.
