@@ -49,7 +49,7 @@ def pgd_ascent(
     step_size: float | None = None,
     steps: int = 1,
     random_start: bool = False,
-    generator: torch.Generator | list[torch.Generator] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor | list[Tensor]:
     """Raise objective(images) by projected sign-gradient ascent.   Tensor or list -> same, detached
 
@@ -57,8 +57,7 @@ def pgd_ascent(
         scalar, or a value per image or prompt. Values are summed, so they stay independent if each
         depends on its own images alone.
     eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
-    random_start: begin at a uniform point of the eps ball, drawn from `generator` (a list: one per
-        image).
+    random_start: begin at a uniform point of the eps ball, drawn from `generator`.
     The parameters' .grad is never touched. To lower the objective, pass its negative.
 
     Raises ValueError for images outside [0, 1] or not floating, eps outside [0, 1], steps < 1;
@@ -77,10 +76,8 @@ def pgd_ascent(
     clean = [x.detach() for x in clean]
     attacked = [x.clone() for x in clean]
     if random_start:
-        generators = generator if isinstance(generator, list) else [generator] * len(clean)
-        for i, x in enumerate(clean):
-            noise = 2 * uniform_like(x, generators[i]) - 1
-            attacked[i] = (x + eps * noise).clamp(0.0, 1.0)
+        noise = [2 * uniform_like(x, generator) - 1 for x in clean]
+        attacked = [(x + eps * u).clamp(0.0, 1.0) for x, u in zip(clean, noise, strict=True)]
     for _ in range(steps):
         attacked = [x.requires_grad_() for x in attacked]
         with torch.enable_grad():

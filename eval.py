@@ -99,9 +99,9 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalA
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
     with torch.no_grad():
         read = policy.read(prompts)  # the prompt pass, for greedy and sampled answers alike
-    greedy = policy.sample(prompts, 1, seeds, cfg.max_new_tokens, temperature=0.0, read=read)
-    settings = (cfg.max_new_tokens, cfg.temperature)
-    sampled = policy.sample(prompts, cfg.samples, seeds, *settings, read=read)
+    T = cfg.max_new_tokens
+    greedy = policy.sample(prompts, 1, seeds, T, temperature=0.0, read=read)
+    sampled = policy.sample(prompts, cfg.samples, seeds, T, cfg.temperature, read=read)
     greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask)
     entropy = entropy.view(len(rows), -1).mean(dim=1).tolist()
@@ -112,9 +112,9 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalA
         record = {name: value for name, value in row.items() if name != "images"}
         columns = {name: [value] * (1 + cfg.samples) for name, value in record.items()}
         right = rewards.accuracy_reward([greedy_texts[i], *responses], **columns)
-        record |= {"greedy": greedy_texts[i], "greedy_right": right[0]}
-        record |= {"responses": responses, "right": right[1:]}
-        records.append(record | {"entropy": entropy[i], "truncated": truncated[i]})
+        record |= {"greedy": greedy_texts[i], "greedy_right": right[0], "responses": responses}
+        record |= {"right": right[1:], "entropy": entropy[i], "truncated": truncated[i]}
+        records.append(record)
     return records
 
 
@@ -125,10 +125,8 @@ def evaluate_split(
     cfg, records = config.eval, []
     rows = config.data.load(split, limit=cfg.problems)
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
-    parts = micro_batches(len(mine), cfg.batch)
-    quiet = not accelerator.is_main_process
-    for part in tqdm(parts, desc=split, disable=quiet, unit="batch"):
-        numbers = mine[part]
+    bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
+    for numbers in (mine[part] for part in bar):
         seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in numbers]
         for record in evaluate_rows(policy, [rows[i] for i in numbers], seeds, cfg):
             records.append(record | {"split": split})
@@ -139,8 +137,7 @@ def summarise(records: list[dict], cfg: EvalArgs) -> dict[str, int | list[float]
     """{"n": problems, name: [mean, low, high]}"""
     columns = {"greedy": [record["greedy_right"] for record in records]}
     for k in cfg.k:
-        right = [int(sum(record["right"])) for record in records]
-        columns[f"pass@{k}"] = [pass_at_k(cfg.samples, c, k) for c in right]
+        columns[f"pass@{k}"] = [pass_at_k(cfg.samples, int(sum(r["right"])), k) for r in records]
     for name in ("entropy", "truncated"):
         columns[name] = [record[name] for record in records]
     summary = {"n": len(records)}
@@ -160,8 +157,7 @@ def report(result: dict, cfg: EvalArgs) -> None:
         if numbers["truncated"][0] > 0.5:
             print("warning: most responses ran into --max_new_tokens: raise it")
     for split, numbers in result.get("official", {}).items():
-        found = [f"{name} {value:.3g}" for name, value in numbers.items()]
-        print(f"{split:16}{'  '.join(found)}")
+        print(f"{split:16}" + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
     if "by_rule" in result:
         print(f"scored by rule, greedy answers; {result['by_rule']}")
 
@@ -170,14 +166,13 @@ def main(config: Config) -> dict:
     """Evaluate, write and print. Returns what <output>.json holds."""
     cfg, accelerator, start = config.eval, Accelerator(), time.time()
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
-    policy = config.model.load().to(accelerator.device)
-    records = {}
+    policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():
         for split in cfg.splits:
             records[split] = evaluate_split(policy, split, config, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
-    result |= {"seconds": round(time.time() - start, 1)}
+    result["seconds"] = round(time.time() - start, 1)
     result["splits"] = {split: summarise(found, cfg) for split, found in records.items()}
     if preset:
         result |= {"preset": preset.dataset, "by_rule": preset.departs}

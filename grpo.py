@@ -109,9 +109,6 @@ def policy_loss(
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = exp(d) - d - 1, d = log pi_ref - log pi, per token.   (N, T), (N, T) -> (N, T)
-
-    An unbiased estimate of KL(pi || pi_ref) that is never negative.
-    """
+    """k3 = exp(d) - d - 1, d = log pi_ref - log pi, unbiased for KL(pi || pi_ref).   -> (N, T)"""
     d = ref_logprobs - logprobs
     return d.exp() - d - 1

@@ -31,7 +31,6 @@ Rewards have TRL's signature: lists of N = P*G completions (P prompts, G respons
 import difflib
 import importlib.util
 import json
-import logging
 import math
 import os
 import re
@@ -778,7 +777,6 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 
 def _answer_questions() -> None:
     """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
-    logging.disable()  # math-verify warns that its own time limits are off
     for pair in _WARM_UP:  # fills the caches that the processes forked from now on start with
         _sympy_equal(*pair, None)
     print("ready", flush=True)

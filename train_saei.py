@@ -78,10 +78,10 @@ class SaEIArgs(args.Options):
         if self.intervention == "none":
             self.adversarial_rollouts = 0
         self.clean_rollouts = self.rollouts - self.adversarial_rollouts
-        intervenes = self.intervention != "none"
         args.require(self.tsec_low < self.tsec_high, "tsec_low < tsec_high")
         args.require(self.clean_rollouts >= 1, "adversarial_rollouts < rollouts")
-        args.require(self.adversarial_rollouts >= intervenes, "adversarial_rollouts >= 1")
+        valid = self.adversarial_rollouts >= (self.intervention != "none")
+        args.require(valid, "adversarial_rollouts >= 1 with an intervention")
 
 
 class Config(NamedTuple):
