@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from tests.families import KINDS, PROBLEMS, make_policy, picture, responses
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train_saei
 from runtime import plan
+from tests.families import KINDS, PROBLEMS, make_policy, picture, responses
 from train_saei import Config
 from vlm import adapt as memory
 from vlm.families import FAMILIES
