@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import re
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import train_saei
 from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 MANUALS = ["README.md", "docs/walkthrough/README.md"]
 DOCS = [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
 
@@ -65,15 +63,6 @@ def test_quotations_follow_the_code(tmp_path, monkeypatch):
     for text, count in (("gone", 0), ("y", 3)):
         with pytest.raises(ValueError, match=f"a.py: {count} lines contain '{text}'"):
             tables.quote_code(page.replace("y +=", text), tmp_path)
-
-
-def test_the_readmes_figures_of_the_graders_are_the_measured_ones():
-    graders = json.loads((ROOT / "benchmarks/graders.json").read_text())["kinds"]["all"]
-    text = " ".join(README.split("## Rewards")[1].split("\n## ")[0].split())
-    assert f"On {graders['n']:,} grading cases" in text
-    for name, found in graders["graders"].items():
-        assert f"{found['right'] / graders['n']:.1%}" in text, name
-        assert not found["false positives"] or f"({found['false positives']}" in text, name
 
 
 def options_of_train_saei() -> set[str]:
