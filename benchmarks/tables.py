@@ -6,7 +6,6 @@ tests/test_readme.py and tests/test_metrics_page.py check that the pages are wha
 """
 
 import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -355,6 +354,7 @@ PAGES = {  # page -> marker -> what makes it
         "easyvqa": easyvqa,
         "families": families,
     },
+    "docs/walkthrough/README.md": {},
     "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": {"graders": graders, "reasons": reasons},
     "docs/speed.md": {"step": step, "phases": phases},
