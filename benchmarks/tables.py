@@ -1,16 +1,11 @@
 """Write the tables of README.md and docs/ from the stored results: python -m benchmarks.tables
 
 A page marks each table with <!-- name --> and <!-- /name -->. In docs/metrics.md it is the column
-"on the demo". Quoted code is marked with
-    <!-- code tsec.py: first line ... last line -->     up to <!-- /code -->
-where both texts are looked up in the file, so that a quotation is the code as it is now.
+"on the demo".
 tests/test_readme.py and tests/test_metrics_page.py check that the pages are what this writes.
 """
 
 import json
-import os
-import re
-import textwrap
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -376,37 +371,10 @@ def fill(page: str, tables: dict[str, Callable[[], str]]) -> str:
     return page
 
 
-def find_line(lines: list[str], text: str, start: int = 0) -> int:
-    """The index of the only line that contains the text, or of the first one from `start` on."""
-    found = [i for i, line in enumerate(lines) if text in line and i >= start]
-    if not found or (len(found) > 1 and not start):
-        raise ValueError(f"{len(found)} lines contain {text!r}; a quotation needs exactly one")
-    return found[0]
-
-
-def quote_code(page: str, folder: Path) -> str:
-    """The page, which lies in `folder`, with every quotation as the code is now."""
-
-    def quote(match: re.Match) -> str:
-        marker, file, first, last, end = match.groups()
-        lines = (ROOT / file).read_text().splitlines()
-        try:
-            begin = find_line(lines, first)
-            stop = find_line(lines, last, begin or 1)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        code = textwrap.dedent("\n".join(lines[begin : stop + 1]))
-        link = f"[{file}]({os.path.relpath(ROOT / file, folder)})"
-        return f"{marker}{link}\n\n```python\n{code}\n```\n{end}"
-
-    block = r"(<!-- code ([\w/]+\.py): (.+) \.\.\. (.+) -->\n)[\s\S]*?(<!-- /code -->)"
-    return re.sub(block, quote, page)
-
-
 def main() -> None:
     for name, tables in PAGES.items():
         path = ROOT / name
-        path.write_text(quote_code(fill(path.read_text(), tables), path.parent))
+        path.write_text(fill(path.read_text(), tables))
     metrics = ROOT / "docs/metrics.md"
     metrics.write_text(with_ranges(metrics.read_text(), STUDY))
 

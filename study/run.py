@@ -99,13 +99,7 @@ REMOVED = {  # arms with results that ran with an option that was removed since
 COV = {"cov_share": 0.01}  # a step has 4,000 tokens: the default share of 2e-4 would be one token
 CONTROLS = {  # of the update (extras/entropy_controls.py), in plain GRPO, in shifted; not tuned
     "bonus": {"entropy_coef": 0.01},
-    # the target is the token mean at the start; up to five times the fixed bonus in 80 steps
-    "skywork": {
-        "skywork_target": 0.3,
-        "skywork_step": 0.001,
-        "skywork_max": 0.05,
-        "entropy_coef": 0.01,
-    },
+    "skywork": {"entropy_coef": 0.01, "skywork_target": 0.3},  # target: the mean at the start
     "aer": {"entropy_coef": 0.01, "aer_target": 0.9},
     "ecvgpo": {},
     "vogue": {"intervention": "noise"},
