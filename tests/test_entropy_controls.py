@@ -149,6 +149,15 @@ def test_skywork_coefficients_equal_trl_over_a_run():
     assert min(seen) == 0.01 and max(seen) == 0.05 and len(seen) > 2
 
 
+@pytest.mark.parametrize(
+    "entropy, now, following",
+    [(0.1, 0.002, 0.0021), (0.2, 0.002, 0.0021), (0.21, 0.0, 0.0019)],  # at the target: below
+)
+def test_skywork_by_hand(entropy, now, following):
+    found = controls.skywork_coefficient(0.002, entropy, target=0.2)
+    assert found == (now, pytest.approx(following))
+
+
 # ------------------------------------------------------------------------------ choice of tokens
 
 
@@ -429,37 +438,34 @@ def run(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Gradient norms of plain runs, kept for all controls."""
+    """Metrics of a plain run, filled by the first test that needs them."""
     return {}
 
 
-@pytest.mark.parametrize("condition", ["clean", "sampled"])
 @pytest.mark.parametrize("control", METHODS)
-def test_each_control_trains_with_egas(run, control, condition):
-    (metrics,) = run("run", update_control=control, condition=condition, steps=1)
-    assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0
-    assert (metrics["control/tokens"] > 0) == (control in CHOOSE)
-    assert (metrics["control/bonus"] > 0) == (control in BONUS)
-    assert (metrics["control/loss"] > 0) == (control in ("kl_cov", "sent"))
-    assert (metrics["control/loss"] < 0) == (control in BONUS)
-    if control == "bonus":  # one condition's entropy or the other's, in nats: of log(vocabulary)
-        assert metrics["control/loss"] == pytest.approx(-0.1 * metrics["entropy/clean"], rel=0.02)
-    if control == "top_entropy":
-        assert metrics["control/tokens"] == pytest.approx(0.8, abs=0.05)
-
-
-@pytest.mark.parametrize("control", METHODS)
-def test_each_control_changes_the_update_of_grpo_and_micro_batches_do_not(run, plain, control):
-    intervention = "random" if control == "vogue" else "none"
-    options = dict(prompts_per_step=4, intervention=intervention, steps=1)
-    if intervention not in plain:
-        (plain[intervention],) = run("plain", **options)
-    assert "control/loss" not in plain[intervention]
-    (whole,) = run("whole", micro_prompts=2, update_control=control, **options)
-    (micro,) = run("micro", micro_prompts=1, update_control=control, **options)
-    assert whole == pytest.approx(micro, rel=1e-3, abs=1e-5)
-    same = pytest.approx(plain[intervention]["grad_norm"], rel=1e-5)
-    assert whole["grad_norm"] != same
+def test_each_control_trains_changes_the_update_and_micro_batches_do_not(run, plain, control):
+    options = dict(prompts_per_step=4, micro_prompts=2, steps=1)
+    if not plain:
+        plain.update(*run("plain", **options))
+        assert "control/loss" not in plain
+    options["update_control"] = control
+    (clean,) = run("clean", **options)
+    assert clean["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-5)
+    options |= dict(condition="sampled", intervention="random")
+    (sampled,) = run("sampled", **options)
+    (micro,) = run("micro", **options | dict(micro_prompts=1))
+    assert sampled == pytest.approx(micro, rel=1e-3, abs=1e-5)
+    for metrics in (clean, sampled):
+        assert all(map(math.isfinite, metrics.values())) and metrics["grad_norm"] > 0
+        assert (metrics["control/tokens"] > 0) == (control in CHOOSE)
+        assert (metrics["control/bonus"] > 0) == (control in BONUS)
+        assert (metrics["control/loss"] > 0) == (control in ("kl_cov", "sent"))
+        assert (metrics["control/loss"] < 0) == (control in BONUS)
+        if control == "bonus":  # nearly log(vocabulary) nats on either image
+            near = pytest.approx(-0.1 * metrics["entropy/clean"], rel=0.02)
+            assert metrics["control/loss"] == near
+        if control == "top_entropy":
+            assert metrics["control/tokens"] == pytest.approx(0.8, abs=0.05)
 
 
 @pytest.mark.parametrize("control", ["skywork", "aer"])

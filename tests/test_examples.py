@@ -20,7 +20,7 @@ from runtime import data
 
 def test_attack_stays_in_its_ball_raises_the_entropy_and_is_drawn(tmp_path, capsys):
     eps, path = 0.001, tmp_path / "attack.png"
-    options = ["--eps", str(eps), "--output", str(path), "--rollouts", "2", "--pgd_steps", "2"]
+    options = ["--eps", str(eps), "--output", str(path), "--rollouts", "2"]
     clean, attacked, before, after = attack_one_image.main(options)
     difference = attacked - clean
     assert 0.5 * eps < difference.abs().max() <= eps + 1e-6
