@@ -157,16 +157,12 @@ def test_default_step_size(steps, step):
         torch.testing.assert_close(seen[1], x0 + step * EPS)
 
 
-def test_default_step_size_is_at_most_eps():
-    """Up, then down again: longer steps would be cut by the ball on the way up only."""
+def test_step_sizes_up_and_down_again():
+    """Default steps longer than eps would be cut by the ball on the way up only."""
     signs, x0 = iter((1, -1)), torch.full((1, 4), 0.5)
     torch.testing.assert_close(pgd_ascent(lambda x: next(signs) * x.sum(), x0, steps=2), x0)
-
-
-def test_given_step_size_and_steps_are_used():
-    x0 = torch.full((1, 4), 0.5)
-    attacked = pgd_ascent(torch.sum, x0, step_size=1e-3, steps=4)
-    torch.testing.assert_close(attacked, x0 + 4e-3)
+    given = pgd_ascent(torch.sum, x0, step_size=1e-3, steps=4)
+    torch.testing.assert_close(given, x0 + 4e-3)
 
 
 @pytest.mark.parametrize("random_start", [False, True])
@@ -181,8 +177,7 @@ def test_random_start_is_uniform_in_the_ball_and_drawn_from_the_generator():
     x0, weight = torch.full((2, 5000), 0.5), torch.tensor([[1.0], [0.0]])
 
     def attack(seed):
-        generator = seeded(seed)
-        options = dict(random_start=True, generator=generator)
+        options = dict(random_start=True, generator=seeded(seed))
         return pgd_ascent(lambda x: (weight * x).sum(), x0, **options)
 
     start, uniform = attack(3)[1], torch.rand(2, 5000, generator=seeded(3))
@@ -500,7 +495,7 @@ def test_diffusion_noise_refuses_other_steps(t):
 
 
 def test_psnr():
-    """A constant difference d gives -20 log10 d; equal images infinity; it is symmetric."""
+    """A constant difference d gives -20 log10 d, equal images infinity. It is symmetric."""
     x0 = torch.full((3, 8, 8), 0.5)
     for d in (1 / 255, EPS, 0.1):
         expected = pytest.approx(-20 * math.log10(d), abs=1e-4)
