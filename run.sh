@@ -42,7 +42,7 @@ demo)
     ;;
 test)
     setup requirements-dev.txt
-    .venv/bin/python -m pytest -q tests
+    .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
     ;;
 *)
     echo "usage: bash run.sh [test]" >&2

@@ -45,11 +45,11 @@ CASES = {
     # What ZeRO-2 can train: pictures in every row.
     "pictures": AER | {"max_grad_norm": 0.1},
 }
-sample = Policy.sample
+sample = Policy._sample_together
 
 
-def one_token_without_image(self: Policy, prompts: Prompts, n: int, *rest) -> Responses:
-    found = sample(self, prompts, n, *rest)
+def one_token_without_image(self: Policy, prompts: Prompts, read, n: int, *rest) -> Responses:
+    found = sample(self, prompts, read, n, *rest)
     short = torch.tensor(prompts.counts).repeat_interleave(n) == 0
     mask = found.mask & ~(short[:, None] & (torch.arange(found.mask.shape[1]) > 0))
     width = int(mask.sum(dim=1).max())
@@ -120,7 +120,7 @@ def main(folder: str, *runs: str) -> None:
     """runs: WAY/CASE, WAY/CASE/3 (to step 3), WAY/CASE/resume (on from there)."""
     # It ends the process group, and another run follows.
     Accelerator.end_training = lambda self: None
-    Policy.sample = one_token_without_image
+    Policy._sample_together = one_token_without_image
     data.epoch_order = lambda seed, epoch, n: np.arange(n)
     for name in runs:
         way, case, *steps = name.split("/")

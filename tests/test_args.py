@@ -138,7 +138,7 @@ def test_a_wrong_recipe_is_refused_with_its_line(recipe, text, said):
         ({"kl_coef": -0.1}, "kl_coef=-0.1: it must be at least 0"),
         ({"tsec_low": 0.8, "tsec_high": 0.2}, "must satisfy tsec_low < tsec_high"),
         ({"adversarial_rollouts": 8}, "must satisfy adversarial_rollouts < rollouts"),
-        ({"adversarial_rollouts": 0}, "must satisfy adversarial_rollouts >= 1 with an int"),
+        ({"adversarial_rollouts": 0}, "must satisfy adversarial_rollouts >= 1"),
         ({"order": "x.json", "streaming": True}, "must satisfy order only without streaming"),
         ({"update_control": "kl_cov"}, "must satisfy updates_per_step >= 2 with kl_cov"),
         ({"step": 3}, "unknown step: did you mean steps?"),
