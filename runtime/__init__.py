@@ -1,1 +1,1 @@
-"""What a run needs besides the algorithm: options, rows, the run's folder, processes, plan, page."""
+"""What a run needs besides the algorithm: options, rows, folder, processes, plan."""

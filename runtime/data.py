@@ -145,7 +145,7 @@ def load_rows(
     """
     known, dataset = find_preset(preset, dataset)
     if columns and (known or dataset == "demo"):
-        raise ValueError("--columns is for data of your own: the demo and presets have their columns")
+        raise ValueError("--columns is for your own data: the demo and presets have their columns")
     if dataset == "demo":
         return demo_rows(split or "shifted/train", limit, template)
     split = split or default_split(known, "train")

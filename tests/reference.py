@@ -1,8 +1,9 @@
-"""The slow, obvious second implementation: one response at a time, on the model's plain forward. Imports none of ours.
+"""The slow, obvious second implementation: one response at a time, on the model's plain forward.
 
-Each response has its own prompt and images in front of it: nothing is padded, cached, repeated or batched. Prompt and
-pixel_values come from the processor's own chat call (or, for an attacked picture, from a loop over patches), positions
-from the model itself. Entropies, quantiles, PGD, advantages and loss are loops.
+It imports nothing of ours. Each response has its own prompt and images in front of it. Nothing is
+padded, cached, repeated or batched. Prompt and pixel_values come from the processor's own chat call
+(for an attacked image: from a loop over patches), positions from the model itself. Entropies,
+quantiles, PGD, advantages and loss are loops.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def sharpen(model: torch.nn.Module) -> torch.nn.Module:
-    """Random weights large enough that the policy has opinions: entropies of 1 to 5 nats, and every input matters."""
+    """Weights so large that entropies are 1 to 5 nats and every input matters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, w in model.named_parameters():
@@ -32,7 +33,7 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def double(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in float64, its RMS norms too: the library's round to float32 in any dtype, which would hide errors."""
+    """The model in float64, its RMS norms too: the library's round to float32, hiding errors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
@@ -44,7 +45,7 @@ def double(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def prompt_inputs(processor, problem: str, pictures: list[Image.Image]) -> dict[str, Tensor]:
-    """input_ids, mm_token_type_ids and, with pictures, pixel_values and image_grid_thw of one prompt."""
+    """input_ids, mm_token_type_ids and, with pictures, pixel_values, image_grid_thw of a prompt."""
     content = [{"type": "image", "image": x} for x in pictures] + [
         {"type": "text", "text": problem}
     ]
@@ -58,7 +59,7 @@ def prompt_inputs(processor, problem: str, pictures: list[Image.Image]) -> dict[
 
 
 def pixel_values(image: Tensor, processor) -> Tensor:
-    """One [0, 1] image (3, H, W) -> rows of 3 * t * p * p: blocks of m x m patches, then the patches of a block."""
+    """A [0, 1] image (3, H, W) -> rows of 3 * t * p * p, in blocks of m x m patches."""
     ip = processor.image_processor
     p, m, t = ip.patch_size, ip.merge_size, ip.temporal_patch_size
     rows = []
@@ -78,7 +79,7 @@ def pixel_values(image: Tensor, processor) -> Tensor:
 
 
 def allowed_tokens(processor) -> list[int]:
-    """What may appear in a response: everything the tokenizer knows, without <|...|> but with <|im_end|>."""
+    """What may appear in a response: all that the tokenizer knows but <|...|>, and <|im_end|>."""
     names = [processor.tokenizer.convert_ids_to_tokens(v) for v in range(len(processor.tokenizer))]
     return [v for v, name in enumerate(names) if name == "<|im_end|>" or not name.startswith("<|")]
 
@@ -92,7 +93,7 @@ def distributions(
     temperature=1.0,
     images: list | None = None,
 ) -> list[Tensor]:
-    """log p over allowed_tokens before each token of a response; `images`, in [0, 1], replace the pictures' pixels."""
+    """log p over allowed_tokens before each token of a response; `images` replace the pixels."""
     inputs = prompt_inputs(processor, problem, pictures)
     if images:
         inputs["pixel_values"] = torch.cat([pixel_values(x, processor) for x in images])
@@ -153,7 +154,7 @@ def mean_kept(values: Tensor, keep: list[bool]) -> Tensor | float:
 def image_entropy(
     model, processor, problem, pictures, images, responses, keeps, temperature=1.0
 ) -> Tensor:
-    """The attack's objective for one prompt: mean over its responses of the mean entropy of their kept tokens."""
+    """The attack's objective for one prompt: mean over its responses of their kept tokens' H."""
     total = 0.0
     for response, keep in zip(responses, keeps, strict=True):
         _, entropy = score(model, processor, problem, pictures, response, temperature, images)
