@@ -175,7 +175,7 @@ def attack(
     steps,
     temperature=1.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """PGD on one prompt's [0, 1] images.   -> attacked images, each pixel's smallest |gradient| / mean |gradient|"""
+    """PGD on one prompt's [0, 1] images.   -> attacked, each pixel's least |grad| / mean |grad|"""
     images = [x.clone() for x in clean]
     certainty = [torch.full_like(x, math.inf) for x in clean]
     for _ in range(steps):
