@@ -585,7 +585,7 @@ def test_a_step_under_control_has_the_gradient_of_its_formula(
     monkeypatch.setattr(args.ModelArgs, "load", lambda self, *rest, **settings: policy)
     monkeypatch.setattr(rewards, "accuracy_reward", marks)
     options = dict(update_control=control, entropy_coef=0.3, max_grad_norm=1e9, steps=1)
-    train(tmp_path, **options, rollouts=5, temperature=0.3, eps=0.1, micro_prompts=2)
+    train(tmp_path, **options, rollouts=5, temperature=0.3, eps=0.01, micro_prompts=2)
     ours = torch.cat([g.flatten() for g in seen.gradients])
     expected = torch.cat([g.flatten() for g in seen.expected])
     assert expected.norm() > 0.1
