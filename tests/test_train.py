@@ -181,6 +181,12 @@ def test_own_rewards_are_added_weighed_and_logged_apart(tiny, tmp_path, half_rig
         assert -1 <= line["length_penalty"] <= 0 < line["words"]
 
 
+def test_accuracy_is_measured_where_the_reward_does_not_name_it(tiny, tmp_path, half_right, own):
+    main(short(tiny, tmp_path, steps=1, reward=[f"{own}:words:1"]))
+    (metrics,) = metrics_of(tmp_path)
+    assert metrics["accuracy"] == 0.5 and metrics["reward"] == metrics["words"] > 0
+
+
 @pytest.mark.parametrize(
     "name, said", [("short", "failed on row 0.*0 values"), ("nothing", "no f")]
 )
@@ -224,9 +230,9 @@ def test_trap_17_no_reward_is_said(tiny, tmp_path, capfd):
 
 @pytest.mark.parametrize("rollouts", [3, 4])  # in float32, 1 / 3 is above 1 / 3
 def test_trap_01_identical_rollouts_are_said(tiny, tmp_path, capfd, rollouts):
-    changes = dict(steps=1, intervention="none", temperature=1e-6, rollouts=rollouts)
-    main(short(tiny, tmp_path, **changes))
-    assert "all rollouts of every prompt are identical" in "".join(capfd.readouterr())
+    main(short(tiny, tmp_path, intervention="none", temperature=1e-6, rollouts=rollouts))
+    said = "".join(capfd.readouterr())
+    assert said.count("all rollouts of every prompt are identical") == 1  # in two steps
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_batch_saved(
