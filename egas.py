@@ -58,11 +58,10 @@ def pgd_ascent(
         depends on its own images alone.
     eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
     random_start: begin at a uniform point of the eps ball, drawn from `generator`.
-    The parameters' .grad is never touched. To lower the objective, pass its negative.
 
     Raises ValueError for images outside [0, 1] or not floating, eps outside [0, 1], steps < 1;
     RuntimeError if the objective does not depend on an image; FloatingPointError for a gradient
-    that is not finite. Warns if all gradients are exactly zero: the attack then does nothing.
+    that is not finite. Warns if all gradients are exactly zero. No parameter's .grad is touched.
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)

@@ -26,17 +26,18 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 THREADS = os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
 import numpy as np  # noqa: E402
-import tiny  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -46,10 +47,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText  # noqa: E402
 import grpo  # noqa: E402
 import train_saei  # noqa: E402
 import tsec  # noqa: E402
-from runtime import run as runs  # noqa: E402
+from runtime import distributed, rollouts  # noqa: E402
+from runtime.args import flat  # noqa: E402
+from runtime.run import Batch, Clock, Run  # noqa: E402
+from tests import tiny  # noqa: E402
 from vlm.policy import Policy  # noqa: E402
 
-ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.Config.pgd_steps} PGD steps"]
+ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.SaEIArgs.pgd_steps} PGD steps"]
 QUESTION = "how many dots of the two pictures shows red"
 VOCABULARY, LR = 1024, 1e-6
 
@@ -92,76 +96,66 @@ class Ours:
     """One of our arms; step() -> {phase: seconds}, and `tokens` of the last one."""
 
     def __init__(self, P: int, image_tokens: int, G: int, T: int, pgd_steps: int):
-        kind = (
-            dict(intervention="egas", adversarial_rollouts=G // 2, pgd_steps=pgd_steps)
-            if pgd_steps
-            else {}
-        )
-        kind = kind or dict(intervention="none")
-        sizes = dict(prompts_per_step=P, micro_prompts=P, rollouts=G, max_new_tokens=T)
-        self.cfg = train_saei.Config(lr=LR, **sizes, **kind)
-        self.accelerator = Accelerator(cpu=True)
+        options = {"prompts_per_step": P, "micro_prompts": P, "rollouts": G, "max_new_tokens": T}
+        if pgd_steps:
+            options |= {"adversarial_rollouts": G // 2, "pgd_steps": pgd_steps}
+        else:
+            options["intervention"] = "none"
+        output = tempfile.mkdtemp()
+        self.config = train_saei.load_config(lr=LR, output=output, **options)
+        self.run = Run(self.config.run, flat(self.config), Accelerator(cpu=True))
         self.policy = Policy(*build_model())
         self.policy.banned[self.policy.eos_ids] = True  # no response ends early
-        optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=LR, weight_decay=self.cfg.weight_decay
+        self.wrapped, self.optimizer = distributed.prepare(
+            self.run.accelerator, self.policy, LR, self.config.saei.weight_decay, {}, None
         )
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.policy, optimizer)
-        self.batch = [
-            {"problem": QUESTION, "images": [x], "answer": "0"} for x in pictures(P, image_tokens)
-        ]
-        self.n = 0
+        rows = []
+        for x in pictures(P, image_tokens):
+            rows.append({"problem": QUESTION, "images": [x], "answer": "0", "row": len(rows)})
+        self.rows, self.n = rows, 0
+        shutil.rmtree(output)
 
     def spots(self) -> list[tuple[object, str]]:
         """Where the model's own time is spent: forward, head, backward, AdamW."""
-        model = self.policy.model
-        forward = [(model.model, "forward"), (model.lm_head, "forward")]
-        return [
-            *forward,
-            (torch.autograd, "grad"),
-            (self.accelerator, "backward"),
-            (self.optimizer.optimizer, "step"),
-        ]
+        model, accelerator = self.policy.model, self.run.accelerator
+        spots = [(model.model, "forward"), (model.lm_head, "forward"), (torch.autograd, "grad")]
+        return [*spots, (accelerator, "backward"), (self.optimizer.optimizer, "step")]
 
     def step(self) -> dict[str, float]:
         """The body of train_saei.main's loop without its files."""
-        cfg, policy, rows, step = self.cfg, self.policy, list(range(len(self.batch))), self.n
-        clock = runs.Clock(self.accelerator.device)
-        prompts = policy.encode(
-            [r["problem"] for r in self.batch], [r["images"] for r in self.batch]
-        )
+        cfg, policy, P, step = self.config.saei, self.policy, len(self.rows), self.n
+        clock, batch = Clock(policy.device), Batch(self.rows, list(range(P)), 0, step)
+        prompts = policy.encode(batch.problems, batch.images)
         clock.lap("encode")
-        clean = train_saei.sample(
-            cfg,
-            policy,
-            prompts,
-            cfg.clean_rollouts,
-            train_saei.seeds_of(cfg, step, rows, train_saei.CLEAN),
-        )
+        settings = (cfg.max_new_tokens, cfg.temperature)
+        clean = policy.sample(prompts, cfg.clean_rollouts, batch.seeds(train_saei.CLEAN), *settings)
         clock.lap("sample")
-        keep = tsec.select_tokens(clean.entropy, clean.mask, cfg.tsec_low, cfg.tsec_high)
-        seeds = train_saei.seeds_of(cfg, step, rows, train_saei.ATTACK)
-        attacked = train_saei.intervene(cfg, policy, prompts, clean, keep, step, seeds, len(rows))
+        cuts = (cfg.tsec_low, cfg.tsec_high)
+        tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts)
+        objective = partial(
+            train_saei.entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
+        )
+        seeds = batch.seeds(train_saei.ATTACK)
+        attacked = train_saei.intervene(cfg, policy, prompts, objective, P, seeds, 0.0)
         clock.lap("attack")
-        fresh = None
-        if cfg.adversarial_rollouts:
-            seeds = train_saei.seeds_of(cfg, step, rows, train_saei.FRESH)
-            fresh = train_saei.sample(cfg, policy, attacked, cfg.adversarial_rollouts, seeds)
+        responses, n = [clean], cfg.adversarial_rollouts
+        if n:
+            seeds = batch.seeds(train_saei.ADVERSARIAL)
+            responses.append(policy.sample(attacked, n, seeds, *settings))
         clock.lap("sample")
-        functions = {"accuracy": (parity, 1.0)}
-        texts, scores = train_saei.reward(functions, policy, self.batch, clean, fresh)
+        texts, scores = rollouts.grade({"accuracy": (parity, 1.0)}, policy, self.rows, responses)
         advantages = grpo.group_advantages(scores["reward"], scale=cfg.advantage_scale)
-        rollouts = train_saei.Rollouts(
-            self.batch, prompts, attacked, clean, fresh, keep, texts, scores, advantages
+        sampled = rollouts.Rollouts(
+            self.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
-        train_saei.sampling_metrics(cfg, policy, rollouts, len(rows))
+        rollouts.metrics(sampled, policy, cuts, objective, P)
         clock.lap("measure")
         train_saei.update(
-            cfg, self.accelerator, self.wrapped, None, self.optimizer, rollouts, len(rows), step
+            self.config, self.run, self.wrapped, None, self.optimizer, sampled, P, step
         )
         clock.lap("update")
         self.last, self.n = (prompts, clean), step + 1
-        self.tokens = sum(int(r.mask.sum()) for r in (clean, fresh) if r is not None)
+        self.tokens = sum(int(part.mask.sum()) for part in responses)
         return clock.phases
 
 
@@ -262,7 +256,9 @@ def one_step(arm: str, runner, cell: dict) -> dict:
         found["outside"] = 1 - inside[0] / found["seconds"]
     if arm.startswith("SaEI"):
         alone = median(arithmetic(runner) for _ in range(2))
-        found["attack/arithmetic"] = found["phases"]["attack"] / (runner.cfg.pgd_steps * alone)
+        found["attack/arithmetic"] = found["phases"]["attack"] / (
+            runner.config.saei.pgd_steps * alone
+        )
     return found
 
 
@@ -324,7 +320,7 @@ def arithmetic(arm: Ours) -> float:
     positions = torch.cat([prompts.positions, further.expand(3, -1, -1)], dim=-1)
     ids = torch.cat([prompts.ids, responses], dim=1)
     images: list[Tensor] = [x.clone().requires_grad_() for x in prompts.images]
-    with train_saei.frozen(policy):
+    with distributed.frozen(policy):
         start = time.perf_counter()
         vision = policy.to_pixel_values(images)
         hidden = policy.model.model(

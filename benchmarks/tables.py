@@ -17,30 +17,6 @@ from study.tables import table
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "study/results"
-STEPS = [  # of the algorithm: text, function, file
-    (
-        "sample G_clean responses per prompt from pi_old(. | I, Q), recording token entropies",
-        "sample",
-        "vlm/policy.py",
-    ),
-    ("TsEC: choose the tokens of moderate entropy", "select_tokens", "tsec.py"),
-    (
-        "EgAS: PGD on I, in [0, 1], upward on the entropy of the chosen tokens, parameters frozen",
-        "pgd_ascent",
-        "egas.py",
-    ),
-    ("sample G_adv responses from pi_old(. | I_adv, Q)", "sample", "vlm/policy.py"),
-    (
-        "reward all G = G_clean + G_adv responses; advantages within the group of one prompt",
-        "group_advantages",
-        "grpo.py",
-    ),
-    (
-        "GRPO update, conditioned on the clean image or on the one a response was sampled from",
-        "policy_loss",
-        "grpo.py",
-    ),
-]
 
 
 def read(name: str) -> dict:
@@ -63,16 +39,6 @@ def median_range(values: list[float]) -> str:
 
 
 # ------------------------------------------------------------------------------- README.md
-
-
-def algorithm() -> str:
-    """The six steps, each with the function that computes it."""
-    lines = []
-    for number, (text, function, file) in enumerate(STEPS, 1):
-        if f"def {function}(" not in (ROOT / file).read_text():
-            raise ValueError(f"{file} has no function {function}")
-        lines.append(f"{number}. {text} ([`{function}`]({file}))")
-    return "\n".join(lines)
 
 
 def attack() -> str:

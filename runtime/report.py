@@ -35,7 +35,7 @@ METHODS = {"none": "plain GRPO", "random": "random signs", "noise": "noise", "eg
 CHARTS = [  # title, y axis from zero?, metric, metric of the changed image (dashed)
     ("Reward", True, "reward", None),
     ("Accuracy", True, "accuracy/clean", "accuracy/adversarial"),
-    ("Entropy of the responses, nats per token", True, "entropy/clean", "entropy/fresh"),
+    ("Entropy of the responses, nats per token", True, "entropy/clean", "entropy/adversarial"),
     ("Entropy of the tokens kept by TsEC, nats", False, "entropy/selected", "entropy/attacked"),
     ("Groups with equal accuracies, share", True, "zero_variance", None),
     ("PSNR of the changed image, dB", False, "attack/psnr", None),

@@ -149,7 +149,7 @@ def adversarial_metrics(rollouts: Rollouts) -> dict[str, Tensor]:
         psnrs.append(psnr)
     adversarial = rollouts.adversarial
     values = {
-        "entropy/fresh": tsec.selective_entropy(adversarial.entropy, adversarial.mask),
+        "entropy/adversarial": tsec.selective_entropy(adversarial.entropy, adversarial.mask),
         "attack/linf": torch.tensor(largest_changes),
         "attack/psnr": torch.tensor(psnrs),
     }

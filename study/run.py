@@ -360,7 +360,7 @@ def rollout_entropy(args: argparse.Namespace, setting: str, arm: str, temperatur
     train(train_arguments(args, setting, arm, TUNING, **changes))
     (line,) = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = json.loads(line)
-    halves = [metrics[name] for name in ("entropy/clean", "entropy/fresh") if name in metrics]
+    halves = [metrics[name] for name in ("entropy/clean", "entropy/adversarial") if name in metrics]
     return float(np.mean(halves))  # halves of 4 responses each; plain GRPO has one half of 8
 
 

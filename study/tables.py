@@ -26,7 +26,7 @@ from study.evaluation import unpack
 ARMS = {  # name of the files -> name in the tables, in their order
     "before": "before",
     "plain": "plain GRPO",
-    "temperature": "plain GRPO, T of SaEI's entropy",
+    "temperature": "plain GRPO, matched temperature",
     "random": "random signs",
     "noise": "NoisyRollout",
     "egas": "EgAS without TsEC",
@@ -345,7 +345,7 @@ def diagnostic_table(setting: str, runs: Runs) -> str:
         cells = [curve_cell(by_seed, "entropy/clean", 0, 0.2)]
         cells += [
             curve_cell(by_seed, "entropy/clean", 0.8, 1),
-            curve_cell(by_seed, "entropy/fresh"),
+            curve_cell(by_seed, "entropy/adversarial"),
         ]
         for stop in (0.2, 1.0):
             equal = [curve_mean(result, "zero_variance", 0, stop) for result in by_seed.values()]

@@ -151,7 +151,7 @@ def test_entropies_and_tsec_are_what_the_page_says(logged, arm):
         expected["tsec/low"] = [np.quantile(s["entropy"], 0.2) for s in clean]
         expected["tsec/high"] = [np.quantile(s["entropy"], 0.8) for s in clean]
         if arm == "egas":
-            expected["entropy/fresh"] = [np.mean(s["entropy"]) for s in adversarial]
+            expected["entropy/adversarial"] = [np.mean(s["entropy"]) for s in adversarial]
         for name, values in expected.items():  # samples have four decimals
             assert m[name] == pytest.approx(np.mean(values), abs=1e-4), name
     if arm == "egas":

@@ -42,7 +42,7 @@ def write_run(folder: Path, intervention="egas", steps=40, evaluations=("before"
         record |= {"zero_variance": 0.5 + rng.gauss(0, 0.05), "seconds/step": 2.4}
         if attacked:
             record |= {"accuracy/clean": 0.2, "accuracy/adversarial": 0.1, "attack/psnr": 38.2}
-            record |= {"entropy/attacked": 0.47 - step / 200, "entropy/fresh": 0.35}
+            record |= {"entropy/attacked": 0.47 - step / 200, "entropy/adversarial": 0.35}
         metrics.append(record)
         clean = np.full((96, 96, 3), (232, 236, 230), np.uint8)
         clean[20:60, 20:60] = (255, 0, 0)
