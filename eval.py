@@ -41,9 +41,7 @@ class EvalArgs(args.Options):
     _argument_group_name = "evaluation"
     output: str | None = option(None, "ours", "where to write: OUTPUT.json and OUTPUT.jsonl")
     splits: list[str] = option([], "ours", "unset: the preset's, test, or the demo's plain/test")
-    problems: int | None = option(
-        None, "ours", "first ones of a split; unset: all, demo 1000", low=1
-    )
+    problems: int | None = option(None, "ours", "how many; unset: all, of the demo 1000", low=1)
     samples: int = option(8, "ours", "n, sampled responses per problem", low=1)
     k: list[int] = option([1, 8], "ours", "the k of pass@k, each at most n")
     temperature: float = option(1.0, "ours", "of the sampled responses", above=0)
@@ -53,7 +51,6 @@ class EvalArgs(args.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        args.require(bool(self.output), "--output NAME")
         for k in self.k:
             args.require(1 <= k <= self.samples, f"1 <= k <= samples={self.samples}, got k={k}")
 
@@ -66,7 +63,9 @@ class Config(NamedTuple):
 
 def load_config(argv: list[str] = (), **options) -> Config:
     """The defaults, then the recipe of --config, then argv, then `options`. Raises ValueError."""
-    config = args.parse(Config, argv, __doc__.split("\n")[0], **options)
+    config = args.parse(
+        Config, argv, __doc__.split("\n")[0], required=("model", "output"), **options
+    )
     cfg = config.eval
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
     if source == "demo":
@@ -154,8 +153,8 @@ def report(result: dict, cfg: EvalArgs) -> None:
     for split, numbers in result["splits"].items():
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*numbers[name]) for name in names]
         print(f"{split:16}" + "".join(f"{cell:>22}" for cell in cells))
-        if numbers["truncated"][0] > 0.5:
-            print("warning: most responses ran into --max_new_tokens: raise it")
+        if (cut := numbers["truncated"][0]) > 0.5:
+            print(f"warning: {cut:.0%} ran into --max_new_tokens {cfg.max_new_tokens}: raise it")
     for split, numbers in result.get("official", {}).items():
         print(f"{split:16}" + "  ".join(f"{name} {value:.3g}" for name, value in numbers.items()))
     if "by_rule" in result:

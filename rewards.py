@@ -920,7 +920,8 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     rewards = {}
     for spec in specs:
         name, function, weight = load_reward(spec, built_in)
-        if name in rewards or name == "reward":  # "reward" is the weighted sum
+        taken = name == "reward" or ".py" in spec and name in built_in  # "reward" is the sum
+        if name in rewards or taken:
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already")
         rewards[name] = function, weight
     if not rewards:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# bash run.sh        set up; train the demo with SaEI and with plain GRPO; evaluate before and after; write the page
+# bash run.sh        set up; train the demo with SaEI and with plain GRPO; evaluate; write the page
 # bash run.sh test   set up; run the tests
-# Needs Python 3.11 or newer (PYTHON=python3.12 bash run.sh picks one). Everything lands in .venv and out.
+# Needs Python 3.11 or newer (PYTHON=python3.12 bash run.sh picks one). Writes .venv and out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-setup() { # setup FILE: install FILE's packages into .venv, in the tested versions, unless it was done before
+setup() { # setup FILE: install its packages into .venv, in the tested versions, once
     local python=${PYTHON:-python3} wanted
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "run.sh: needs Python 3.11 or newer, found $("$python" --version); set PYTHON=..." >&2
@@ -15,24 +15,28 @@ setup() { # setup FILE: install FILE's packages into .venv, in the tested versio
     wanted=$(cat requirements.txt "$1" .ci/constraints.txt)
     if [ "$wanted" != "$(cat ".venv/installed-$1" 2>/dev/null)" ]; then
         echo "Installing $1 into .venv (about 2 minutes and 6 GB) ..."
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1" -c .ci/constraints.txt
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            -r "$1" -c .ci/constraints.txt
         echo "$wanted" >".venv/installed-$1"
     fi
 }
 
 launch() { # one process on this machine; plain `accelerate launch` is for more
-    .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no "$@"
+    .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+        --dynamo_backend no "$@"
 }
 
 evaluate() { # evaluate MODEL OUTPUT
-    launch eval.py --model "$1" --splits shifted/test plain/test styles/test --problems 500 --output "$2"
+    launch eval.py --model "$1" --splits shifted/test plain/test styles/test --problems 500 \
+        --output "$2"
 }
 
 case "${1:-demo}" in
 demo)
     setup requirements.txt
     launch train_saei.py --config recipes/demo.yaml --output out/demo --overwrite
-    launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite --intervention none
+    launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite \
+        --intervention none
     evaluate demo/confident out/demo/eval/before
     for run in out/demo out/demo-grpo; do
         evaluate "$(ls -d $run/checkpoints/step-* | tail -n 1)" $run/eval/after

@@ -11,9 +11,9 @@ One step, for P prompts (image I, question Q, answer):
     5. reward all; advantages within the group of one prompt
     6. GRPO update, conditioned on the clean image or on the one a response was sampled on
 
-Every option is labelled with its source: paper, second-hand, inferred, ours (nothing is known),
-known (published of other methods). Rollouts, data order and random images follow from (seed, step,
-row). So a run is the same on any number of processes and after any resume, apart from rounding.
+Every option is labelled with its source (see README.md). Rollouts, data order and random images
+follow from (seed, step, row), so a run is the same on any number of processes and after any resume,
+apart from rounding.
 """
 
 import json
@@ -80,8 +80,8 @@ class SaEIArgs(args.Options):
         self.clean_rollouts = self.rollouts - self.adversarial_rollouts
         args.require(self.tsec_low < self.tsec_high, "tsec_low < tsec_high")
         args.require(self.clean_rollouts >= 1, "adversarial_rollouts < rollouts")
-        valid = self.adversarial_rollouts >= (self.intervention != "none")
-        args.require(valid, "adversarial_rollouts >= 1 with an intervention")
+        has_both = self.adversarial_rollouts >= 1 or self.intervention == "none"
+        args.require(has_both, "adversarial_rollouts >= 1 with an intervention")
 
 
 class Config(NamedTuple):
@@ -140,11 +140,11 @@ def main(config: Config) -> None:
             tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            objective = partial(
+            objective_of = partial(
                 entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
             )
             seeds, noise_t = batch.seeds(ATTACK), egas.annealed_time(step, config.run.steps)
-            attacked = intervene(cfg, policy, prompts, objective, micro, seeds, noise_t)
+            attacked = intervene(cfg, policy, prompts, objective_of, micro, seeds, noise_t)
             clock.lap("attack")
 
             # 4  y ~ pi_old(. | I_adv, Q)
@@ -160,7 +160,7 @@ def main(config: Config) -> None:
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
-            metrics = rollouts.metrics(sampled, policy, cuts, objective, micro)
+            metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro)
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
         clock.lap("update")
 
         run.log(step, metrics | clock.seconds(), losses)
-        run.log_samples(step, *rollouts.sample_lines(sampled, policy))
+        run.log_samples(step, sampled, policy)
         run.save_if_due(step, wrapped)
     run.finish()
 
@@ -180,14 +180,14 @@ def intervene(
     cfg: SaEIArgs,
     policy: Policy,
     prompts: Prompts,
-    objective: Callable[[slice], Callable[[list[Tensor]], Tensor]],
+    objective_of: Callable[[slice], Callable[[list[Tensor]], Tensor]],
     micro: int,
     seeds: list[int],
     noise_t: float,
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, upward on objective(these prompts), with frozen
+    egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen
     parameters. random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
     """
     images = []
@@ -196,7 +196,7 @@ def intervene(
         generator = torch.Generator().manual_seed(seeds[part][0])
         if cfg.intervention == "egas" and clean:  # else text alone: nothing to attack
             with distributed.frozen(policy):
-                images += egas.pgd_ascent(objective(part), clean, cfg.eps, steps=cfg.pgd_steps)
+                images += egas.pgd_ascent(objective_of(part), clean, cfg.eps, steps=cfg.pgd_steps)
         elif cfg.intervention == "random":
             images += egas.random_signs(clean, cfg.eps, generator)
         elif cfg.intervention == "noise":
@@ -270,7 +270,7 @@ def update(
                 losses = []
                 for k, batch in enumerate(batches):
                     old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
-                    loss, metrics = batch_loss(config, wrapped, batch.rows(part), old, ref, tokens)
+                    loss, metrics = batch_loss(config, wrapped, batch.take(part), old, ref, tokens)
                     losses.append(loss)
                     sums.update(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.

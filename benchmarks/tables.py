@@ -106,7 +106,7 @@ def families() -> str:
         "Largest differences, on tiny random models of the real classes in float32: of "
         "pixel_values to the image processor's; of log-probs (nats) and gradients (shares of a "
         "tensor's largest entry), shared prompt against the model's own forward, one response at a "
-        "time. `python tests/test_families.py`"
+        "time. `python -m tests.families`"
     )
     return f"{table(['family', 'shared prompt', *numbers, 'notes'], rows)}\n\n{note}"
 

@@ -14,7 +14,7 @@ from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, joined, micro_b
 from runtime.run import Run
 
 UNCLIPPED = ("kl_cov", "sent")  # their log-ratio penalty stands in for the clip
-BRANCH = 3  # of the step's random numbers
+BRANCH = 3  # of the step's random numbers; 0 to 2 are train_saei.py's
 
 
 def check(control: ControlArgs, updates_per_step: int, intervention: str) -> None:
@@ -85,7 +85,7 @@ def branch_divergence(
     noisy = batch._replace(tokens=by_prompt(sampled.tokens, P), mask=by_prompt(sampled.mask, P))
     clean = []
     for part in micro_batches(P, micro):
-        clean.append(noisy.rows(part).score(wrapped, temperature)[0])
+        clean.append(noisy.take(part).score(wrapped, temperature)[0])
     return by_prompt(controls.symmetric_kl(sampled.logprobs, torch.cat(clean)), P)
 
 

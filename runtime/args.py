@@ -16,7 +16,7 @@ import argparse
 import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -81,21 +81,25 @@ def require(holds: bool, rule: str) -> None:
         raise ValueError(f"the options must satisfy {rule}")
 
 
+def check_bounds(name: str, value: Any, bounds: Mapping[str, float]) -> None:
+    """Raise ValueError for a number outside its option's bounds."""
+    if value is None:
+        return
+    said = f"{name}={value}: it must be"
+    if "low" in bounds and value < bounds["low"]:
+        raise ValueError(f"{said} at least {bounds['low']}")
+    if "high" in bounds and value > bounds["high"]:
+        raise ValueError(f"{said} at most {bounds['high']}")
+    if "above" in bounds and value <= bounds["above"]:
+        raise ValueError(f"{said} above {bounds['above']}")
+
+
 class Options:
     """What the groups of options share: numbers are checked against their bounds."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, bounds = getattr(self, item.name), item.metadata
-            if value is None:
-                continue
-            said = f"{item.name}={value}: it must be"
-            if "low" in bounds and value < bounds["low"]:
-                raise ValueError(f"{said} at least {bounds['low']}")
-            if "high" in bounds and value > bounds["high"]:
-                raise ValueError(f"{said} at most {bounds['high']}")
-            if "above" in bounds and value <= bounds["above"]:
-                raise ValueError(f"{said} above {bounds['above']}")
+            check_bounds(item.name, getattr(self, item.name), item.metadata)
 
 
 @dataclass
@@ -214,13 +218,14 @@ class RunArgs(Options):
 
 
 def number(text: str) -> float:
-    """ "0.5", "1e-6" or a fraction such as "2/255"."""
+    """ "0.5", "1e-6", "inf" or a fraction such as "2/255"."""
     top, slash, bottom = text.partition("/")
-    if slash and float(bottom) == 0:
-        raise ValueError(f"a fraction over 0: {text}")
-    value = float(top) / float(bottom) if slash else float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"not a finite number: {text}")
+    try:
+        value = float(top) / float(bottom) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
     return value
 
 
@@ -266,7 +271,11 @@ class Parser(HfArgumentParser):
         for action in self._actions:
             if action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # the twin of an option that is on by default
-        self.known = sorted({action.dest for action in self._actions} - {"help"})
+        self.actions = {action.dest: action for action in self._actions if action.nargs != 0}
+        self.known = sorted(self.actions)
+        self.bounds = {}
+        for group in groups:
+            self.bounds |= {item.name: item.metadata for item in fields(group)}
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, item: Field) -> None:
@@ -294,65 +303,95 @@ class Parser(HfArgumentParser):
         near = difflib.get_close_matches(name, self.known, n=1)
         return f"did you mean {near[0]}?" if near else "--help lists the options"
 
-
-def to_argv(name: str, value: Any) -> list[str]:
-    """An option and its value as words of the command line. None: no words, the default stays."""
-    if value is None:
-        return []
-    if isinstance(value, dict):
-        value = [f"{key}={entry}" for key, entry in value.items()]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)] if value else []
-    return [f"--{name}={value}"]
+    def words(self, name: str, value: Any) -> list[str]:
+        """An option and its value as words of the command line. None and [] leave it unset."""
+        if value is None or value == []:
+            if value == [] and self.get_default(name):
+                raise ValueError(f"{name} is empty: leave it out for the default")
+            return []
+        if isinstance(value, dict):
+            value = [f"{key}={entry}" for key, entry in value.items()]
+        if isinstance(value, list | tuple):
+            return [f"--{name}", *map(str, value)]
+        return [f"--{name}={value}"]
 
 
 def read_recipe(path: str, parser: Parser) -> list[str]:
     """A recipe's options as words of the command line. Its ValueErrors name file and line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node, recipe = yaml.compose(text), yaml.safe_load(text)
+        node = yaml.compose(Path(path).read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"the recipe {path} cannot be read: {error}") from error
-    if recipe is None:
+    if node is None:
         return []
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must map options to values, got {recipe!r:.80}")
+    if not isinstance(node, yaml.MappingNode):
+        raise ValueError(f"{path} must map options to values")
     words, seen = [], set()
-    for key, _ in node.value:
-        name, place = str(key.value), f"{path}, line {key.start_mark.line + 1}"
-        if name in seen:
-            raise ValueError(f"{place}: {name} is given twice")
-        if name not in parser.known or name == "config":
-            raise ValueError(f"{place}: unknown {name}: {parser.explain(name)}")
-        seen.add(name)
-        option_words = to_argv(name, recipe[name])
+    for key, value in node.value:
+        name = str(key.value)
         try:
-            if not option_words and recipe[name] is None and parser.get_default(name) is not None:
-                raise ValueError(f"{name} has no value")
-            parser.values(option_words)
+            if name in seen:
+                raise ValueError(f"{name} is given twice")
+            if name not in parser.known or name == "config":
+                raise ValueError(f"unknown {name}: {parser.explain(name)}")
+            seen.add(name)
+            words += recipe_words(name, value, parser)
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        words += option_words
+            raise ValueError(f"{path}, line {key.start_mark.line + 1}: {error}") from error
     return words
 
 
-def parse(kind: type[NamedTuple], argv: list[str], description: str = "", **options: Any) -> Any:
+def recipe_words(name: str, node: yaml.Node, parser: Parser) -> list[str]:
+    """One option of a recipe, checked. Values are taken as they are written: `no` stays no."""
+    if node.tag == "tag:yaml.org,2002:null":
+        if parser.get_default(name) is not None:
+            raise ValueError(f"{name} has no value")
+        return []
+    takes_several = parser.actions[name].nargs == "+"
+    if not isinstance(node, yaml.ScalarNode) and not takes_several:
+        raise ValueError(f"{name} takes one value")
+    if isinstance(node, yaml.MappingNode):
+        words = parser.words(name, {key.value: value.value for key, value in node.value})
+    elif isinstance(node, yaml.SequenceNode):
+        words = parser.words(name, [entry.value for entry in node.value])
+    else:
+        words = parser.words(name, [node.value] if takes_several else node.value)
+    value = getattr(parser.values(words), name)
+    if not takes_several:
+        check_bounds(name, value, parser.bounds[name])
+    return words
+
+
+def parse(
+    kind: type[NamedTuple],
+    argv: Sequence[str],
+    description: str = "",
+    required: Sequence[str] = (),
+    **options: Any,
+) -> Any:
     """A Config of that kind from argv, its --config recipe, and `options` given in Python.
 
-    `options` go before argv, argv before the recipe, the recipe before the defaults.
-    Raises ValueError, one line, for whatever is wrong.
+    `options` override argv, argv overrides the recipe, the recipe the defaults. An option that is
+    None counts as not given. Raises ValueError, one line, for whatever is wrong.
     """
     parser = Parser(list(kind.__annotations__.values()), description)
     words = list(argv)
     for name, value in options.items():
         if name not in parser.known:
             raise ValueError(f"unknown {name}: {parser.explain(name)}")
-        words += to_argv(name, value)
+        words += parser.words(name, value)
     recipe = parser.values(words).config
-    words = (read_recipe(recipe, parser) if recipe else []) + words
+    if recipe:
+        if len([word for word in words if word.split("=")[0] == "--config"]) > 1:
+            raise ValueError("--config is given twice")
+        words = read_recipe(recipe, parser) + words
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in words}
+    for name in required:
+        if name not in given:
+            raise ValueError(f"--{name} is required")
     *groups, _ = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
     return kind(*groups)
 

@@ -47,7 +47,6 @@ FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"
 UNREADABLE = (OSError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
 DEMO_ROWS = 1_000_000  # length of a demo split, whose rows are drawn on demand
 BUFFER = 1000  # rows within which a stream is shuffled
-# until train_saei.py, eval.py and plan.py pass these by name
 
 
 class Rows(Sequence):
@@ -465,8 +464,9 @@ def find_columns(found: list[str], columns: dict[str, str]) -> dict[str, str]:
         elif asked or key != "choices":
             text = f"no column for {key}: looked for {', '.join(candidates)}"
             text += f", found {', '.join(sorted(found))}"
+            text += f"; name it with --columns {key}=NAME"
             if key == "image":
-                text += " (text alone, or pictures within messages: --columns image=none)"
+                text += " (image=none: text alone, or pictures within messages)"
             raise ValueError(text)
     return names
 

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from runtime import args, distributed
+from runtime import args, distributed, rollouts
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 MEASURED_ROWS = 64  # rows whose prompts are measured
@@ -203,6 +203,7 @@ def describe(config: Any, processes: int = 1) -> str:
     )
     streaming = config.data.streaming
     count = MEASURED_ROWS if streaming else min(MEASURED_ROWS, len(rows))
+    rollouts.load_rewards(cfg.reward, cfg.max_new_tokens, rows[0])
     measured = measure([rows[i] for i in range(count)], policy)
     work = Work(cfg.prompts_per_step // processes, micro, measured.L, measured.patches, processes)
     parts = estimate(config, policy, work)
@@ -210,6 +211,7 @@ def describe(config: Any, processes: int = 1) -> str:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     responses = at_a_time(micro * cfg.rollouts, memory.micro_responses)
     sampled = at_a_time(work.prompts, memory.sample_prompts)
+    checkpoint = parts["parameters"] + parts["AdamW's state"]
     epochs = "unknown" if streaming else f"{run.steps * cfg.prompts_per_step / len(rows):.2f}"
     kind = policy.model.config.model_type
     sizes = ", ".join(measured.sizes[:3]) + (" ..." if len(measured.sizes) > 3 else "")
@@ -221,6 +223,7 @@ def describe(config: Any, processes: int = 1) -> str:
         "prompts": f"at most {work.L} tokens {seen}, limit {config.data.max_prompt_tokens}",
         "data": "streamed" if streaming else f"{len(rows):,} rows",
         "steps": f"{run.steps}, epochs {epochs}, updates {run.steps * cfg.updates_per_step}",
+        "checkpoint": f"{checkpoint / 1e9:.1f} GB each, {run.keep_last or 'all'} kept",
         "per step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses, "
         f"{cfg.adversarial_rollouts} of {cfg.rollouts} adversarial",
         "per device": f"one of {processes}: {work.prompts} prompts; samples {sampled} at a time, "
@@ -240,10 +243,13 @@ def describe(config: Any, processes: int = 1) -> str:
         text += f"  {name:38}{size / GIB:9.2f}\n"
     text += f"  {'in all, with the largest phase':38}{peak(parts) / GIB:9.2f}\n"
     if processes > 1:
-        shard = sum(parts[name] for name in ("parameters", "gradients", "AdamW's state"))
-        whole = number_bytes(config) * parameters
-        text += f"  {'FSDP2: the first three, sharded':38}{shard / processes / GIB:9.2f}\n"
+        state = sum(parts[name] for name in ("parameters", "gradients", "AdamW's state"))
+        shard, whole = state / processes, number_bytes(config) * parameters
+        rest = peak(parts) - state - parts["DDP's buckets"]
+        rest -= parts.get("autocast's copies of weights", 0)
+        text += f"  {'FSDP2: the first three, sharded':38}{shard / GIB:9.2f}\n"
         text += f"  {'FSDP2: whole parameters, in sampling':38}{whole / GIB:9.2f}\n"
+        text += f"  {'FSDP2: in all':38}{(shard + whole + rest) / GIB:9.2f}\n"
     return text + "dry run: nothing was trained or written"
 
 

@@ -24,9 +24,7 @@ class Rollouts:
 
     rows: list[dict]
     prompts: Prompts
-    attacked: (
-        Prompts  # the same questions about the images that adversarial responses were sampled on
-    )
+    attacked: Prompts  # the same questions about the changed images
     responses: list[Responses]  # P * G_clean on the clean images, P * G_adv on the attacked ones
     tsec_mask: Tensor  # the tokens of `clean` that TsEC chose
     texts: list[list[str]]  # (P, G)
@@ -99,12 +97,12 @@ def metrics(
     rollouts: Rollouts,
     policy: Policy,
     cuts: tuple[float, float],
-    objective: Callable[[slice], Callable],
+    objective_of: Callable[[slice], Callable],
     micro: int,
 ) -> dict[str, float]:
     """Means over this process's prompts. docs/metrics.md defines each name.
 
-    cuts: TsEC's quantiles. objective(part): the attack's, a function of the images of
+    cuts: TsEC's quantiles. objective_of(part): the attack's, a function of the images of
     prompts[part].
     """
     clean, scores, parts = rollouts.clean, rollouts.scores, rollouts.responses
@@ -124,7 +122,7 @@ def metrics(
         values |= adversarial_metrics(rollouts)
         reached = []
         for part in micro_batches(len(rollouts.prompts), micro):
-            reached.append(objective(part)(rollouts.attacked[part].images))
+            reached.append(objective_of(part)(rollouts.attacked[part].images))
         values["entropy/attacked"] = torch.cat(reached)
     return {name: value.float().mean().item() for name, value in values.items()}
 
@@ -201,11 +199,11 @@ class TrainingBatch(NamedTuple):
     advantages: Tensor  # (P, n)
     entropy_coef: Tensor  # (P, n) of the entropy bonus
 
-    def rows(self, prompts: slice) -> "TrainingBatch":
+    def take(self, prompts: slice) -> "TrainingBatch":
         """The part of some prompts."""
-        return TrainingBatch(*(x[prompts] for x in self))
+        return TrainingBatch(*[field[prompts] for field in self])
 
-    def responses(self, which: slice, width: int) -> "TrainingBatch":
+    def of_responses(self, which: slice, width: int) -> "TrainingBatch":
         """Some responses of every prompt, cut to `width` tokens."""
         parts = [x[:, which, :width] if x.ndim == 3 else x[:, which] for x in self[1:]]
         return TrainingBatch(self.prompts, *parts)
@@ -248,8 +246,8 @@ def by_condition(batch: TrainingBatch, rollouts: Rollouts, condition: str) -> li
         return [batch]
     clean, adversarial = rollouts.clean, rollouts.adversarial
     n = len(clean.tokens) // len(rollouts.prompts)
-    on_clean = batch.responses(slice(None, n), clean.tokens.shape[1])
-    on_attacked = batch.responses(slice(n, None), adversarial.tokens.shape[1])
+    on_clean = batch.of_responses(slice(None, n), clean.tokens.shape[1])
+    on_attacked = batch.of_responses(slice(n, None), adversarial.tokens.shape[1])
     return [on_clean, on_attacked._replace(prompts=rollouts.attacked)]
 
 
@@ -261,5 +259,5 @@ def score_all(
     found = {}
     for part in micro_batches(len(batches[0].prompts), micro):
         for k, batch in enumerate(batches):
-            found[part.start, k] = batch.rows(part).score(policy, temperature)[0]
+            found[part.start, k] = batch.take(part).score(policy, temperature)[0]
     return found

@@ -30,12 +30,18 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.args import RENAMED, ModelArgs, RunArgs, TrainDataArgs
+from runtime.rollouts import Rollouts, sample_lines
 from vlm.policy import Policy
 
 # Options that cannot change the result of a run: a resumed run may set them anew.
-FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last", "report_to"}
-FREE |= {"micro_prompts", "micro_responses", "sample_prompts", "gradient_checkpointing"}
-FREE |= {"self_check", "profile"}
+FREE = "output overwrite resume dry_run steps save_every keep_last report_to self_check profile"
+FREE = {
+    *FREE.split(),
+    "micro_prompts",
+    "micro_responses",
+    "sample_prompts",
+    "gradient_checkpointing",
+}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -78,19 +84,19 @@ class Run:
                     f"cannot write to --output {self.folder}: {error}; choose another folder"
                 ) from error
         accelerator.wait_for_everyone()
-        self.signals = Signals(accelerator)
         self.total_accuracy, self.warned_identical = 0.0, False
 
     def _make_folder(self, everything: bool) -> None:
         for unfinished in self.folder.glob("checkpoints/.step-*"):  # killed while it was saved
             shutil.rmtree(unfinished)
         if everything:
-            for checkpoint in reversed(
-                checkpoints(self.folder)
-            ):  # killed here, whole ones are left
+            for checkpoint in reversed(checkpoints(self.folder)):  # killed, it leaves whole ones
                 delete_checkpoint(checkpoint)
-            for name in ("checkpoints", "pictures", "report", "eval"):
+            for name in ("checkpoints", "pictures", "report"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+            for result in self.folder.glob("eval/*"):
+                if not result.name.startswith("before"):  # that one is of the model to start from
+                    result.unlink()
         if self.checkpoint is None:
             for name in (
                 "metrics.jsonl",
@@ -152,7 +158,8 @@ class Run:
     # ------------------------------------------------------------------------------ steps and logs
 
     def steps(self) -> Iterator[int]:
-        """The steps from the checkpoint on, with a progress bar."""
+        """The steps from the checkpoint on, with a progress bar. A signal ends them early."""
+        self.signals = Signals(self.accelerator)  # not before: until here a signal ends at once
         if self.is_main:
             self._forget_later_lines()
         if self.args.report_to != "none":
@@ -216,10 +223,11 @@ class Run:
                 f"{metrics['truncated']:.0%})? Look at {self.folder / 'samples.jsonl'}"
             )
 
-    def log_samples(self, step: int, lines: list[dict], pictures: dict[str, list[Tensor]]) -> None:
-        """One line per response to samples.jsonl; the images, {kind: images}, to pictures/."""
+    def log_samples(self, step: int, rollouts: Rollouts, policy: Policy) -> None:
+        """The first prompt's responses to samples.jsonl, its images to pictures/."""
         if not self.is_main:
             return
+        lines, pictures = sample_lines(rollouts, policy)
         paths = {}
         for kind, images in pictures.items():
             paths[kind] = f"pictures/step-{step:06d}-0-{kind}.png"
@@ -234,6 +242,7 @@ class Run:
     def save_if_due(self, step: int, wrapped: nn.Module) -> None:
         """Write a checkpoint every save_every steps, after the last one, and on a signal."""
         done = step + 1
+        # asked() comes first: all processes must call it
         if self.signals.asked() or done % self.args.save_every == 0 or done == self.args.steps:
             self._save(done, wrapped)
 
@@ -256,11 +265,7 @@ class Run:
                 sync(*self.folder.glob("*.jsonl"), *aside.rglob("*"), aside)
                 aside.rename(final)
                 sync(final.parent)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch makes a full disk a RuntimeError
+        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's full disk
             good = checkpoints(self.folder)
             error.add_note(
                 f"the checkpoint of step {step} could not be written to {aside} (disk full?). The "

@@ -477,7 +477,9 @@ def readme_table(folder: Path, settings: tuple[str, ...] = ("shifted", "confirm"
         "Five seeds per arm, 2,000 fresh problems, 8 samples each. Differences: mean, 95% interval "
     )
     note += "over seeds and problems (bold: 0 is outside), and in how many seeds SaEI is ahead."
-    return f"{table(head, rows)}\n\n{note} `python -m study.run`, `python -m benchmarks.tables`"
+    note += " `python -m study.run --results out/study-results` measures them anew (about 20 CPU "
+    note += "hours). `python -m benchmarks.tables` makes the tables from the stored results."
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def study_differences(folder: Path) -> str:

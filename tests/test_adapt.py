@@ -9,7 +9,7 @@ from conftest import launch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-import train_saei
+from runtime import data
 from tests.families import (
     KINDS,
     PICTURES,
@@ -238,7 +238,7 @@ def test_no_phase_of_a_step_holds_more_than_its_share(rows, tmp_path, monkeypatc
 def test_the_configuration_reaches_the_policy(rows, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(Policy, "self_check", lambda self: seen.append(self) or {})
-    knobs = dict(micro_responses=7, checkpointing=True, freeze="vision")
+    knobs = dict(micro_responses=7, gradient_checkpointing=True, freeze="vision")
     knobs |= dict(min_pixels=16 * 16, max_pixels=32 * 32)
     train(checkpoint("qwen2_5_vl"), rows, tmp_path, **knobs)
     (policy,) = seen
@@ -253,7 +253,7 @@ def test_the_configuration_reaches_the_policy(rows, tmp_path, monkeypatch):
 def test_a_run_with_all_recomputing_is_the_run_without(kind, rows, tmp_path):
     model = checkpoint(kind)
     plain = train(model, rows, tmp_path / "plain", freeze="vision")
-    knobs = dict(freeze="vision", checkpointing=True, micro_responses=2)
+    knobs = dict(freeze="vision", gradient_checkpointing=True, micro_responses=2)
     ours = train(model, rows, tmp_path / "ours", **knobs)
     assert plain[0][0]["grad_norm"] > 0
     assert ours[0][0] == pytest.approx(plain[0][0], rel=1e-4, abs=1e-5)
@@ -284,9 +284,11 @@ def test_two_processes_with_text_alone_on_one(tmp_path):
     gradients."""
     model = checkpoint("llava")
     pairs = [(f"{PROBLEMS[2]} {i}", []) for i in range(4)]
-    pairs[train_saei.epoch_order(0, 0, 4)[0]] = (PROBLEMS[1], PICTURES[1])
+    pairs[data.epoch_order(0, 0, 4)[0]] = (PROBLEMS[1], PICTURES[1])
     rows = write_rows(tmp_path, pairs)
-    knobs = dict(prompts_per_step=4, micro_prompts=1, checkpointing=True, micro_responses=3)
+    knobs = dict(
+        prompts_per_step=4, micro_prompts=1, gradient_checkpointing=True, micro_responses=3
+    )
     _, one = train(model, rows, tmp_path / "1", **knobs)
     launch(2, "-m", "tests.short_run", *arguments(model, rows, tmp_path / "2", **knobs))
     two, before = last_weights(tmp_path / "2"), shared_policy("llava").model.state_dict()

@@ -273,7 +273,7 @@ def test_columns_by_name(tmp_path, picture):
         load_rows(path, columns={"image": "foto"})
     with refused("no column for choices: looked for optoins"):
         load_rows(path, columns={"choices": "optoins"})
-    with refused("unknown key 'images', did you mean image"):
+    with refused("unknown key 'images'. Did you mean image"):
         load_rows(path, columns={"images": "photo"})
 
 
@@ -283,8 +283,11 @@ def test_columns_by_name(tmp_path, picture):
         ([], {}),
         (["image=picture", "problem=query"], {"image": "picture", "problem": "query"}),
         (["answer=a=b"], {"answer": "a=b"}),
-        (["images=a"], "unknown key 'images', did you mean image\\? Keys are image, problem, ans"),
-        (["solution=a"], "unknown key 'solution'; Keys are image, problem, answer, choices"),
+        (
+            ["images=a"],
+            "unknown key 'images'. Did you mean image\\? The keys are image, problem, ans",
+        ),
+        (["solution=a"], "unknown key 'solution'. The keys are image, problem, answer, choices"),
         (["image"], "takes pairs like image=picture, got 'image'"),
         (["image="], "takes pairs like image=picture, got 'image='"),
         (["image=a", "image=b"], "--columns names image twice: a and b"),

@@ -326,7 +326,7 @@ def test_dtype_is_kept(dtype):
         (torch.tensor([[0.5, torch.nan]]), "not finite"),
         (torch.tensor([[0.5, torch.inf]]), "not finite"),
         (torch.zeros(3, 0, 4), "empty"),
-        (torch.zeros(1, 2, dtype=torch.uint8), "torch.uint8; pass floats"),
+        (torch.zeros(1, 2, dtype=torch.uint8), "torch.uint8: pass floats"),
         (torch.zeros(1, 2, dtype=torch.long), "divide 8-bit images by 255"),
     ],
 )

@@ -44,7 +44,8 @@ def test_bootstrap_interval_matches_the_normal_one():
 @pytest.mark.parametrize(
     "options, said",
     [
-        ({"output": None}, "must satisfy --output NAME"),
+        ({"output": None}, "--output is required"),
+        ({"model": None}, "--model is required"),
         ({"samples": 4}, "1 <= k <= samples=4, got k=8"),
         ({"k": [0]}, "1 <= k <= samples=8, got k=0"),
         ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),
@@ -55,11 +56,12 @@ def test_bootstrap_interval_matches_the_normal_one():
 )
 def test_bad_settings_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        load_config(**{"output": "o"} | options)
+        load_config(**{"model": "m", "output": "o"} | options)
 
 
 def test_splits_and_problems_depend_on_the_data():
-    demo, other = (load_config(output="o", **x).eval for x in ({}, {"dataset": "rows.jsonl"}))
+    demo = load_config(model="m", output="o").eval
+    other = load_config(model="m", output="o", dataset="rows.jsonl").eval
     assert (demo.splits, demo.problems) == (["plain/test"], 1000)
     assert (other.splits, other.problems) == (["test"], None)
 
@@ -99,7 +101,7 @@ def test_files_and_the_share_of_each_process(tiny, tmp_path):
 
 def test_a_prompt_is_read_once(policy, rows, monkeypatch):
     """Greedy and sampled answers share the prompt pass, and are those of two passes."""
-    cfg = load_config(output="o", samples=2, k=[1], max_new_tokens=6).eval
+    cfg = load_config(model="m", output="o", samples=2, k=[1], max_new_tokens=6).eval
     seeds, calls, read = [5, 6, 7, 8], [], Policy.read
 
     def listen(self, prompts):
@@ -120,5 +122,5 @@ def test_cut_responses_are_counted_and_said(tiny, tmp_path, capsys):
     options = dict(model=tiny, output=str(tmp_path / "e"), problems=4, samples=2, k=[1])
     result = main(load_config(**options, max_new_tokens=1))
     assert result["splits"]["plain/test"]["truncated"][0] > 0.9
-    assert "responses ran into --max_new_tokens: raise it" in capsys.readouterr().out
+    assert "100% ran into --max_new_tokens 1: raise it" in capsys.readouterr().out
     assert all(0 <= record["truncated"] <= 1 for record in lines_of(tmp_path / "e.jsonl"))

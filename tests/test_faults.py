@@ -150,21 +150,24 @@ def test_a_lost_process_ends_all(tiny, tmp_path, fault, said):
 
 @pytest.mark.parametrize("processes, kills", [(1, 8), (2, 2)])
 def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
-    """Killed at random moments. Every other kill waits until a checkpoint is being written."""
+    """Killed at random moments of steps 0 to 10, every other time while it saves."""
     rng, unfinished, lives = random.Random(5), 0, []
-    configs = {}
+    configs, folder = {}, tmp_path / "killed"
     for name in ("killed", "whole"):
         configs[name] = short(tiny, tmp_path / name, steps=12, save_every=1, keep_last=2)
         configs[name].run.resume = True
+
+    def reached(step: int, saving: bool) -> bool:
+        assert all(process.is_alive() for process in lives[-1])
+        metrics = folder / "metrics.jsonl"
+        done = metrics.read_text().count("\n") if metrics.exists() else 0
+        return done >= step and (not saving or bool(list(folder.glob("checkpoints/.step-*"))))
+
     for i in range(kills):
         lives.append(start(processes, train, configs["killed"]))
-        if i % 2:
-            while not list(tmp_path.glob("killed/checkpoints/.step-*")):
-                assert all(process.is_alive() for process in lives[-1])
-                time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
-        else:
-            time.sleep(rng.uniform(0, 2.0))
+        while not reached(i * 11 // kills, saving=i % 2 == 1):
+            time.sleep(0.0005)
+        time.sleep(rng.uniform(0, 0.03 if i % 2 else 0.3))
         for process in lives[-1]:
             process.kill()
             process.join()

@@ -359,9 +359,9 @@ def test_mathverse_mean_of_each_version():
 
 
 def evaluate(tiny: str, folder: Path, preset: str) -> dict:
-    settings = {"preset": preset, "dataset": copy_of(preset, folder), "max_new_tokens": 4}
-    config = evaluation.EvalConfig(tiny, str(folder / "out"), samples=2, k=[1], **settings)
-    return evaluation.main(config)
+    options = {"preset": preset, "dataset": copy_of(preset, folder), "max_new_tokens": 4}
+    options |= {"model": tiny, "output": str(folder / "out"), "samples": 2, "k": [1]}
+    return evaluation.main(evaluation.load_config(**options))
 
 
 def test_eval_grades_with_the_choices(tiny, tmp_path, monkeypatch):

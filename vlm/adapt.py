@@ -54,7 +54,8 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
     """Low-rank adapters on the language model's projections. Only they are trained then.
 
     W x + (alpha / rank) B A x with alpha = 2 * rank, B = 0 at the start, A and B in float32.
-    folder: a checkpoint whose adapters to load. Raises ValueError if they are another model's.
+    folder: a checkpoint whose adapters to load. Raises ValueError for adapters of other layers,
+    RuntimeError for another rank.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict

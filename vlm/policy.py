@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -331,10 +332,6 @@ class Policy(nn.Module):
         """The length of a row's prompt, image tokens included."""
         return self.tokenize(row["problem"], row["images"]).length
 
-    def prompt_ids(self, row: dict) -> Tensor:
-        """A row's prompt, image tokens included.   -> (1, L)"""
-        return self.tokenize(row["problem"], row["images"]).inputs["input_ids"]
-
     def chat_text(self, problem: str | list[dict], images: int) -> str:
         """The chat template over a user's text or over messages, up to where the assistant begins.
 
@@ -361,7 +358,7 @@ class Policy(nn.Module):
             chat.append({"role": message["role"], "content": parts})
         return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
-    def _processed(self, text: str, images: list[Tensor]) -> dict[str, Tensor]:
+    def _processed(self, text: str, images: list[Tensor]) -> BatchFeature:
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
         pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
