@@ -269,7 +269,7 @@ def test_columns_by_name(tmp_path, picture):
     assert row["problem"] == "Which?\nChoices:\nA. x\nB. b"
     assert (row["answer"], row["choices"], len(row["images"])) == ("b", ["x", "b"], 1)
     assert row["question"] == "How many?"  # other columns stay
-    with refused("no column for image: looked for foto, found .*--columns image=none"):
+    with refused("no column for image: looked for foto, found .*--columns image=NAME .image=none"):
         load_rows(path, columns={"image": "foto"})
     with refused("no column for choices: looked for optoins"):
         load_rows(path, columns={"choices": "optoins"})
