@@ -208,6 +208,7 @@ def test_docs_table_is_what_the_code_does():
 
 
 FLOAT = {"choices": None, "precision": 1.0, "answer": "1.2", "question_type": "free_form"}
+MARKED = "<image> <image1>\nChoices:\nA. 1\nB. 2"  # one picture, however often it is marked
 FREE_FORM = {"question_type": "free-form", "question_for_eval": "Find x.", "answer": "3"}
 
 
@@ -217,6 +218,11 @@ FREE_FORM = {"question_type": "free-form", "question_for_eval": "Find x.", "answ
         ("mathvista", FLOAT | {"answer_type": "float"}, {"precision": 1, "choices": None}),
         ("mathvista", FLOAT | {"answer_type": "list"}, {"precision": None, "choices": None}),
         ("mathvision", {"options": [], "answer": "1.2"}, {"precision": 2, "choices": None}),
+        (
+            "mathvision",
+            {"question": "<image1> <image1>"},
+            {"choices": ["1", "2"], "problem": MARKED},
+        ),
         ("mathverse", FREE_FORM, {"precision": None, "choices": None}),
         ("wemath", {"option": "A or B"}, {"problem": "How large?\nA or B", "choices": None}),
         ("clevr_count", {"solution": "3"}, {"answer": "3"}),
