@@ -145,6 +145,19 @@ def test_a_lost_process_ends_all(tiny, tmp_path, fault, said):
     assert names(tmp_path / "run") == ["step-000001"]
 
 
+def test_a_signal_before_the_first_step_ends_as_ever(tiny, tmp_path, monkeypatch):
+    """While the model and the rows are loaded there is nothing to save."""
+    before, seen, load = signal.getsignal(signal.SIGTERM), [], train_saei.load_rows
+
+    def listen(*arguments):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return load(*arguments)
+
+    monkeypatch.setattr(train_saei, "load_rows", listen)
+    main(short(tiny, tmp_path, steps=1))
+    assert seen == [before] and signal.getsignal(signal.SIGTERM) == before
+
+
 # --------------------------------------------------------------------------------------- kill -9
 
 
@@ -291,8 +304,13 @@ def test_a_folder_that_holds_a_run_is_safe(tiny, tmp_path):
     saved.write_text(text)
     free = dict(micro_prompts=1, keep_last=3, profile=False, gradient_checkpointing=True)
     main(short(tiny, tmp_path, resume=True, **free))
+    (tmp_path / "eval").mkdir()
+    for name in ("before.json", "before.jsonl", "after.json"):
+        (tmp_path / "eval" / name).touch()
     main(short(tiny, tmp_path, steps=1, overwrite=True))
     assert len(metrics_of(tmp_path)) == 1 and names(tmp_path) == ["step-000001"]
+    left = sorted(path.name for path in tmp_path.glob("eval/*"))
+    assert left == ["before.json", "before.jsonl"]  # of the model to start from, not of the run
 
 
 def test_the_steps_of_an_annealed_run_are_not_free(tiny, tmp_path):

@@ -676,6 +676,7 @@ def test_loading_rewards(tmp_path):
         ),
         (["MINE:size", "MINE:size:2"], "there is a reward called size already"),
         (["MINE:reward"], "there is a reward called reward already"),
+        (["MINE:accuracy"], "there is a reward called accuracy already"),
         (["no.py:f"], "there is no file no.py"),
         (["MINE"], "mine.py has no function ''"),
         (["MINE:other"], "mine.py has no function 'other'"),
@@ -684,7 +685,9 @@ def test_loading_rewards(tmp_path):
 )
 def test_rewards_that_cannot_be_loaded(specs, message, tmp_path):
     mine = tmp_path / "mine.py"
-    mine.write_text("FACTOR = 3\ndef size(completions, **_): return [1]\nreward = size\n")
+    mine.write_text(
+        "FACTOR = 3\ndef size(completions, **_): return [1]\nreward = accuracy = size\n"
+    )
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         rewards.load_rewards([spec.replace("MINE", str(mine)) for spec in specs], 100)
     assert "\n" not in str(caught.value)
