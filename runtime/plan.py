@@ -232,13 +232,9 @@ def describe(config: Any, processes: int = 1) -> str:
     text = yaml.safe_dump(args.flat(config), sort_keys=False) + "\n"
     for name, value in lines.items():
         text += f"{name + ':':14}{value}\n"
-    text += (
-        "\nMemory of a device in GiB. The first three are counted. The rest is estimated, for the\n"
-    )
-    text += (
-        f"longest prompt above and responses of {cfg.max_new_tokens} tokens. Allocator waste and\n"
-    )
-    text += "CUDA itself come on top.\n"
+    text += "\nMemory of a device in GiB. The first three are counted, the rest is estimated, for\n"
+    text += f"the longest prompt above and responses of {cfg.max_new_tokens} tokens. The waste of\n"
+    text += "the allocator and CUDA itself come on top.\n"
     for name, size in parts.items():
         text += f"  {name:38}{size / GIB:9.2f}\n"
     text += f"  {'in all, with the largest phase':38}{peak(parts) / GIB:9.2f}\n"

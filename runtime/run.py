@@ -34,14 +34,9 @@ from runtime.rollouts import Rollouts, sample_lines
 from vlm.policy import Policy
 
 # Options that cannot change the result of a run: a resumed run may set them anew.
-FREE = "output overwrite resume dry_run steps save_every keep_last report_to self_check profile"
-FREE = {
-    *FREE.split(),
-    "micro_prompts",
-    "micro_responses",
-    "sample_prompts",
-    "gradient_checkpointing",
-}
+FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last"}
+FREE |= {"report_to", "self_check", "profile", "gradient_checkpointing"}
+FREE |= {"micro_prompts", "micro_responses", "sample_prompts"}
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -98,13 +93,8 @@ class Run:
                 if not result.name.startswith("before"):  # that one is of the model to start from
                     result.unlink()
         if self.checkpoint is None:
-            for name in (
-                "metrics.jsonl",
-                "samples.jsonl",
-                "reference.txt",
-                "rows.txt",
-                "trace.json",
-            ):
+            files = ["metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"]
+            for name in files:
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
@@ -361,12 +351,10 @@ def load_rows(args: TrainDataArgs, run: Run, policy: Policy, prompts_per_step: i
     )
     order = data.load_order(args.order, rows) if args.order else None
     if not args.streaming:
-        found = (
-            f"{len(rows)} rows {rows.fingerprint()}, order {zlib.crc32(str(order).encode()):08x}\n"
-        )
+        checksum = zlib.crc32(str(order).encode())
         run.same_as_before(
             "rows.txt",
-            found,
+            f"{len(rows)} rows {rows.fingerprint()}, order {checksum:08x}\n",
             f"{args.order or args.dataset} holds other rows than when the run in {run.folder} "
             "began; put the first ones back",
         )
