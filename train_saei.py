@@ -248,10 +248,10 @@ def update(
     cfg, control, accelerator = config.saei, config.control, run.accelerator
     P, counts = len(sampled.prompts), sampled.prompts.counts
     distributed.refuse_text_alone(accelerator, config.memory, counts, micro, step)
-    batch = rollouts.all_responses(sampled, cfg.zero_variance)
+    whole = rollouts.all_responses(sampled, cfg.zero_variance)
     if control.update_control != "none":
-        batch = apply_control.treat(control, run, wrapped, optimizer, sampled, batch, micro, step)
-    batches = rollouts.by_condition(batch, sampled, cfg.condition)
+        whole = apply_control.treat(control, run, wrapped, optimizer, sampled, whole, micro, step)
+    batches = rollouts.by_condition(whole, sampled, cfg.condition)
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr

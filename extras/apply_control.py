@@ -20,8 +20,7 @@ BRANCH = 3  # of the step's random numbers; 0 to 2 are train_saei.py's
 def check(control: ControlArgs, updates_per_step: int, intervention: str) -> None:
     """Raise ValueError for a control that would do nothing, or cannot work, in such a run."""
     name = control.update_control
-    # At pi = pi_old the gradient of |log pi - log pi_old| is 0: one update would not see the
-    # penalty.
+    # At pi = pi_old the gradient of |log pi - log pi_old| is 0: one update has no penalty.
     require(name not in UNCLIPPED or updates_per_step >= 2, f"updates_per_step >= 2 with {name}")
     require(name != "vogue" or intervention != "none", "an intervention with vogue")
 

@@ -8,8 +8,7 @@
 
 An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options
 to values. Its values pass through the command line's parser, so both are checked alike. The command
-line goes before the recipe, and the recipe before the defaults. A float may be written as a
-fraction (2/255).
+line overrides the recipe, and the recipe the defaults. A float may be written as a fraction (2/255).
 """
 
 import argparse
@@ -33,8 +32,7 @@ from vlm.policy import Policy
 CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
 CONTROLS += ("clip_cov", "kl_cov", "sent")
 
-# What an option of an earlier version is called now. Old recipes and checkpoints are refused with
-# it.
+# What an option of an earlier version is called now: the message for old recipes and checkpoints.
 RENAMED = {
     "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",

@@ -29,11 +29,9 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
     accelerator = Accelerator(
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
-        # A micro-batch of text alone reaches no vision parameter. LLaVA's towers have some never
-        # reached.
+        # Text alone reaches no vision parameter. LLaVA's towers have some that nothing reaches.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        # Sharded, gradients are reduced after every micro-batch. Summed first, they would be whole
-        # everywhere.
+        # Sharded gradients are reduced after every micro-batch. Else each device holds them whole.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_each_batch=sharded
         ),
@@ -70,8 +68,7 @@ def use_fsdp_on_cpus(accelerator: Accelerator) -> None:
 
 def keep_float32_outputs(accelerator: Accelerator) -> None:
     """accelerate's policy rounds pixels, log-probs, entropies and gradient sums to bfloat16."""
-    # FSDP warns of a view that is written to in place. Log-probs and entropy are views, and only
-    # read.
+    # FSDP warns of views written to in place. Log-probs and entropy are views, and only read.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy:
