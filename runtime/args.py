@@ -8,7 +8,7 @@
 
 An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options
 to values. Its values pass through the command line's parser, so both are checked alike. The command
-line overrides the recipe, and the recipe the defaults. A float may be written as a fraction (2/255).
+line overrides the recipe, and the recipe the defaults. A float may be a fraction (2/255).
 """
 
 import argparse
