@@ -62,7 +62,7 @@ SAEI = {  # over the recipe, in every arm
     "adversarial_rollouts": 4,
     "intervention": "egas",
     "condition": "clean",
-    "eps": 0.00784,  # 2/255, as in recipes/demo.yaml
+    "eps": 0.00784,  # 2/255 to three digits
     "pgd_steps": 3,
     "tsec_low": 0.2,
     "tsec_high": 0.8,
