@@ -160,7 +160,7 @@ def main() -> None:
     add = parser.add_argument
     add("--model", default="demo/confident")
     add("--split", default="shifted/test")
-    add("--eps", type=float, default=1.9992, help="in 1/255; default: recipes/demo.yaml's")
+    add("--eps", type=float, default=1.9992, help="in 1/255; default: that of the stored table")
     add("--sweep", type=float, nargs="*", default=[0.5, 1, 4, 8], help="further eps, in 1/255")
     add("--problems", type=int, default=256)
     add("--sweep_problems", type=int, default=128, help="for each further eps")
