@@ -41,6 +41,7 @@ import tsec
 from vlm import adapt
 from vlm.cache import ReadPrompts, prompt_layers
 from vlm.families import FAMILIES
+from vlm.patches import use_patch_products
 
 LOGITS_PER_CHUNK = 2**26  # of the output head in scoring: 256 MiB in float32
 RESPONSES_PER_CHUNK = 16  # of like length, scored together
@@ -153,6 +154,7 @@ class Policy(nn.Module):
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
+        use_patch_products(model.model)
         self._no_split_modules = [self._language_layer()]  # what FSDP shards apart
         self.micro_responses = 0
         self.lora_rank = 0  # set by adapt.add_lora
