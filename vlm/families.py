@@ -36,6 +36,8 @@ class Family(NamedTuple):
     counts: str | None = None
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
+    # Names (a regular expression) of special tokens that answers use: sampled, and kept in the text.
+    answer_tokens: str = r"$^"
 
     def in_tower(self, name: str) -> bool:
         """Is this parameter or module of model.model inside the vision tower?"""
