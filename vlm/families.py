@@ -36,7 +36,7 @@ class Family(NamedTuple):
     counts: str | None = None
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
-    # Names (a regular expression) of special tokens that answers use: sampled, and kept in the text.
+    # Names (a regular expression) of special tokens that answers use: sampled and decoded.
     answer_tokens: str = r"$^"
 
     def in_tower(self, name: str) -> bool:
