@@ -50,6 +50,8 @@ class Family(NamedTuple):
     without_resize: Callable = do_not_resize
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
+    # Names (a regular expression) of special tokens that answers use: sampled and decoded.
+    answer_tokens: str = r"$^"
 
     def in_tower(self, name: str) -> bool:
         """Is this parameter or module of model.model inside the vision tower?"""
