@@ -25,7 +25,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from runtime import data
+from runtime import data, faults
 from vlm import adapt
 from vlm.policy import Policy
 
@@ -400,10 +400,20 @@ def flat(config: NamedTuple) -> dict[str, Any]:
 
 
 def command_line(load_config: Callable, main: Callable) -> None:
-    """Run main on the configuration of sys.argv. A wrong one ends with one line and exit code 2."""
+    """Run main on the configuration of sys.argv.
+
+    A fault of options, data, files or packages ends with one line and exit code 2 (faults.py). Of
+    several processes one says it. The others end with it, and so do those that fail because it is
+    gone.
+    """
     try:
-        config = load_config(sys.argv[1:])
-    except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    main(config)
+        main(load_config(sys.argv[1:]))
+        return
+    except Exception as error:
+        said = faults.said_by_another()
+        if not said and not faults.is_fault(error):
+            raise
+        line = said or f"error: {faults.explain(error)}"
+    # The error is gone here, and with it the progress bar, which prints when it is deleted.
+    faults.say(line)
+    sys.exit(faults.EXIT_CODE)
