@@ -127,7 +127,7 @@ def test_pixel_limits(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_pixel_limits_are_refused_where_the_size_is_fixed(kind):
-    message = f"{kind} sees every picture at one size.*for qwen2_vl, qwen2_5_vl, qwen3_vl$"
+    message = f"{kind} has no limits of a picture's area.*for qwen2_vl, qwen2_5_vl, qwen3_vl$"
     with pytest.raises(ValueError, match=message):
         Policy.from_pretrained(checkpoint(kind), max_pixels=1024)
 

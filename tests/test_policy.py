@@ -566,12 +566,12 @@ def test_rows_stop_at_their_end_token(sharp, prompts):
         assert tokens[length:] == [sharp.pad_id] * (10 - length)
 
 
-def test_sampling_ends_with_the_last_row_but_is_two_tokens_wide(sharp, prompts):
+def test_sampling_ends_with_the_last_row_but_is_three_tokens_wide(sharp, prompts):
     sampled = sharp.sample(prompts[:1], 3, [1], 200)
     assert sampled.tokens.shape[1] == sampled.mask.sum(1).max() < 200
     one = sharp.sample(prompts[:1], 3, [1], 1)
-    assert one.tokens.shape == (3, 2) and one.mask.tolist() == [[True, False]] * 3
-    assert one.tokens[:, 1].tolist() == [sharp.pad_id] * 3
+    assert one.tokens.shape == (3, 3) and one.mask.tolist() == [[True, False, False]] * 3
+    assert (one.tokens[:, 1:] == sharp.pad_id).all()
 
 
 def test_rows_that_have_ended_leave_the_batch(sharp, prompts, monkeypatch):

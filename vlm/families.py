@@ -9,12 +9,19 @@ image in [0, 1]. That image is attacked, so no tile or thumbnail can drift apart
     inputs = family.pixel_values([image], image_processor)  # {"pixel_values": ..., ...}
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.image_utils import SizeDict
+
+
+@contextlib.contextmanager
+def do_not_resize(ip) -> Iterator[dict[str, Any]]:
+    """In this context, and with these options, a processor leaves an image's size as it is."""
+    yield {"do_resize": False}
 
 
 class Family(NamedTuple):
@@ -34,6 +41,13 @@ class Family(NamedTuple):
     token_types: str | None = None
     # Name of an input: the number of images of each prompt that has any.
     counts: str | None = None
+    # Name of the processor's output that get_rope_index takes the pictures' sizes from.
+    grid: str = "image_grid_thw"
+    # image processor -> its two size limits are a picture's area times this. None: it has no such
+    # limits, and min_pixels and max_pixels are refused.
+    limits_per_pixel: Callable | None = None
+    # For a processor that resizes with do_resize=False, too.
+    without_resize: Callable = do_not_resize
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
 
@@ -115,6 +129,7 @@ QWEN = Family(
     qwen_pixel_values,
     tower="visual",
     projector=("visual.merger", "visual.deepstack_merger_list"),
+    limits_per_pixel=lambda ip: 1,
 )
 LLAVA = Family(
     fixed_resize,

@@ -40,15 +40,18 @@ import grpo
 import tsec
 from vlm import adapt
 from vlm.cache import ReadPrompts, prompt_layers
-from vlm.families import FAMILIES, qwen_resize
+from vlm.families import FAMILIES
+from vlm.patches import use_patch_products
 
 LOGITS_PER_CHUNK = 2**26  # of the output head in scoring: 256 MiB in float32
 RESPONSES_PER_CHUNK = 16  # of like length, scored together
 SHARE_ALIVE = 0.75  # sampling drops the ended rows when no more than this share is left
 
-# Responses have this width at least. With one token, scoring would not run the language model's
-# layers again, and FSDP gathers parameters as often as layers run: equally often on every process.
-LEAST_TOKENS = 2
+# Responses have this width at least: scoring then runs the language model's layers on two tokens or
+# more. FSDP gathers parameters as often as layers run: equally often on every process. And of one
+# token, linear attention takes its decoding kernel, which has no backward on a GPU (fla).
+LEAST_TOKENS = 3
+POSITION_TOKENS = 8  # of the self-check's responses
 
 
 class TokenizedPrompt(NamedTuple):
@@ -151,6 +154,7 @@ class Policy(nn.Module):
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
+        use_patch_products(model.model)
         self._no_split_modules = [self._language_layer()]  # what FSDP shards apart
         self.micro_responses = 0
         self.lora_rank = 0  # set by adapt.add_lora
@@ -214,18 +218,21 @@ class Policy(nn.Module):
         return policy
 
     def _limit_pixels(self, least: int | None, most: int | None) -> None:
-        if self.family.resize is not qwen_resize:
+        if self.family.limits_per_pixel is None:
             kind = self.model.config.model_type
-            flexible = [name for name, x in FAMILIES.items() if x.resize is qwen_resize]
+            flexible = [name for name, x in FAMILIES.items() if x.limits_per_pixel]
             raise ValueError(
-                f"{kind} sees every picture at one size; min_pixels and max_pixels are for "
+                f"{kind} has no limits of a picture's area; min_pixels and max_pixels are for "
                 f"{', '.join(flexible)}"
             )
         ip = self.processor.image_processor
-        least = least or ip.size["shortest_edge"]  # an area, whatever its name
-        most = most or ip.size["longest_edge"]
+        scale = self.family.limits_per_pixel(ip)
+        # areas, whatever their names
+        least = ip.size["shortest_edge"] if least is None else scale * least
+        most = ip.size["longest_edge"] if most is None else scale * most
         if not 0 < least <= most:
-            raise ValueError(f"0 < min_pixels <= max_pixels, got {least} and {most}")
+            found = f"{least // scale} and {most // scale}"
+            raise ValueError(f"0 < min_pixels <= max_pixels, got {found}")
         ip.size = SizeDict(shortest_edge=least, longest_edge=most)
 
     def save_pretrained(
@@ -362,16 +369,17 @@ class Policy(nn.Module):
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
         pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
-        return self.processor(
-            text=[text],
-            images=[pixels] if pixels else None,
-            # Done already. A second time is not the identity for extreme shapes or narrow limits.
-            do_resize=False,
-            # The template may have written the BOS token; the tokenizer must not add another.
-            add_special_tokens=bos is None or not text.startswith(bos),
-            return_tensors="pt",
-            **self.family.untiled,
-        )
+        # Resized already. A second time is not the identity for extreme shapes or narrow limits.
+        with self.family.without_resize(self.processor.image_processor) as options:
+            return self.processor(
+                text=[text],
+                images=[pixels] if pixels else None,
+                # The template may have written the BOS token; the tokenizer must not add another.
+                add_special_tokens=bos is None or not text.startswith(bos),
+                return_tensors="pt",
+                **options,
+                **self.family.untiled,
+            )
 
     def _left_padded(self, rows: list[TokenizedPrompt], name: str, value: int = 0) -> Tensor:
         """An input of all prompts on the model's device.   -> (P, L)"""
@@ -396,12 +404,11 @@ class Policy(nn.Module):
             raise RuntimeError(
                 "mm_token_type_ids and input_ids disagree about which tokens are an image's"
             )
-        grids = [row.inputs["image_grid_thw"] for row in rows if row.images]
+        grid = self.family.grid
+        grids = [row.inputs[grid] for row in rows if row.images]
+        grids = torch.cat(grids).to(self.device) if grids else None
         positions, delta = self.model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=types,
-            image_grid_thw=torch.cat(grids).to(self.device) if grids else None,
-            attention_mask=mask,
+            ids, mm_token_type_ids=types, attention_mask=mask, **{grid: grids}
         )
         return positions, mask.sum(-1) + delta[:, 0]
 
@@ -454,7 +461,11 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output head in float32, banned tokens at -inf.   (..., D) -> (..., V)"""
-        return self.model.lm_head(hidden).float().masked_fill(self.banned, -torch.inf)
+        logits = self.model.lm_head(hidden).float()
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        if cap:
+            logits = cap * torch.tanh(logits / cap)
+        return logits.masked_fill(self.banned, -torch.inf)
 
     # ------------------------------------------------------------------------------------- sample
 
@@ -661,48 +672,70 @@ class Policy(nn.Module):
                 f"{pixels:.2g}, rounding is below 1e-5; has the library changed? "
                 "--self_check false trains on a model that sees other pictures"
             )
-        logits = self._logit_difference(problems, prompts)
+        by_shift = self._logit_differences(problems, prompts)
+        logits = by_shift[0].abs().max().item()
         low = next(self.parameters()).dtype == torch.bfloat16
         low = low or torch.is_autocast_enabled(self.device.type)
-        # Rounding in bfloat16: up to 0.37 in 24 layers of a peaked random model, where a position
-        # off by one is 1.2 to 3.2.
-        limit = 0.5 if low else 1e-3
+        limit = 0.5 if low else 1e-3  # of bfloat16: up to 0.37 in 24 layers of a peaked model
+        wrong = ""
         if not logits <= limit:
+            wrong = f"{logits:.2g} of their standard deviation, rounding is below {limit:g}"
+        else:
+            # A wrong position can stay below bfloat16's limit where few layers have positions.
+            # Over all tokens it is still more than rounding: the right position differs least.
+            rms = {shift: x.square().mean().sqrt().item() for shift, x in by_shift.items()}
+            best = min(rms, key=rms.get)
+            if rms[0] > 1.2 * rms[best]:
+                wrong = f"{rms[0]:.2g}, with positions moved by {best} by {rms[best]:.2g}"
+        if wrong:
             raise RuntimeError(
                 f"self-check of {kind}: logits after the shared prompt differ from the plain "
-                f"forward's by {logits:.2g} of their standard deviation, rounding is below "
-                f"{limit:g}; has the library changed? "
+                f"forward's by {wrong}; has the library changed? "
                 "--self_check false trains with wrong log-probs"
             )
         return {"pixels": pixels, "logits": logits}
 
     def _pixel_difference(self, pictures: list[Image.Image], prompts: Prompts) -> float:
-        """The largest difference of our pixel_values from the processor's; inf if they are more."""
-        ours = self.to_pixel_values(prompts.images)["pixel_values"].flatten().cpu()
-        theirs = []
-        for picture in pictures:
+        """The largest difference of our pixel_values from the processor's; inf if they are more.
+
+        Picture by picture: some families pad a batch to its largest.
+        """
+        worst = 0.0
+        for picture, image in zip(pictures, prompts.images, strict=True):
+            ours = self.to_pixel_values([image])["pixel_values"].flatten().cpu()
             options = {"return_tensors": "pt", **self.family.untiled}
             inputs = self.processor.image_processor([picture], **options)
-            theirs.append(inputs["pixel_values"].flatten())
-        theirs = torch.cat(theirs)
-        return (ours - theirs).abs().max().item() if len(ours) == len(theirs) else float("inf")
+            theirs = inputs["pixel_values"].flatten()
+            if len(ours) != len(theirs):
+                return float("inf")
+            worst = max(worst, (ours - theirs).abs().max().item())
+        return worst
 
-    def _logit_difference(self, problems: list[str], prompts: Prompts) -> float:
-        """Shared prompt against plain forward, four random tokens: largest difference / std."""
+    def _logit_differences(self, problems: list[str], prompts: Prompts) -> dict[int, Tensor]:
+        """Shared prompt minus plain forward, of random tokens, as shares of std(logits).
+
+        By how far the responses' positions were moved: 0, and 1 to either side.
+        -> (4 responses, POSITION_TOKENS, allowed tokens) each
+        """
         allowed = (~self.banned).nonzero().flatten()
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(allowed), (4, 4), generator=generator).to(self.device)
-        tokens = allowed[drawn]
+        shape = (4, POSITION_TOKENS)
+        tokens = allowed[torch.randint(len(allowed), shape, generator=generator).to(self.device)]
         owner = torch.tensor([0, 0, 1, 1], device=self.device)
-        mask = torch.ones_like(tokens, dtype=torch.bool)
-        hidden = self._response_hidden(prompts, self.read(prompts), owner, tokens, mask)
-        shared = self.logits(hidden)[..., allowed]
         plain = []
         for p, response in zip(owner, tokens, strict=True):
             text = self.chat_text(problems[p], 1)
-            plain.append(self._plain_logits(text, prompts[p : p + 1].images, response))
-        plain = torch.stack(plain)[..., allowed]
-        return ((shared - plain).abs().max() / plain.std()).item()
+            images = prompts[p : p + 1].images
+            plain.append(self._plain_logits(text, images, response)[..., allowed])
+        plain = torch.stack(plain)
+        read, mask = self.read(prompts), torch.ones_like(tokens, dtype=torch.bool)
+        differences = {}
+        for shift in (0, -1, 1):
+            moved = replace(prompts, next_position=prompts.next_position + shift)
+            hidden = self._response_hidden(moved, read, owner, tokens, mask)
+            shared = self.logits(hidden)[..., allowed]
+            differences[shift] = (shared - plain) / plain.std()
+        return differences
 
     def _plain_logits(self, text: str, images: list[Tensor], response: Tensor) -> Tensor:
         """The model's own forward over one prompt, as the processor gives it, and one response.
