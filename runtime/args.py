@@ -236,6 +236,9 @@ def number(text: str) -> float:
     return value
 
 
+REQUIRED = " (required)"  # the end of a help text
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """One spelling per option, its choices or type, its default."""
 
@@ -253,9 +256,10 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {values}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, argparse.SUPPRESS, []):
+        if action.default in (None, argparse.SUPPRESS, []) or action.help.endswith(REQUIRED):
             return action.help
         default = action.default
+        default = str(default).lower() if isinstance(default, bool) else default
         default = " ".join(map(str, default)) if isinstance(default, list) else default
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
@@ -264,8 +268,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(HfArgumentParser):
     """HfArgumentParser for groups of Options. It raises ValueError where argparse would exit."""
 
-    def __init__(self, groups: Sequence[type], description: str):
-        usage = "%(prog)s [--config RECIPE.yaml] [--option value ...]"
+    def __init__(self, groups: Sequence[type], description: str, required: Sequence[str] = ()):
+        needed = "".join(f" --{name} {name.upper()}" for name in required)
+        usage = f"%(prog)s{needed} [--config RECIPE.yaml] [--option value ...]"
         super().__init__(
             groups,
             usage=usage,
@@ -279,6 +284,8 @@ class Parser(HfArgumentParser):
             if action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # the twin of an option that is on by default
         self.actions = {action.dest: action for action in self._actions if action.nargs != 0}
+        for name in required:
+            self.actions[name].help += REQUIRED
         self.known = sorted(self.actions)
         self.bounds = {}
         for group in groups:
@@ -404,7 +411,7 @@ def parse(
     `options` override argv, argv overrides the recipe, the recipe the defaults. An option that is
     None counts as not given. Raises ValueError, one line, for whatever is wrong.
     """
-    parser = Parser(list(kind.__annotations__.values()), description)
+    parser = Parser(list(kind.__annotations__.values()), description, required)
     words = list(argv)
     for name, value in options.items():
         if name not in parser.known:

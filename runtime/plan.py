@@ -250,7 +250,7 @@ def describe(config: Any, processes: int = 1) -> str:
 
 
 def disk(size: int, run: args.RunArgs) -> str:
-    """What the checkpoints take, of `size` bytes each. A new one is whole before an old one goes."""
+    """What checkpoints of `size` bytes take. A new one is whole before an old one goes."""
     written = -(-run.steps // run.save_every)
     kept = min(written, run.keep_last or written)
     most = min(written, kept + 1)
