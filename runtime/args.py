@@ -18,6 +18,7 @@ directory. The demo's models are found from everywhere.
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -145,6 +146,9 @@ class MemoryArgs(Options):
         adapt.freeze(policy, self.freeze)
         if self.lora_rank:
             adapt.add_lora(policy, self.lora_rank, seed, checkpoint)
+            left_out = ", ".join(adapt.without_adapters(policy))
+            if left_out and os.environ.get("RANK", "0") == "0":
+                print(f"LoRA: no adapters on the fused experts, which stay frozen: {left_out}")
         if self.gradient_checkpointing:
             adapt.checkpoint_layers(policy)
         policy.micro_responses = self.micro_responses

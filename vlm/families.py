@@ -50,6 +50,8 @@ class Family(NamedTuple):
     without_resize: Callable = do_not_resize
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
+    # Names (a regular expression) of special tokens that answers use: sampled and decoded.
+    answer_tokens: str = r"$^"
 
     def in_tower(self, name: str) -> bool:
         """Is this parameter or module of model.model inside the vision tower?"""
@@ -157,4 +159,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LLAVA_NEXT._replace(counts="batch_num_images"),
     "internvl": LLAVA._replace(untiled={"crop_to_patches": False}),
     "gemma3": LLAVA._replace(untiled={"do_pan_and_scan": False}, token_types="token_type_ids"),
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "qwen3_vl_moe": QWEN,
 }
