@@ -41,7 +41,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 READ = ("model", "dataset", "template", "order", "reward")  # options that may name files or folders
 
 # What an option of an earlier version is called now: the message for old recipes and checkpoints.
+# The first ones are other trainers' names.
 RENAMED = {
+    "learning_rate": "here called lr",
+    "batch_size": "here called prompts_per_step",
+    "num_generations": "here called rollouts",
+    "max_completion_length": "here called max_new_tokens",
+    "epochs": "here the length is given in steps",
+    "num_train_epochs": "here the length is given in steps",
+    "max_steps": "here called steps",
+    "beta": "here called kl_coef",
+    "output_dir": "here called output",
+    "bf16": "write --dtype bfloat16, or give accelerate a mixed_precision",
     "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "length_weight": "write --reward ... length_penalty:WEIGHT",
@@ -91,13 +102,14 @@ def check_bounds(name: str, value: Any, bounds: Mapping[str, float]) -> None:
     """Raise ValueError for a number outside its option's bounds."""
     if value is None:
         return
-    said = f"{name}={value}: it must be"
+    _, _, meaning = bounds["help"].partition("] ")
+    said, what = f"{name}={value}: it must be", f" ({meaning})"
     if "low" in bounds and value < bounds["low"]:
-        raise ValueError(f"{said} at least {bounds['low']}")
+        raise ValueError(f"{said} at least {bounds['low']}{what}")
     if "high" in bounds and value > bounds["high"]:
-        raise ValueError(f"{said} at most {bounds['high']}")
+        raise ValueError(f"{said} at most {bounds['high']}{what}")
     if "above" in bounds and value <= bounds["above"]:
-        raise ValueError(f"{said} above {bounds['above']}")
+        raise ValueError(f"{said} above {bounds['above']}{what}")
 
 
 class Options:
@@ -342,7 +354,8 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         line = error.problem_mark.line + 1
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"the recipe {Path(path).absolute()} cannot be read: {cause}") from error
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):
