@@ -28,7 +28,7 @@ launch() { # one process on this machine; plain `accelerate launch` is for more
 
 evaluate() { # evaluate MODEL OUTPUT
     launch eval.py --model "$1" --splits shifted/test plain/test styles/test --problems 500 \
-        --output "$2"
+        --output "$2" --overwrite
 }
 
 case "${1:-demo}" in
