@@ -34,7 +34,7 @@ from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
 from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, micro_batches
-from runtime.run import Clock, Run, load_reference, load_rows, signals_restored
+from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
 from vlm.policy import Policy, Prompts, Responses
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
@@ -100,7 +100,7 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-@signals_restored()
+@runs_closed()
 def main(config: Config) -> None:
     """Train. Raises ValueError for options, data or a folder that cannot be used."""
     cfg, memory = config.saei, config.memory
