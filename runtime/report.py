@@ -239,6 +239,12 @@ def fixed(value: float, digits: int, sign: str = "") -> str:
     return f"{value:{sign}.{digits}f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
+def swatch(run: dict) -> str:
+    """The run in a legend: its colour and name."""
+    label = run["label"] if len(run["label"]) <= 32 else run["label"][:31] + "…"
+    return f'<span class="{run["css"]}">■ {text(label)}</span>'
+
+
 def table(head: list[str], rows: list[str]) -> str:
     """A table that scrolls sideways where it is too wide. Cells of the head are HTML."""
     cells = "".join(f"<th>{cell}</th>" for cell in head)
@@ -380,7 +386,7 @@ def dot_plot(runs: list[dict], split: str, keys: list[str]) -> str:
                 mark, filled = ("●", "dot") if name == names[-1] else ("○", "ring")
                 svg += f'<g class="{run["css"]}"><path d="M{low} {y - 4}H{high}"/>'
                 svg += f'<circle class="{filled}" cx="{x}" cy="{y - 4}" r="4.5"/></g>'
-                legend[run["css"]] = f'<span class="{run["css"]}">■ {text(run["label"], 40)}</span>'
+                legend[run["css"]] = swatch(run)
                 marks[name] = f"{mark} {text(name, 40)}"
         y += 12
     grid = ""
@@ -473,7 +479,7 @@ def chart(runs: list[dict], title: str, zero: bool, *keys: str | None) -> str:
         return ""
     legend = {}
     for run, _, _, _ in lines:
-        legend[run["css"]] = f'<span class="{run["css"]}">■ {text(run["label"], 40)}</span>'
+        legend[run["css"]] = swatch(run)
     if any(dash for _, dash, _, _ in lines):
         changed = next(run["changed"] for run, dash, _, _ in lines if dash)
         legend["dash"] = f"<span>solid: clean image, dashed: {changed}</span>"
@@ -697,11 +703,11 @@ path { fill: none; stroke: currentColor; stroke-linecap: round; stroke-linejoin:
 .charts { grid-template-columns: repeat(6, 1fr); } .charts > * { grid-column: span 2; }
 .charts > .half { grid-column: span 3; } .charts > .half:only-child { grid-column: 1 / -1; }
 .columns { grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); }
-.result, .prompt { display: flex; flex-wrap: wrap; gap: 0 24px; }
+.result, .prompt { display: flex; flex-wrap: wrap; gap: 0 24px; margin-bottom: 12px; }
 .result > .card { flex: 1 1 330px; max-width: 560px; }
 .result > div { flex: 3 1 700px; min-width: 0; }
 .change td { white-space: nowrap; }
-.prompt > * { flex: 1 1 300px; }
+.prompt > :first-child { flex: 1 1 300px; } .result table { width: 100%; }
 @media (max-width: 1000px) { .charts > *, .charts > .half { grid-column: span 3; }
   .charts > :last-child:nth-child(odd) { grid-column: 1 / -1; } }
 @media (max-width: 680px) { .charts > *, .charts > .half { grid-column: 1 / -1; } }
@@ -710,7 +716,7 @@ svg { display: block; width: 100%; max-height: 340px; }
 .line { stroke-width: 2; } .raw { opacity: 0.35; } .grid { stroke: var(--edge); }
 svg text { fill: var(--soft); font-size: 12px; }
 .pictures { display: flex; gap: 12px; }
-.pictures > * { flex: 1 1 0; min-width: 0; max-width: 220px; }
+.pictures > * { width: 190px; min-width: 0; }
 img { width: 100%; image-rendering: pixelated; }
 .response { border-left: 3px solid var(--edge); padding-left: 12px; margin: 12px 0; }
 .good { border-color: var(--good); } .good .facts { color: var(--good); }
