@@ -27,6 +27,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Tokenizer,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     SmolVLMImageProcessor,
@@ -60,6 +61,7 @@ TOWER = dict(
 )
 SIGLIP = TOWER | dict(model_type="siglip_vision_model", vision_use_head=False)
 FIXED = dict(size={"height": SIDE, "width": SIDE})
+EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 
 def build_tokenizer(named: dict[str, str], special: list[str], bos: bool = False):
@@ -78,6 +80,13 @@ def build_tokenizer(named: dict[str, str], special: list[str], bos: bool = False
     return tokenizer
 
 
+def byte_tokenizer():
+    """For qwen3_5: whatever was saved, its tokenizer splits by its own rule and merges bytes."""
+    names = dict(unk_token="<unk>", pad_token="<pad>", eos_token="<end>", bos_token="<bos>")
+    vocabulary = [*names.values(), *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    return Qwen3_5Tokenizer({token: i for i, token in enumerate(vocabulary)}, [], **names)
+
+
 def chat_template(image: str, start: str = "") -> str:
     return (
         f"{{% for message in messages %}}{start}{{% for part in message['content'] %}}"
@@ -87,7 +96,7 @@ def chat_template(image: str, start: str = "") -> str:
 
 
 def qwen(kind: str):
-    tokenizer = build_tokenizer({}, [])
+    tokenizer = byte_tokenizer() if kind.startswith("qwen3_5") else build_tokenizer({}, [])
     tokens = {
         "vision_start_token_id": "<|vision_start|>",
         "vision_end_token_id": "<|vision_end|>",
@@ -120,7 +129,14 @@ def qwen(kind: str):
         text["head_dim"] = 8
         text["rope_parameters"]["mrope_interleaved"] = True
         tower |= dict(intermediate_size=48, out_hidden_size=32, num_position_embeddings=64)
-        tower |= dict(deepstack_visual_indexes=[0])
+        if kind.startswith("qwen3_vl"):
+            tower |= dict(deepstack_visual_indexes=[0])
+        else:  # three layers of linear attention and one of full attention
+            text |= dict(num_hidden_layers=4, linear_num_key_heads=2, linear_num_value_heads=4)
+            text |= dict(linear_key_head_dim=16, linear_value_head_dim=32)
+            text["rope_parameters"]["partial_rotary_factor"] = 1.0
+        if kind.endswith("moe"):
+            text |= EXPERTS | dict(shared_expert_intermediate_size=24)
     processor = processor_class(image_processor, tokenizer, video(**sizes), chat_template=template)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     return dict(text_config=text, vision_config=tower, **ids), processor
@@ -250,6 +266,9 @@ BUILD = {
     "llava_onevision": llava,
     "internvl": internvl,
     "gemma3": gemma3,
+    "qwen3_5": qwen,
+    "qwen3_5_moe": qwen,
+    "qwen3_vl_moe": qwen,
 }
 
 

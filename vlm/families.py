@@ -159,4 +159,7 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": LLAVA_NEXT._replace(counts="batch_num_images"),
     "internvl": LLAVA._replace(untiled={"crop_to_patches": False}),
     "gemma3": LLAVA._replace(untiled={"do_pan_and_scan": False}, token_types="token_type_ids"),
+    "qwen3_5": QWEN,
+    "qwen3_5_moe": QWEN,
+    "qwen3_vl_moe": QWEN,
 }

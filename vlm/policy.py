@@ -155,7 +155,8 @@ class Policy(nn.Module):
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
         use_patch_products(model.model)
-        self._no_split_modules = [self._language_layer()]  # what FSDP shards apart
+        # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
         self.micro_responses = 0
         self.lora_rank = 0  # set by adapt.add_lora
         tokenizer = processor.tokenizer
@@ -168,15 +169,10 @@ class Policy(nn.Module):
         # Dropout would make the scored distribution differ from the sampled one.
         self.eval()
 
-    def _language_layer(self) -> str:
-        """Class name of the language model's layers.
-
-        The tower does not run for text alone, so FSDP must not shard its layers apart.
-        """
-        for name, module in self.model.model.named_modules():
-            if isinstance(module, GradientCheckpointingLayer) and not self.family.in_tower(name):
-                return type(module).__name__
-        raise ValueError(f"{type(self.model).__name__} has no layers outside its vision tower")
+    def language_layers(self) -> list[nn.Module]:
+        """The layers of the language model, in order."""
+        modules = self.model.get_decoder().modules()
+        return [x for x in modules if isinstance(x, GradientCheckpointingLayer)]
 
     @property
     def device(self) -> torch.device:
