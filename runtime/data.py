@@ -156,7 +156,8 @@ def load_rows(
     if source.length == 0:
         raise ValueError(f"{title} has no rows")
     convert = by_preset(known, source, title) if known else by_columns(source, columns or {}, title)
-    template = load_template(template or (known.template if known else "none"))
+    template_name = template or (known.template if known else "none")
+    template = load_template(template_name)
 
     def make(number: int, fields: dict) -> dict:
         return to_row(fields, template, source.folders(number))
@@ -167,6 +168,8 @@ def load_rows(
     if streaming:
         return Stream(source, check, seed)
     keep, checksum = [], 0
+    if template_name not in TEMPLATES:  # the text of a file may change under its name
+        checksum = zlib.crc32(json.dumps(template).encode())
     stored = ((number, partial(source.read, number)) for number in range(source.length))
     for number, fields, _ in check.usable(stored):
         keep.append(number)
