@@ -154,6 +154,8 @@ class Policy(nn.Module):
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
+        if self.family.prepare:
+            self.family.prepare(processor)
         use_patch_products(model.model)
         # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
