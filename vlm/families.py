@@ -49,6 +49,8 @@ class Family(NamedTuple):
     limits_per_pixel: Callable | None = None
     # processor -> None: settings that its image processor needs, made once after loading.
     prepare: Callable | None = None
+    # The tower does not cast pixel_values to its weights' precision, so this is done here.
+    cast: bool = False
     # For a processor that resizes with do_resize=False, too.
     without_resize: Callable = do_not_resize
     # Names (a regular expression) of further tokens that stand for images.
@@ -315,7 +317,7 @@ GLM = QWEN._replace(
     resize=glm_resize,
     projector=("visual.merger", "visual.downsample"),
     limits_per_pixel=lambda ip: ip.temporal_patch_size,
-    answer_tokens=r"<\|(begin|end)_of_box\|>|</?think>",
+    answer_tokens=r"<\|(begin|end)_of_box\|>",
 )
 MISTRAL3 = Family(
     mistral3_resize,
@@ -324,6 +326,7 @@ MISTRAL3 = Family(
     projector=("multi_modal_projector",),
     prepare=mistral3_prepare,
     banned=r"\[IMG(_BREAK|_END)?\]",
+    answer_tokens=r"\[/?THINK\]",
 )
 OVIS2 = LLAVA._replace(
     projector=("visual_embeddings_table",),
@@ -345,6 +348,7 @@ KIMI = Family(
     kimi_pixel_values,
     tower="vision_tower",
     projector=("mm_projector",),
+    cast=True,
     banned=r"<\|media_(pad|begin|content|end)\|>|<\|kimi_k25_video_placeholder\|>",
 )
 MINICPM = Family(
@@ -383,11 +387,11 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": GLM,
     "mistral3": MISTRAL3,
     "ovis2": OVIS2,
-    "exaone4_5": QWEN,
+    "exaone4_5": QWEN._replace(banned=r"<\|vision_(start|end)\|>"),
     "molmo2": MOLMO2,
     "kimi_k25": KIMI,
     "minicpmv4_6": MINICPM,
     "minicpmv4_7": MINICPM._replace(grid="target_sizes"),
     "lfm2_vl": LFM2,
-    "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",)),
+    "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",), cast=True),
 }
