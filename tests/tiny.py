@@ -527,10 +527,31 @@ BUILD = {
 }
 
 
+# The same families with other language models: "family text", what differs in text_config.
+OTHER_TEXT = {
+    "internvl qwen3": dict(head_dim=8),
+    "internvl qwen3_moe": dict(head_dim=8, **EXPERTS),
+    "internvl gpt_oss": dict(
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral3 ministral3": {},
+}
+
+
 def build(kind: str):
-    """A tiny random model of a family and its processor."""
-    config, processor = BUILD[kind](kind)
+    """A tiny random model of a family and its processor. kind: of BUILD or of OTHER_TEXT"""
+    family, _, text = kind.partition(" ")
+    config, processor = BUILD[family](family)
+    if text:
+        config["text_config"] |= dict(model_type=text, **OTHER_TEXT[kind])
     config["text_config"]["vocab_size"] = len(processor.tokenizer)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config))
+    options = {"attn_implementation": "eager"} if text == "gpt_oss" else {}
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(family, **config), **options
+    )
     model.generation_config.eos_token_id = 2
     return model, processor
