@@ -523,12 +523,15 @@ def lfm2(kind: str):
     grid = [f"<|img_row_{i}_col_{j}|>" for i in range(1, 4) for j in range(1, 4)]
     marks = ["<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"]
     tokenizer = build_tokenizer({}, ["<image>", *marks, *grid])
-    limits = dict(min_image_tokens=2, max_image_tokens=64, tile_size=64, max_tiles=4)
+    limits = dict(min_image_tokens=2, max_image_tokens=56, tile_size=64, max_tiles=4)
     image_processor = Lfm2VlImageProcessor(encoder_patch_size=PATCH, downsample_factor=2, **limits)
     processor = Lfm2VlProcessor(image_processor, tokenizer, chat_template=chat_template("<image>"))
     text = TEXT | dict(model_type="lfm2", num_hidden_layers=4, conv_L_cache=3)
     text |= dict(layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False)
     tower = TOWER | dict(model_type="siglip2_vision_model", num_patches=64, vision_use_head=False)
+    tower |= dict(
+        num_hidden_layers=1, intermediate_size=16
+    )  # each picture is padded to 224 patches
     del tower["image_size"]
     config = dict(
         text_config=text,
@@ -590,10 +593,31 @@ BUILD = {
 }
 
 
+# The same families with other language models: "family text", what differs in text_config.
+OTHER_TEXT = {
+    "internvl qwen3": dict(head_dim=8),
+    "internvl qwen3_moe": dict(head_dim=8, **EXPERTS),
+    "internvl gpt_oss": dict(
+        head_dim=8,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral3 ministral3": {},
+}
+
+
 def build(kind: str):
-    """A tiny random model of a family and its processor."""
-    config, processor = BUILD[kind](kind)
+    """A tiny random model of a family and its processor. kind: of BUILD or of OTHER_TEXT"""
+    family, _, text = kind.partition(" ")
+    config, processor = BUILD[family](family)
+    if text:
+        config["text_config"] |= dict(model_type=text, **OTHER_TEXT[kind])
     config["text_config"]["vocab_size"] = len(processor.tokenizer)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config))
+    options = {"attn_implementation": "eager"} if text == "gpt_oss" else {}
+    model = AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(family, **config), **options
+    )
     model.generation_config.eos_token_id = 2
     return model, processor

@@ -440,3 +440,24 @@ FAMILIES: dict[str, Family] = {
     "lfm2_vl": LFM2,
     "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",), cast=True),
 }
+
+# Families that cannot be had, and why.
+OWN_CODE = "transformers has no class for it, and the code of its repository is not run"
+INDEXED = "its layers keep a third tensor (indexed_attention), which vlm/cache.py cannot share yet"
+NO_ENTRY = "it has no entry in vlm/families.py yet; docs/families.md says how to add one"
+REFUSED: dict[str, str] = {
+    "internvl_chat": f"{OWN_CODE}; use the repository whose name ends in -HF",
+    "minicpmv": f"{OWN_CODE}; use MiniCPM-V 4.6 or 4.7",
+    "minicpmo": f"{OWN_CODE}; use MiniCPM-V 4.6 or 4.7",
+    "kimi_vl": f"{OWN_CODE}; use Kimi K2.5",
+    "ovis2_5": f"{OWN_CODE}; use Ovis 2 (its name ends in -hf)",
+    "phi4mm": OWN_CODE,
+    "phi4_multimodal": "transformers does not map it to AutoModelForImageTextToText",
+    "qwen4_exp": INDEXED,
+    "glm5_next": INDEXED,
+    "mistral_large4": INDEXED,
+    "mllama": "its layers read the picture by cross-attention, outside the shared cache",
+    "llama4": NO_ENTRY,
+    "deepseek_ocr2": NO_ENTRY,
+    "nemotron_h_omni": NO_ENTRY,
+}
