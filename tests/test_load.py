@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
 
-from tests.families import KINDS, PICTURES, PROBLEMS, checkpoint, shared_policy
+from tests.families import KINDS, PICTURES, PROBLEMS, checkpoint, make_policy, shared_policy
 from vlm.policy import Policy
 
 CUT, LONG = 6, 512  # tokens: what the files below cut a prompt to, and pad it to
@@ -188,3 +189,29 @@ def test_a_prompt_is_never_cut_or_padded(kind, tmp_path):
     again = Policy.from_pretrained(str(tmp_path / "saved"))
     assert torch.equal(again.tokenize(problem, pictures).inputs["input_ids"], ours)
     policy.self_check()
+
+
+def test_the_self_check_refuses_a_processor_that_cuts(monkeypatch):
+    """As one of another library might, whatever it is told. None of its own prompts is so long."""
+    policy = make_policy("smolvlm")
+    call = type(policy.processor).__call__
+
+    def cutting(self, *args, **options):
+        inputs = call(self, *args, **options)
+        return BatchFeature({name: x[..., :4096] for name, x in inputs.items()})
+
+    monkeypatch.setattr(type(policy.processor), "__call__", cutting)
+    with pytest.raises(RuntimeError, match="self-check: prompts are cut to 4096 tokens"):
+        policy.self_check()
+
+
+def test_a_processor_that_pads_is_refused(monkeypatch):
+    policy = make_policy("smolvlm")
+    call = type(policy.processor).__call__
+
+    def padding(self, *args, **options):
+        return call(self, *args, **options | {"padding": "max_length", "max_length": 99})
+
+    monkeypatch.setattr(type(policy.processor), "__call__", padding)
+    with pytest.raises(RuntimeError, match="the processor pads a prompt, although"):
+        policy.tokenize("how many", [])
