@@ -10,7 +10,7 @@ numbers do not depend on how many processes share the problems (accelerate launc
     pass@k     chance that one of k sampled answers is right, unbiased, from n samples (pass_at_k)
     truncated  share of sampled responses that ran into max_new_tokens (a cut answer is wrong)
     entropy    mean over sampled responses of their mean token entropy, in nats
-Intervals are percentile bootstraps over problems. They do not cover other seeds.
+Intervals are over problems (runtime/estimates.py). They do not cover other seeds.
 """
 
 import json
@@ -29,6 +29,7 @@ import rewards
 import tsec
 from runtime import args, data
 from runtime.args import option
+from runtime.estimates import bootstrap_interval, pass_at_k, share_interval
 from runtime.rollouts import micro_batches
 from vlm.policy import Policy
 
@@ -75,23 +76,6 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): chance that k of n samples hold a right one, c of n being right.
-
-    The k are drawn without replacement. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple:
-    """2.5% and 97.5% percentile of the mean of `values` resampled with replacement.   (n,) -> 2"""
-    rng, n = np.random.default_rng(seed), len(values)
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalArgs) -> list[dict]:
     """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
@@ -117,10 +101,11 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalA
     return records
 
 
-def evaluate_split(policy: Policy, split: str, config: Config, accelerator: Accelerator) -> list:
+def evaluate_split(
+    policy: Policy, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
+) -> list[dict]:
     """All processes' records, each row once, in the split's order, on every process."""
-    cfg, records = config.eval, []
-    rows = config.data.load(split, limit=cfg.problems)
+    records = []
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
     for numbers in (mine[part] for part in bar):
@@ -140,7 +125,8 @@ def summarise(records: list[dict], cfg: EvalArgs) -> dict[str, int | list[float]
     summary = {"n": len(records)}
     for name, values in columns.items():
         values = np.array(values, dtype=np.float64)
-        summary[name] = [float(values.mean()), *bootstrap_interval(values)]
+        interval = bootstrap_interval if name == "entropy" else share_interval
+        summary[name] = [float(values.mean()), *interval(values)]
     return summary
 
 
@@ -166,10 +152,11 @@ def main(config: Config) -> dict:
         raise ValueError(f"{cfg.output}.json is there already: --overwrite replaces it")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
+    rows = {split: config.data.load(split, limit=cfg.problems) for split in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():
         for split in cfg.splits:
-            records[split] = evaluate_split(policy, split, config, accelerator)
+            records[split] = evaluate_split(policy, split, rows[split], cfg, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     result["seconds"] = round(time.time() - start, 1)
