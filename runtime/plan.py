@@ -223,15 +223,13 @@ def describe(config: Any, processes: int = 1) -> str:
         "prompts": f"at most {work.L} tokens {seen}, limit {config.data.max_prompt_tokens}",
         "data": "streamed" if streaming else f"{len(rows):,} rows",
         "steps": f"{run.steps}, epochs {epochs}, updates {run.steps * cfg.updates_per_step}",
-        "checkpoint": f"{checkpoint / 1e9:.1f} GB each, {run.keep_last or 'all'} kept",
+        "checkpoints": disk(checkpoint, run),
         "per step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses, "
         f"{cfg.adversarial_rollouts} of {cfg.rollouts} adversarial",
         "per device": f"one of {processes}: {work.prompts} prompts; samples {sampled} at a time, "
         f"updates {micro} prompts and {responses} responses at a time",
     }
-    text = yaml.safe_dump(args.flat(config), sort_keys=False) + "\n"
-    for name, value in lines.items():
-        text += f"{name + ':':14}{value}\n"
+    text = "".join(f"{name + ':':14}{value}\n" for name, value in lines.items())
     text += "\nMemory of a device in GiB. The first three are counted, the rest is estimated, for\n"
     text += f"the longest prompt above and responses of {cfg.max_new_tokens} tokens. The waste of\n"
     text += "the allocator and CUDA itself come on top.\n"
@@ -246,7 +244,18 @@ def describe(config: Any, processes: int = 1) -> str:
         text += f"  {'FSDP2: the first three, sharded':38}{shard / GIB:9.2f}\n"
         text += f"  {'FSDP2: whole parameters, in sampling':38}{whole / GIB:9.2f}\n"
         text += f"  {'FSDP2: in all':38}{(shard + whole + rest) / GIB:9.2f}\n"
-    return text + "dry run: nothing was trained or written"
+    text += "\nSettings that differ from the defaults:\n"
+    text += yaml.safe_dump(args.changed(config), sort_keys=False)
+    return text + "\ndry run: nothing was trained or written"
+
+
+def disk(size: int, run: args.RunArgs) -> str:
+    """What checkpoints of `size` bytes take. A new one is whole before an old one goes."""
+    written = -(-run.steps // run.save_every)
+    kept = min(written, run.keep_last or written)
+    most = min(written, kept + 1)
+    text = f"{size / 1e9:.2f} GB each, {written} written, {'all' if kept == written else kept} kept"
+    return f"{text}: at most {most * size / 1e9:.2f} GB on the disk"
 
 
 class Measured(NamedTuple):

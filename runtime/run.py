@@ -528,7 +528,10 @@ class Batches(NamedTuple):
 
 
 def load_rows(args: TrainDataArgs, run: Run, policy: Policy, prompts_per_step: int) -> Batches:
-    """The rows to train on, checked. Raises ValueError if they changed since the run began."""
+    """The rows to train on, checked. Raises ValueError if they changed since the run began.
+
+    policy: its processor counts the tokens of prompts, it needs no weights.
+    """
     rows = args.load(
         args.split,
         seed=run.args.seed,

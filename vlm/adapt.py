@@ -5,6 +5,7 @@ gradients of what is still trained as they were (tests/test_adapt.py). Another s
 held at a time, is `Policy.micro_responses`.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
 LORA_SCALE = 2  # alpha / rank
-LORA_TARGETS = (
-    r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-)
 
 
 def freeze(policy: nn.Module, what: str) -> None:
@@ -50,8 +48,34 @@ def checkpoint_layers(policy: nn.Module) -> None:
             layer.training = True
 
 
+def lora_targets(policy: nn.Module) -> list[str]:
+    """Names of the linear layers inside the language model's layers, whatever they are called.
+
+    Attention, linear attention, convolutions' projections, MLPs, shared experts. Not what has one
+    output: it weighs an expert.
+    """
+    wanted = set()
+    for layer in policy.language_layers():
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and module.out_features > 1:
+                wanted.add(module)
+    return [name for name, module in policy.model.named_modules() if module in wanted]
+
+
+def without_adapters(policy: nn.Module) -> list[str]:
+    """Names of the weights in the language model's layers that LoRA leaves as they are: fused
+    experts. One tensor holds the matrices of all experts of a layer, and is no linear layer.
+    """
+    names = set()
+    for layer in policy.language_layers():
+        for name, w in layer.named_parameters():
+            if w.ndim == 3 and "expert" in name:
+                names.add(name)
+    return sorted(names)
+
+
 def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None = None) -> None:
-    """Low-rank adapters on the language model's projections. Only they are trained then.
+    """Low-rank adapters on the language model's linear layers. Only they are trained then.
 
     W x + (alpha / rank) B A x with alpha = 2 * rank, B = 0 at the start, A and B in float32.
     folder: a checkpoint whose adapters to load. Raises ValueError for adapters of other layers,
@@ -62,7 +86,8 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
     torch.manual_seed(seed)  # for the values of A
-    config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=LORA_TARGETS)
+    targets = "|".join(re.escape(name) for name in lora_targets(policy))
+    config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets)
     inject_adapter_in_model(config, policy.model)  # freezes all other parameters
     policy.lora_rank = rank
     for name, parameter in policy.model.named_parameters():
