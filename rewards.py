@@ -978,7 +978,7 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
     """The values of one reward. An error says which completion it comes from."""
     N = len(completions)
     try:
-        values = list(function(completions, **columns))
+        values = list(function(completions=completions, **columns))
         if len(values) != N:
             raise ValueError(f"it returned {len(values)} values for {N} completions")
         for value in values:

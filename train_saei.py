@@ -34,7 +34,7 @@ from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
 from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, micro_batches
-from runtime.run import Clock, Run, load_reference, load_rows, signals_restored
+from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
 from vlm.policy import Policy, Prompts, Responses
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
@@ -57,7 +57,7 @@ class SaEIArgs(args.Options):
     tsec_low: float = option(0.2, "ours", "TsEC's low quantile (a cut: inferred); 0: none", low=0)
     tsec_high: float = option(0.8, "ours", "TsEC's high quantile (inferred too); 1: none", high=1)
     tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "tokens chosen")
-    eps: float = option(2 / 255, "ours, by the study", "L-infinity radius in [0, 1]", low=0, high=1)
+    eps: float = option(2 / 255, "ours, by the study", "L-inf radius, such as 2/255", low=0, high=1)
     pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
     reward: list[str] = option(
         ["accuracy:0.9", "format:0.1"], "ours", "NAME:WEIGHT or file.py:function:WEIGHT, several"
@@ -100,7 +100,7 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-@signals_restored()
+@runs_closed()
 def main(config: Config) -> None:
     """Train. Raises ValueError for options, data or a folder that cannot be used."""
     cfg, memory = config.saei, config.memory

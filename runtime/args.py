@@ -41,7 +41,18 @@ PROJECT = Path(__file__).resolve().parent.parent
 READ = ("model", "dataset", "template", "order", "reward")  # options that may name files or folders
 
 # What an option of an earlier version is called now: the message for old recipes and checkpoints.
+# The first ones are other trainers' names.
 RENAMED = {
+    "learning_rate": "here called lr",
+    "batch_size": "here called prompts_per_step",
+    "num_generations": "here called rollouts",
+    "max_completion_length": "here called max_new_tokens",
+    "epochs": "here the length is given in steps",
+    "num_train_epochs": "here the length is given in steps",
+    "max_steps": "here called steps",
+    "beta": "here called kl_coef",
+    "output_dir": "here called output",
+    "bf16": "write --dtype bfloat16, or give accelerate a mixed_precision",
     "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "length_weight": "write --reward ... length_penalty:WEIGHT",
@@ -91,13 +102,14 @@ def check_bounds(name: str, value: Any, bounds: Mapping[str, float]) -> None:
     """Raise ValueError for a number outside its option's bounds."""
     if value is None:
         return
-    said = f"{name}={value}: it must be"
+    _, _, meaning = bounds["help"].partition("] ")
+    said, what = f"{name}={value}: it must be", f" ({meaning})"
     if "low" in bounds and value < bounds["low"]:
-        raise ValueError(f"{said} at least {bounds['low']}")
+        raise ValueError(f"{said} at least {bounds['low']}{what}")
     if "high" in bounds and value > bounds["high"]:
-        raise ValueError(f"{said} at most {bounds['high']}")
+        raise ValueError(f"{said} at most {bounds['high']}{what}")
     if "above" in bounds and value <= bounds["above"]:
-        raise ValueError(f"{said} above {bounds['above']}")
+        raise ValueError(f"{said} above {bounds['above']}{what}")
 
 
 class Options:
@@ -240,6 +252,9 @@ def number(text: str) -> float:
     return value
 
 
+REQUIRED = " (required)"  # the end of a help text
+
+
 class HelpFormatter(argparse.HelpFormatter):
     """One spelling per option, its choices or type, its default."""
 
@@ -257,9 +272,10 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {values}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, argparse.SUPPRESS, []):
+        if action.default in (None, argparse.SUPPRESS, []) or action.help.endswith(REQUIRED):
             return action.help
         default = action.default
+        default = str(default).lower() if isinstance(default, bool) else default
         default = " ".join(map(str, default)) if isinstance(default, list) else default
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
@@ -268,8 +284,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(HfArgumentParser):
     """HfArgumentParser for groups of Options. It raises ValueError where argparse would exit."""
 
-    def __init__(self, groups: Sequence[type], description: str):
-        usage = "%(prog)s [--config RECIPE.yaml] [--option value ...]"
+    def __init__(self, groups: Sequence[type], description: str, required: Sequence[str] = ()):
+        needed = "".join(f" --{name} {name.upper()}" for name in required)
+        usage = f"%(prog)s{needed} [--config RECIPE.yaml] [--option value ...]"
         super().__init__(
             groups,
             usage=usage,
@@ -283,6 +300,8 @@ class Parser(HfArgumentParser):
             if action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # the twin of an option that is on by default
         self.actions = {action.dest: action for action in self._actions if action.nargs != 0}
+        for name in required:
+            self.actions[name].help += REQUIRED
         self.known = sorted(self.actions)
         self.bounds = {}
         for group in groups:
@@ -335,7 +354,8 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         line = error.problem_mark.line + 1
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"the recipe {Path(path).absolute()} cannot be read: {cause}") from error
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):
@@ -408,7 +428,7 @@ def parse(
     `options` override argv, argv overrides the recipe, the recipe the defaults. An option that is
     None counts as not given. Raises ValueError, one line, for whatever is wrong.
     """
-    parser = Parser(list(kind.__annotations__.values()), description)
+    parser = Parser(list(kind.__annotations__.values()), description, required)
     words = list(argv)
     for name, value in options.items():
         if name not in parser.known:

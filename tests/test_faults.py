@@ -168,7 +168,6 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
     configs, folder = {}, tmp_path / "killed"
     for name in ("killed", "whole"):
         configs[name] = short(tiny, tmp_path / name, steps=12, save_every=1, keep_last=2)
-        configs[name].run.resume = True
 
     def reached(step: int, saving: bool) -> bool:
         assert all(process.is_alive() for process in lives[-1])
@@ -177,6 +176,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
         return done >= step and (not saving or bool(list(folder.glob("checkpoints/.step-*"))))
 
     for i in range(kills):
+        configs["killed"].run.resume = (folder / "config.yaml").exists()
         lives.append(start(processes, train, configs["killed"]))
         while not reached(i * 11 // kills, saving=i % 2 == 1):
             time.sleep(0.0005)

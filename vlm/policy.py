@@ -30,7 +30,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.cache_utils import Cache
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
@@ -38,11 +37,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import grpo
 import tsec
-from vlm import adapt
+from vlm import adapt, chat
 from vlm.cache import ReadPrompts, prompt_layers
 from vlm.families import FAMILIES
+from vlm.load import load_config, load_model, load_processor
 from vlm.patches import use_patch_products
 
+# Tags that a prompt may ask for. Some tokenizers have them as special tokens.
+ANSWER_TAGS = r"</?(think|answer)>"
 LOGITS_PER_CHUNK = 2**26  # of the output head in scoring: 256 MiB in float32
 RESPONSES_PER_CHUNK = 16  # of like length, scored together
 SHARE_ALIVE = 0.75  # sampling drops the ended rows when no more than this share is left
@@ -154,18 +156,21 @@ class Policy(nn.Module):
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
+        if self.family.prepare:
+            self.family.prepare(processor)
         use_patch_products(model.model)
         # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
         self.micro_responses = 0
         self.lora_rank = 0  # set by adapt.add_lora
-        tokenizer = processor.tokenizer
-        eos = model.generation_config.eos_token_id  # all that is taken from generation_config
-        eos = tokenizer.eos_token_id if eos is None else eos
-        self.eos_ids = eos if isinstance(eos, list) else [eos]
-        pad = tokenizer.pad_token_id
+        chat.check_template(processor)
+        self.prefilled = chat.prefilled(processor)  # begins every answer; part of the decoded text
+        self.eos_ids = self._end_tokens()
+        pad = processor.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
+        self.unread_ids = self._unread_tokens()
         self.register_buffer("banned", self._banned_tokens(), persistent=False)  # (V,) bool
+        self.reserved_texts = self._reserved_texts()
         # Dropout would make the scored distribution differ from the sampled one.
         self.eval()
 
@@ -194,21 +199,12 @@ class Policy(nn.Module):
 
         min_pixels, max_pixels: limits of a picture's area, where the family has such; None: the
         processor's own. weights False: parameters without values, on the meta device.
-        Raises ValueError if it is no vision-language model of a supported family.
+        Raises ValueError if it is no vision-language model of a supported family, or is not whole.
         """
-        config = AutoConfig.from_pretrained(name_or_path)
-        if (kind := config.model_type) not in FAMILIES:
-            raise ValueError(
-                f"{name_or_path} is a {kind!r} model; train_saei needs a vision-language model "
-                f"of one of the families {', '.join(FAMILIES)}"
-            )
+        config = load_config(name_or_path)
+        processor = load_processor(name_or_path, config)  # first: it costs less than the weights
         options = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
-        if weights:
-            model = AutoModelForImageTextToText.from_pretrained(name_or_path, **options)
-        else:
-            with torch.device("meta"):
-                model = AutoModelForImageTextToText.from_config(config, **options)
-        policy = cls(model, AutoProcessor.from_pretrained(name_or_path))
+        policy = cls(load_model(name_or_path, config, weights, **options), processor)
         if min_pixels is not None or max_pixels is not None:
             policy._limit_pixels(min_pixels, max_pixels)
         return policy
@@ -253,6 +249,33 @@ class Policy(nn.Module):
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
+    def _end_tokens(self) -> list[int]:
+        """The end tokens of generation_config, of the tokenizer and of a turn in the chat template.
+
+        Nothing else is taken from generation_config.
+        """
+        tokenizer = self.processor.tokenizer
+        found = self.model.generation_config.eos_token_id
+        ids = found if isinstance(found, list) else [found]
+        ids = [*ids, tokenizer.eos_token_id]
+        if end := chat.turn_end(self.processor):
+            ids.append(tokenizer.convert_tokens_to_ids(end))
+        ids = [i for i in dict.fromkeys(ids) if i is not None]
+        if not ids:
+            raise ValueError(
+                "no end token: generation_config.json and the tokenizer have no eos_token"
+            )
+        return ids
+
+    def _unread_tokens(self) -> list[int]:
+        """Special tokens that `decode` leaves out: all but those that answers use."""
+        answers = f"{ANSWER_TAGS}|{self.family.answer_tokens}"
+        ids = []
+        for i, token in self.processor.tokenizer.added_tokens_decoder.items():
+            if token.special and not re.fullmatch(answers, token.content):
+                ids.append(i)
+        return ids
+
     def _banned_tokens(self) -> Tensor:
         """Tokens that are never sampled and have no probability.   -> (V,) bool
 
@@ -261,9 +284,9 @@ class Policy(nn.Module):
         image features would differ.
         """
         config, tokenizer = self.model.config, self.processor.tokenizer
-        ids = set()
+        ids = set(self.unread_ids)
         for i, token in tokenizer.added_tokens_decoder.items():
-            if token.special or re.fullmatch(self.family.banned, token.content):
+            if re.fullmatch(self.family.banned, token.content):
                 ids.add(i)
         for name in ("image", "video", "vision_start", "vision_end", "boi", "eoi"):
             ids.add(getattr(config, f"{name}_token_id", None))
@@ -273,6 +296,16 @@ class Policy(nn.Module):
         banned[len(tokenizer) :] = True
         banned[[i for i in ids if i < size]] = True
         return banned
+
+    def _reserved_texts(self) -> list[str]:
+        """Texts of special tokens and pictures, which a question must not hold."""
+        tokenizer = self.processor.tokenizer
+        banned = self.banned[: len(tokenizer)].nonzero().flatten().tolist()
+        texts = set(tokenizer.convert_ids_to_tokens([*self.unread_ids, *banned]))
+        for name, value in vars(self.processor).items():
+            if name.endswith("_token"):  # what the processor replaces by a picture's tokens
+                texts.add(str(value or ""))
+        return sorted(texts - {None, ""})
 
     # ------------------------------------------------------------------------------------- encode
 
@@ -305,7 +338,10 @@ class Policy(nn.Module):
     def tokenize(self, problem: str | list[dict], images: list[Image.Image]) -> TokenizedPrompt:
         """One prompt: resized images, chat template, image tokens. `collate` batches it."""
         units = [self.to_unit_image(image) for image in images]
-        return TokenizedPrompt(self._processed(self.chat_text(problem, len(units)), units), units)
+        prompt = TokenizedPrompt(self._processed(self.chat_text(problem, len(units)), units), units)
+        if not prompt.inputs["attention_mask"].all():
+            raise RuntimeError("the processor pads a prompt, although it is told not to")
+        return prompt
 
     def collate(self, rows: list[TokenizedPrompt], max_tokens: int | None = None) -> Prompts:
         """Tokenised prompts as one left-padded batch, with their positions. Errors as `encode`."""
@@ -339,27 +375,24 @@ class Policy(nn.Module):
         """The chat template over a user's text or over messages, up to where the assistant begins.
 
         A picture stands where the text says <image>. If it says so nowhere, all pictures stand
-        before the first user's text.
+        before the first user's text. Raises ValueError for an empty problem, marks that do not fit
+        the images, and a text that holds a special token.
         """
-        messages = [{"role": "user", "content": problem}] if isinstance(problem, str) else problem
-        if not messages[-1]["content"].strip():
-            raise ValueError("the problem is empty")
-        marks = sum(message["content"].count("<image>") for message in messages)
-        if marks not in (0, images):
-            raise ValueError(f"the problem has {marks} <image> marks for {images} images")
-        chat, unmarked = [], images - marks
+        messages = chat.parts(problem, images)
         for message in messages:
-            parts = []
-            if message["role"] == "user":
-                parts = [{"type": "image"}] * unmarked
-                unmarked = 0
-            for i, text in enumerate(message["content"].split("<image>")):
-                if i > 0:
-                    parts.append({"type": "image"})
-                if text:
-                    parts.append({"type": "text", "text": text})
-            chat.append({"role": message["role"], "content": parts})
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            for part in message["content"]:
+                self._refuse_reserved(part.get("text", ""))
+        options = {"tokenize": False, "add_generation_prompt": True}
+        return self.processor.apply_chat_template(messages, **options)
+
+    def _refuse_reserved(self, text: str) -> None:
+        """Raises ValueError for a text that would be read as a picture or as the end of a turn."""
+        for token in self.reserved_texts:
+            if token in text:
+                raise ValueError(
+                    f"the problem holds {token!r}, a special token of the model: leave it out or "
+                    "write it in another way (a picture's place is marked by <image>)"
+                )
 
     def _processed(self, text: str, images: list[Tensor]) -> BatchFeature:
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
@@ -415,7 +448,9 @@ class Policy(nn.Module):
 
         With gradients on, the result carries the graph to the pixels and the parameters.
         """
-        vision = self.to_pixel_values(prompts.images) if prompts.images else {}
+        vision = {}
+        if prompts.images:
+            vision = self._in_precision(self.to_pixel_values(prompts.images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -437,6 +472,13 @@ class Policy(nn.Module):
                 "model? Use adapt.checkpoint_layers"
             )
         return ReadPrompts(layers, hidden[:, -1])
+
+    def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The vision inputs, cast where the family's tower does not do so itself."""
+        inputs = dict(inputs)
+        if self.family.cast and "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
 
     def respond(self, tokens: Tensor, cache: Cache, mask: Tensor, position: Tensor) -> Tensor:
         """Hidden states of tokens after the cached ones.
@@ -632,11 +674,16 @@ class Policy(nn.Module):
         return torch.cat(logprobs).view(tokens.shape), torch.cat(entropy).view(tokens.shape)
 
     def decode(self, responses: Responses) -> list[str]:
-        """The responses' text without padding and end token."""
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        """The responses' text: what the template prefilled, then all but padding and end token.
+
+        Special tokens are left out, but those that answers use (Family.answer_tokens) are kept.
+        """
+        unread = torch.tensor(self.unread_ids, device=responses.tokens.device)
+        kept = responses.mask & ~torch.isin(responses.tokens, unread)
         texts = []
-        for tokens, mask in zip(responses.tokens, responses.mask, strict=True):
-            texts.append(self.processor.tokenizer.decode(tokens[mask], **options))
+        for tokens, mask in zip(responses.tokens, kept, strict=True):
+            text = self.processor.tokenizer.decode(tokens[mask], clean_up_tokenization_spaces=False)
+            texts.append(self.prefilled + text)
         return texts
 
     # --------------------------------------------------------------------------------- self-check
@@ -652,6 +699,7 @@ class Policy(nn.Module):
         RuntimeError when one is more than rounding: the library has changed, or the checkpoint is
         unlike its family.
         """
+        self._refuse_cut_prompts()
         wide = 56 if self.family.one_tile else 84  # oblong, its two tiles would differ
         rng = np.random.default_rng(0)
         pictures = []
@@ -690,6 +738,16 @@ class Policy(nn.Module):
                 "--self_check false trains with wrong log-probs"
             )
         return {"pixels": pixels, "logits": logits}
+
+    def _refuse_cut_prompts(self) -> None:
+        """A prompt of 20,000 numbers must have as many tokens at least."""
+        numbers = " ".join(map(str, range(20_000)))
+        tokens = self.tokenize(numbers, []).length
+        if tokens < 20_000:
+            raise RuntimeError(
+                f"self-check: prompts are cut to {tokens} tokens; look for truncation in the "
+                "processor's and the tokenizer's files. --self_check false trains on cut prompts"
+            )
 
     def _pixel_difference(self, pictures: list[Image.Image], prompts: Prompts) -> float:
         """The largest difference of our pixel_values from the processor's; inf if they are more.
@@ -738,7 +796,7 @@ class Policy(nn.Module):
 
         (T,) -> (T, V)
         """
-        inputs = dict(self._processed(text, images).to(self.device))
+        inputs = self._in_precision(self._processed(text, images).to(self.device))
         length, T = inputs["input_ids"].shape[1], len(response)
         for name, x in inputs.items():
             if x.shape != (1, length):
