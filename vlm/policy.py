@@ -245,7 +245,7 @@ class Policy(nn.Module):
             for name in self.model.all_tied_weights_keys:  # gathered: a copy, written twice
                 weights.pop(name, None)
         if self.lora_rank:
-            weights = adapt.save_adapters(self.model, weights, folder)
+            weights = adapt.save_adapters(weights, folder)
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
