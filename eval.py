@@ -101,10 +101,11 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalA
     return records
 
 
-def evaluate_split(policy: Policy, split: str, config: Config, accelerator: Accelerator) -> list:
+def evaluate_split(
+    policy: Policy, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
+) -> list[dict]:
     """All processes' records, each row once, in the split's order, on every process."""
-    cfg, records = config.eval, []
-    rows = config.data.load(split, limit=cfg.problems)
+    records = []
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
     for numbers in (mine[part] for part in bar):
@@ -151,10 +152,11 @@ def main(config: Config) -> dict:
         raise ValueError(f"{cfg.output}.json is there already: --overwrite replaces it")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
+    rows = {split: config.data.load(split, limit=cfg.problems) for split in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():
         for split in cfg.splits:
-            records[split] = evaluate_split(policy, split, config, accelerator)
+            records[split] = evaluate_split(policy, split, rows[split], cfg, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     result["seconds"] = round(time.time() - start, 1)

@@ -111,11 +111,11 @@ def main(config: Config) -> None:
         cfg.prompts_per_step, cfg.updates_per_step, memory.micro_prompts, accelerator.num_processes
     )
     run = Run(config.run, args.flat(config), accelerator)
+    batches = load_rows(config.data, run, config.model.load(weights=False), cfg.prompts_per_step)
+    reward_functions = rollouts.load_rewards(cfg.reward, cfg.max_new_tokens, batches.rows[0])
     policy = config.model.load(None if memory.lora_rank else run.checkpoint)
     memory.apply(policy, config.run.seed, run.checkpoint)
     reference = load_reference(config.model, run) if cfg.kl_coef else None
-    batches = load_rows(config.data, run, policy, cfg.prompts_per_step)
-    reward_functions = rollouts.load_rewards(cfg.reward, cfg.max_new_tokens, batches.rows[0])
     state = apply_control.initial_state(config.control)
     wrapped, optimizer = distributed.prepare(  # `wrapped` is what is differentiated
         accelerator, policy, cfg.lr, cfg.weight_decay, state, run.checkpoint

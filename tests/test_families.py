@@ -1,5 +1,7 @@
 """Every family of vlm.families, on tiny random models of the real classes (tests/families.py)."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -103,8 +105,9 @@ def test_every_pixel_has_a_gradient(policy):
     image = policy.to_unit_image(picture(48, 32)).requires_grad_()
     pixel_values = policy.to_pixel_values([image])["pixel_values"]
     (grad,) = torch.autograd.grad(pixel_values.sum(), image)
-    qwen = policy.family.resize is vlm_families.qwen_resize
-    times = 2 if qwen or policy.family.one_tile else 1
+    names = "qwen_pixel_values llava_next_pixel_values molmo2_pixel_values"
+    twice = [getattr(vlm_families, name) for name in names.split()]
+    times = 2 if policy.family.pixel_values in twice else 1
     want = times / torch.tensor(list(policy.processor.image_processor.image_std))
     torch.testing.assert_close(grad, want.view(3, 1, 1).expand_as(grad))
 
@@ -175,6 +178,57 @@ def test_sampled_values_equal_scored_ones(policy):
         torch.testing.assert_close(a[sampled.mask], b[sampled.mask], atol=TOLERANCE, rtol=0)
 
 
+def test_greedy_responses_equal_those_of_generate(policy):
+    """One prompt at a time there, all padded together here. Pictures of two sizes, and none."""
+    prompts = policy.encode(PROBLEMS, PICTURES)
+    ours = policy.sample(prompts, 1, [0, 0, 0], 8, temperature=0)
+    banned = [[i] for i in policy.banned.nonzero().flatten().tolist()]
+    options = dict(do_sample=False, max_new_tokens=8, bad_words_ids=banned)
+    options |= dict(pad_token_id=policy.pad_id, eos_token_id=policy.eos_ids)
+    for p in range(3):
+        inputs = dict(plain_inputs(policy, PROBLEMS[p], PICTURES[p]))
+        if images := prompts[p : p + 1].images:  # SmolVLM would resize them once more
+            inputs |= policy.to_pixel_values(images)
+        found = policy.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert ours.tokens[p, ours.mask[p]].tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("kind", tiny.OTHER_TEXT)
+def test_a_family_with_another_language_model(kind):
+    policy = shared_policy(kind)
+    assert policy.model.config.get_text_config().model_type == kind.split()[1]
+    assert max(families.compare(policy).values()) <= TOLERANCE
+    assert policy.self_check()["logits"] <= 1e-4
+    prompts = policy.encode(PROBLEMS, PICTURES)
+    sampled = policy.sample(prompts, 2, [1, 2, 3], 6)
+    with torch.no_grad():
+        scored = policy.score(prompts, sampled.tokens, sampled.mask)
+    error = (sampled.logprobs - scored[0])[sampled.mask].abs().max()
+    assert error <= TOLERANCE
+
+
+def test_an_attention_that_a_language_model_lacks_is_refused_with_the_mend():
+    for weights in (True, False):
+        with pytest.raises(ValueError, match="has a gpt_oss language model.*set --attention eager"):
+            Policy.from_pretrained(checkpoint("internvl gpt_oss"), weights=weights)
+
+
+@pytest.mark.parametrize("kind", vlm_families.REFUSED)
+def test_a_family_that_cannot_be_had_is_refused_with_the_reason(kind, tmp_path):
+    assert kind not in FAMILIES
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {}}))
+    with pytest.raises(ValueError, match=f"is a '{kind}' model, which is refused: ") as refused:
+        Policy.from_pretrained(str(tmp_path))
+    assert vlm_families.REFUSED[kind] in str(refused.value)
+
+
+def test_a_picture_that_lfm2_cannot_hold_is_refused():
+    with pytest.raises(
+        ValueError, match="picture of 3000 x 10 pixels is too oblong: .* allows 224"
+    ):
+        shared_policy("lfm2_vl").to_unit_image(picture(3000, 10))
+
+
 def test_the_attack_raises_the_entropy(policy):
     clean, attacked = families.attack(policy)
     assert attacked > clean + 0.01
@@ -184,8 +238,11 @@ def test_no_token_of_an_image_can_be_sampled(policy):
     """Whatever the processor writes around and for a picture, and special tokens but the end."""
     with_picture = plain_inputs(policy, PROBLEMS[0], PICTURES[0])["input_ids"][0].tolist()
     without = plain_inputs(policy, PROBLEMS[0], [])["input_ids"][0].tolist()
-    of_images = set(with_picture) - set(without)
+    words = policy.processor.tokenizer.convert_tokens_to_ids(tiny.WORDS)
+    of_images = set(with_picture) - set(without) - set(words)  # such as the picture's number
     names = "<row_1_col_1> <row_6_col_6> <global-img> <video> <|video_pad|> </img> <end_of_image>"
+    names += " <|video|> <|begin_of_video|> [IMG_BREAK] <IMG_GRID> <im_low> <slice> <|media_end|>"
+    names += " <|kimi_k25_video_placeholder|> <|img_row_1_col_1|> <|img_thumbnail|>"
     vocabulary = policy.processor.tokenizer.get_added_vocab()
     of_images |= {vocabulary[name] for name in names.split() if name in vocabulary}
     assert of_images and all(policy.banned[i] for i in of_images)

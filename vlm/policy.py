@@ -156,6 +156,8 @@ class Policy(nn.Module):
             side = model.config.vision_config.image_size
             model.config.image_grid_pinpoints = [[side, side]]
             processor.image_processor.image_grid_pinpoints = [[side, side]]
+        if self.family.prepare:
+            self.family.prepare(processor)
         use_patch_products(model.model)
         # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
@@ -243,7 +245,7 @@ class Policy(nn.Module):
             for name in self.model.all_tied_weights_keys:  # gathered: a copy, written twice
                 weights.pop(name, None)
         if self.lora_rank:
-            weights = adapt.save_adapters(self.model, weights, folder)
+            weights = adapt.save_adapters(weights, folder)
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
@@ -449,7 +451,9 @@ class Policy(nn.Module):
 
         With gradients on, the result carries the graph to the pixels and the parameters.
         """
-        vision = self.to_pixel_values(prompts.images) if prompts.images else {}
+        vision = {}
+        if prompts.images:
+            vision = self._in_precision(self.to_pixel_values(prompts.images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -471,6 +475,13 @@ class Policy(nn.Module):
                 "model? Use adapt.checkpoint_layers"
             )
         return ReadPrompts(layers, hidden[:, -1])
+
+    def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The vision inputs, cast where the family's tower does not do so itself."""
+        inputs = dict(inputs)
+        if self.family.cast and "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
 
     def respond(self, tokens: Tensor, cache: Cache, mask: Tensor, position: Tensor) -> Tensor:
         """Hidden states of tokens after the cached ones.
@@ -788,7 +799,7 @@ class Policy(nn.Module):
 
         (T,) -> (T, V)
         """
-        inputs = dict(self._processed(text, images).to(self.device))
+        inputs = self._in_precision(self._processed(text, images).to(self.device))
         length, T = inputs["input_ids"].shape[1], len(response)
         for name, x in inputs.items():
             if x.shape != (1, length):
