@@ -191,8 +191,9 @@ def describe(config: Any, processes: int = 1) -> str:
     micro, _ = distributed.micro_batch_size(
         cfg.prompts_per_step, cfg.updates_per_step, memory.micro_prompts, processes
     )
-    # flash_attention_2 may not be installed where the plan is made
-    model = args.ModelArgs(**(vars(config.model) | {"attention": "sdpa"}))
+    model = config.model
+    if model.attention == "flash_attention_2":  # it may not be installed where the plan is made
+        model = args.ModelArgs(**(vars(model) | {"attention": "sdpa"}))
     policy = model.load(weights=False)
     memory.apply(policy, run.seed)
     rows = config.data.load(

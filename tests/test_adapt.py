@@ -26,11 +26,18 @@ from vlm import adapt
 from vlm.policy import Policy
 
 TOLERANCE = 1e-5  # of a tensor's largest entry: float32 sums in another order
-PROJECTOR = r"merger|connector|multi_modal_projector|image_newline"
+PROJECTOR = (
+    r"(?<!vit_)merger|downsample|connector|multi_modal_projector|mm_projector|image_newline"
+    r"|visual_embeddings_table"
+)
 LANGUAGE = r"language_model|text_model|lm_head"
 # Linear layers in the language model's layers, where they are not two times seven: three layers of
 # linear attention with five, one of attention with four, and an MLP or a shared expert with three.
 ADAPTED = {"qwen3_5": 31, "qwen3_5_moe": 31, "qwen3_vl_moe": 2 * 4}
+ADAPTED |= {"glm4v": 2 * 6, "glm46v": 2 * 6}  # gate and up are one
+ADAPTED |= {"kimi_k25": 2 * 8}  # attention of low rank: five
+ADAPTED |= {"minicpmv4_6": 5 + 4 + 2 * 3, "minicpmv4_7": 5 + 4 + 2 * 3}
+ADAPTED |= {"lfm2_vl": 2 * 2 + 2 * 4 + 4 * 3, "lfm3_vl": 2 * 2 + 2 * 5 + 4 * 3}  # two convolutions
 
 
 @pytest.fixture(params=KINDS)
@@ -88,7 +95,7 @@ def assert_gradients_equal(ours, theirs, names=None, tolerance=TOLERANCE) -> Non
 # ------------------------------------------------------------------------------- computed again
 
 
-@pytest.mark.parametrize("micro, layers, share", [(5, False, 0.8), (0, True, 0.6), (5, True, 0.4)])
+@pytest.mark.parametrize("micro, layers, share", [(5, False, 0.85), (0, True, 0.6), (5, True, 0.4)])
 def test_recomputing_changes_no_gradient_and_keeps_less(policy, micro, layers, share):
     policy.micro_responses = micro  # of 12 rows: chunks of 5, 5 and 2, across prompts
     if layers:

@@ -1,5 +1,7 @@
 """Every family of vlm.families, on tiny random models of the real classes (tests/families.py)."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -174,6 +176,57 @@ def test_sampled_values_equal_scored_ones(policy):
         scored = policy.score(prompts, sampled.tokens, sampled.mask, 0.9)
     for a, b in zip((sampled.logprobs, sampled.entropy), scored, strict=True):
         torch.testing.assert_close(a[sampled.mask], b[sampled.mask], atol=TOLERANCE, rtol=0)
+
+
+def test_greedy_responses_equal_those_of_generate(policy):
+    """One prompt at a time there, all padded together here. Pictures of two sizes, and none."""
+    prompts = policy.encode(PROBLEMS, PICTURES)
+    ours = policy.sample(prompts, 1, [0, 0, 0], 8, temperature=0)
+    banned = [[i] for i in policy.banned.nonzero().flatten().tolist()]
+    options = dict(do_sample=False, max_new_tokens=8, bad_words_ids=banned)
+    options |= dict(pad_token_id=policy.pad_id, eos_token_id=policy.eos_ids)
+    for p in range(3):
+        inputs = dict(plain_inputs(policy, PROBLEMS[p], PICTURES[p]))
+        if images := prompts[p : p + 1].images:  # SmolVLM would resize them once more
+            inputs |= policy.to_pixel_values(images)
+        found = policy.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+        assert ours.tokens[p, ours.mask[p]].tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("kind", tiny.OTHER_TEXT)
+def test_a_family_with_another_language_model(kind):
+    policy = shared_policy(kind)
+    assert policy.model.config.get_text_config().model_type == kind.split()[1]
+    assert max(families.compare(policy).values()) <= TOLERANCE
+    assert policy.self_check()["logits"] <= 1e-4
+    prompts = policy.encode(PROBLEMS, PICTURES)
+    sampled = policy.sample(prompts, 2, [1, 2, 3], 6)
+    with torch.no_grad():
+        scored = policy.score(prompts, sampled.tokens, sampled.mask)
+    error = (sampled.logprobs - scored[0])[sampled.mask].abs().max()
+    assert error <= TOLERANCE
+
+
+def test_an_attention_that_a_language_model_lacks_is_refused_with_the_mend():
+    for weights in (True, False):
+        with pytest.raises(ValueError, match="has a gpt_oss language model.*set --attention eager"):
+            Policy.from_pretrained(checkpoint("internvl gpt_oss"), weights=weights)
+
+
+@pytest.mark.parametrize("kind", vlm_families.REFUSED)
+def test_a_family_that_cannot_be_had_is_refused_with_the_reason(kind, tmp_path):
+    assert kind not in FAMILIES
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {}}))
+    with pytest.raises(ValueError, match=f"is a '{kind}' model, which is refused: ") as refused:
+        Policy.from_pretrained(str(tmp_path))
+    assert vlm_families.REFUSED[kind] in str(refused.value)
+
+
+def test_a_picture_that_lfm2_cannot_hold_is_refused():
+    with pytest.raises(
+        ValueError, match="picture of 3000 x 10 pixels is too oblong: .* allows 224"
+    ):
+        shared_policy("lfm2_vl").to_unit_image(picture(3000, 10))
 
 
 def test_the_attack_raises_the_entropy(policy):

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
 LORA_SCALE = 2  # alpha / rank
+PEFT_NAME = ".default"  # in the names of the adapters' parameters, but not in the file
 
 
 def freeze(policy: nn.Module, what: str) -> None:
@@ -59,7 +60,7 @@ def lora_targets(policy: nn.Module) -> list[str]:
         for module in layer.modules():
             if isinstance(module, nn.Linear) and module.out_features > 1:
                 wanted.add(module)
-    return [name for name, module in policy.model.named_modules() if module in wanted]
+    return [name for name, module in policy.named_modules() if module in wanted]
 
 
 def without_adapters(policy: nn.Module) -> list[str]:
@@ -82,36 +83,38 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
     RuntimeError for another rank.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
     torch.manual_seed(seed)  # for the values of A
     targets = "|".join(re.escape(name) for name in lora_targets(policy))
     config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets)
-    inject_adapter_in_model(config, policy.model)  # freezes all other parameters
+    # Into the policy, which freezes all other parameters. Given the model, peft would go by its
+    # config: in some families it would adapt the fused experts, and no shared expert.
+    inject_adapter_in_model(config, policy)
     policy.lora_rank = rank
     for name, parameter in policy.model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     if folder is not None:
-        loaded = set_peft_model_state_dict(policy.model, load_file(Path(folder) / ADAPTER))
-        missing = [name for name in loaded.missing_keys if ".lora_" in name]
-        if missing or loaded.unexpected_keys:
+        adapters = {}
+        for name, w in load_file(Path(folder) / ADAPTER).items():
+            adapters[name.replace(".weight", f"{PEFT_NAME}.weight")] = w
+        if adapters.keys() != {name for name in policy.model.state_dict() if ".lora_" in name}:
             raise ValueError(f"{folder}/{ADAPTER} does not hold the adapters of this model")
+        policy.model.load_state_dict(adapters, strict=False)
 
 
-def save_adapters(
-    model: nn.Module, state: dict[str, Tensor], folder: str | Path
-) -> dict[str, Tensor]:
+def save_adapters(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """Write the adapters of a state dict to the folder.   -> the state dict of the plain model
 
     In the result the adapters are merged into the weights. peft's own merge works on the model's
     parameters, which are sharded under FSDP. Here the gathered state dict is merged, in float32.
     """
-    from peft import get_peft_model_state_dict
-
-    adapters = get_peft_model_state_dict(model, state, save_embedding_layers=False)
-    adapters = {name: w.contiguous() for name, w in adapters.items()}
+    adapters = {}
+    for name, w in state.items():
+        if ".lora_" in name:
+            adapters[name.replace(PEFT_NAME, "")] = w.contiguous()
     save_file(adapters, Path(folder) / ADAPTER)
     merged = {}
     for name, w in state.items():

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 
-from vlm.families import FAMILIES
+from vlm.families import FAMILIES, REFUSED
 
 FROM_BASE = "copy the missing files from the model that it was trained from"
 
@@ -46,6 +46,8 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
         raise ValueError(f"the config.json of {name_or_path} names no model_type")
     if kind in FAMILIES:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    if kind in REFUSED:
+        raise ValueError(f"{name_or_path} is a {kind!r} model, which is refused: {REFUSED[kind]}")
     if "auto_map" in stored:
         raise ValueError(
             f"{name_or_path} is a {kind!r} model that needs the code of its own repository, which "
@@ -122,13 +124,13 @@ def load_model(
 ) -> nn.Module:
     """The model with its weights. weights False: without values, on the meta device.
 
-    Raises OSError for missing or unreadable files, ValueError for weights that lack parameters:
-    the library would set these at random.
+    Raises OSError for missing or unreadable files, ValueError for an attention that the model has
+    not, and for weights that lack parameters: the library would set these at random.
     """
-    if not weights:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, **options)
     try:
+        if not weights:
+            with torch.device("meta"):
+                return AutoModelForImageTextToText.from_config(config, **options)
         model, report = AutoModelForImageTextToText.from_pretrained(
             name_or_path, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -140,6 +142,12 @@ def load_model(
             "download it again"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ
+        if "does not support an attention implementation" in str(error):
+            text = config.get_text_config().model_type
+            raise ValueError(
+                f"{name_or_path} has a {text} language model, which transformers computes with "
+                "neither sdpa nor flash_attention_2; set --attention eager"
+            ) from error
         raise OSError(f"the model of {name_or_path} cannot be loaded: {one_line(error)}") from error
     missing = sorted(report["missing_keys"])
     if missing:

@@ -245,7 +245,7 @@ class Policy(nn.Module):
             for name in self.model.all_tied_weights_keys:  # gathered: a copy, written twice
                 weights.pop(name, None)
         if self.lora_rank:
-            weights = adapt.save_adapters(self.model, weights, folder)
+            weights = adapt.save_adapters(weights, folder)
         self.model.save_pretrained(folder, state_dict=weights)
         self.processor.save_pretrained(folder)
 
@@ -405,6 +405,9 @@ class Policy(nn.Module):
                 images=[pixels] if pixels else None,
                 # The template may have written the BOS token; the tokenizer must not add another.
                 add_special_tokens=bos is None or not text.startswith(bos),
+                # Said here, because a saved tokenizer or processor may hold other defaults.
+                truncation=False,
+                padding=False,
                 return_tensors="pt",
                 **options,
                 **self.family.untiled,
