@@ -318,9 +318,9 @@ def paired(key: str, new: dict, old: dict) -> tuple[float, float, float]:
 
 
 def change_row(label: str, keys: list[str], new: dict, old: dict) -> tuple[str, str]:
-    """A row of paired differences, or why there is none.   -> row, reason; one of them is "" """
+    """A row of paired differences, or why there is none.   -> (row, reason), one is empty"""
     if not (new["answers"] and old["answers"]):
-        return "", "the .jsonl file beside eval/*.json is missing, so problems cannot be paired"
+        return "", "the .jsonl file beside eval/*.json is missing or broken"
     shared = new["answers"].keys() & old["answers"].keys()
     if not shared:
         return "", "the evaluations share no problem (rows, data set and temperature must agree)"
