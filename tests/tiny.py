@@ -12,6 +12,14 @@ from transformers import (
     Exaone4_5_Processor,
     Gemma3ImageProcessor,
     Gemma3Processor,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4UnifiedAudioFeatureExtractor,
+    Gemma4UnifiedImageProcessor,
+    Gemma4UnifiedProcessor,
+    Gemma4UnifiedVideoProcessor,
+    Gemma4VideoProcessor,
     Glm4vImageProcessor,
     Glm4vProcessor,
     Glm4vVideoProcessor,
@@ -279,6 +287,62 @@ def gemma3(kind: str):
     return config, processor
 
 
+def gemma4(kind: str):
+    named = dict(
+        boi_token="<|image>",
+        eoi_token="<image|>",
+        image_token="<|image|>",
+        boa_token="<|audio>",
+        eoa_token="<audio|>",
+        audio_token="<|audio|>",
+    )
+    tokenizer = build_tokenizer(named, ["<|channel>", "<channel|>"], bos=True)
+    sizes = dict(patch_size=PATCH // 2, max_soft_tokens=70, pooling_kernel_size=2)
+    options = dict(
+        chat_template=chat_template("<|image|>", start="{{ bos_token }}"), image_seq_length=70
+    )
+    full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0}
+    text = TEXT | dict(
+        num_hidden_layers=4,
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        final_logit_softcapping=3.0,
+        use_bidirectional_attention="vision",
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": full,
+        },
+    )
+    if kind == "gemma4":
+        processor = Gemma4Processor(
+            Gemma4AudioFeatureExtractor(),
+            Gemma4ImageProcessor(**sizes),
+            tokenizer,
+            Gemma4VideoProcessor(),
+            **options,
+        )
+        text |= dict(num_kv_shared_layers=2, hidden_size_per_layer_input=16)
+        text["vocab_size_per_layer_input"] = len(tokenizer)
+        tower = TOWER | dict(num_key_value_heads=4, head_dim=8, position_embedding_size=128)
+        tower |= dict(patch_size=PATCH // 2, pooling_kernel_size=2)
+    else:
+        processor = Gemma4UnifiedProcessor(
+            Gemma4UnifiedAudioFeatureExtractor(),
+            Gemma4UnifiedImageProcessor(**sizes),
+            tokenizer,
+            Gemma4UnifiedVideoProcessor(),
+            **options,
+        )
+        text["num_kv_shared_layers"] = 0
+        tower = dict(patch_size=PATCH // 2, pooling_kernel_size=2)
+        tower |= dict(mm_embed_dim=32, mm_posemb_size=80, output_proj_dims=32)
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    ids["eoa_token_index"] = ids.pop("eoa_token_id")
+    return dict(text_config=text, vision_config=tower, audio_config=None, **ids), processor
+
+
 def glm(kind: str):
     names = "image_start image_end image video video_start video_end".split()
     tokens = "begin_of_image end_of_image image video begin_of_video end_of_video".split()
@@ -512,6 +576,8 @@ BUILD = {
     "qwen3_5": qwen,
     "qwen3_5_moe": qwen,
     "qwen3_vl_moe": qwen,
+    "gemma4": gemma4,
+    "gemma4_unified": gemma4,
     "glm4v": glm,
     "glm46v": glm,
     "glm4v_moe": glm,

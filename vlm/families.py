@@ -11,6 +11,7 @@ image in [0, 1]. That image is attacked, so no tile or thumbnail can drift apart
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,8 +31,8 @@ class Family(NamedTuple):
     resize: Callable
     # ([0, 1] images of that size, image processor) -> the model's vision inputs
     pixel_values: Callable
-    # Module names within model.model: the vision tower, and what leads from it into the language
-    # model.
+    # Module names within model.model: the vision tower ("": there is none), and what leads from it
+    # into the language model.
     tower: str
     projector: tuple[str, ...]
     # Arguments of the processor that switch its tiling off.
@@ -60,7 +61,7 @@ class Family(NamedTuple):
 
     def in_tower(self, name: str) -> bool:
         """Is this parameter or module of model.model inside the vision tower?"""
-        return f"{name}.".startswith(f"{self.tower}.")
+        return bool(self.tower) and f"{name}.".startswith(f"{self.tower}.")
 
     def in_projector(self, name: str) -> bool:
         """Is it inside the projector? Qwen's projector is inside the tower, too."""
@@ -68,7 +69,9 @@ class Family(NamedTuple):
 
 
 def normalise(x: Tensor, ip) -> Tensor:
-    """(x - mean) / std by channel.   (3, H, W) in [0, 1]"""
+    """(x - mean) / std by channel, where the processor does so.   (3, H, W) in [0, 1]"""
+    if not ip.do_normalize:
+        return x
     mean = torch.tensor(list(ip.image_mean), dtype=x.dtype, device=x.device).view(3, 1, 1)
     std = torch.tensor(list(ip.image_std), dtype=x.dtype, device=x.device).view(3, 1, 1)
     return (x - mean) / std
@@ -158,6 +161,33 @@ def from_patches(patches: Tensor, rows: int, columns: int, side: int) -> Tensor:
     """The reverse of to_patches. Patches after the first rows * columns are padding."""
     x = patches[: rows * columns].view(rows, columns, side, side, 3)
     return x.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
+
+
+def gemma4_resize(picture: Tensor, ip, untiled: dict, merged: bool = False) -> Tensor:
+    """The largest of the picture's shape within max_soft_tokens; from the processor's patches."""
+    inputs = processed(picture, ip, untiled)
+    columns, rows = (inputs["image_position_ids"][0].max(dim=0).values + 1).tolist()
+    side = ip.patch_size * (ip.pooling_kernel_size if merged else 1)
+    return from_patches(inputs["pixel_values"][0], rows, columns, side)
+
+
+def gemma4_pixel_values(images: list[Tensor], ip, merged: bool = False) -> dict[str, Tensor]:
+    """-> (B, most, side * side * 3), padded with 0; each patch's column and row, padded with -1
+
+    A token of the language model is pooled of several patches, or is one larger patch (merged).
+    """
+    pool = ip.pooling_kernel_size
+    side = ip.patch_size * (pool if merged else 1)
+    most = ip.max_soft_tokens * (1 if merged else pool**2)
+    patches, places = [], []
+    for x in images:
+        z = to_patches(normalise(x, ip), side)
+        i, columns = torch.arange(len(z), device=x.device), x.shape[2] // side
+        place = torch.stack([i % columns, i // columns], dim=1)
+        padding = (0, 0, 0, most - len(z))
+        patches.append(nn.functional.pad(z, padding))
+        places.append(nn.functional.pad(place, padding, value=-1))
+    return {"pixel_values": torch.stack(patches), "image_position_ids": torch.stack(places)}
 
 
 def mistral3_resize(picture: Tensor, ip, untiled: dict) -> Tensor:
@@ -313,6 +343,14 @@ SMOLVLM = Family(
     untiled={"do_image_splitting": False},
     banned=r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>",
 )
+GEMMA4 = Family(
+    gemma4_resize,
+    gemma4_pixel_values,
+    tower="vision_tower",
+    projector=("embed_vision",),
+    token_types="mm_token_type_ids",
+    answer_tokens=r"<\|channel>|<channel\|>",
+)
 GLM = QWEN._replace(
     resize=glm_resize,
     projector=("visual.merger", "visual.downsample"),
@@ -382,6 +420,13 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "qwen3_vl_moe": QWEN,
+    "gemma4": GEMMA4,
+    "gemma4_unified": GEMMA4._replace(  # no tower: embed_vision projects pixels
+        resize=partial(gemma4_resize, merged=True),
+        pixel_values=partial(gemma4_pixel_values, merged=True),
+        tower="",
+    ),
+    "gemma3n": LLAVA._replace(projector=("embed_vision",)),
     "glm4v": GLM,
     "glm46v": GLM,
     "glm4v_moe": GLM,
