@@ -284,7 +284,8 @@ def test_a_whole_training_step(policy, rows, tmp_path, capsys):
     before = policy.model.state_dict()
     moved = [name for name, w in before.items() if not torch.equal(w, trained[name])]
     assert any("lm_head" in name for name in moved)
-    assert any(policy.family.in_tower(name.removeprefix("model.")) for name in moved)
+    vision = policy.family.in_tower if policy.family.tower else policy.family.in_projector
+    assert any(vision(name.removeprefix("model.")) for name in moved)
 
 
 # -------------------------------------------------------------------------------------- self-check
