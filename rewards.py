@@ -33,6 +33,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import resource
 import select
@@ -42,7 +43,7 @@ import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
@@ -54,7 +55,7 @@ Completion = str | list[dict]  # plain text, or TRL's conversational list of mes
 
 MAX_CHARS = 512  # a longer answer is wrong; below Python's lowest limit on the digits of an int
 _BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{")  # two backslashes where the model escaped one
-_BRACE = re.compile(_BOX.pattern + r"|\\.|[{}]", re.DOTALL)  # \{ and \} are characters
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _TAG = re.compile(r"</?(?:think|answer)>")
 _PHRASE = re.compile(
     r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.I
@@ -62,20 +63,21 @@ _PHRASE = re.compile(
 _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]?(?:\s|$)))")
 
 
-def _last_box(text: str) -> str | None:
-    """Content of the balanced box that opens last (of nested boxes: the inner one). Linear time."""
-    open_braces, start, end = [], -1, -1  # where a box's content starts, -1 for another brace
-    for token in _BRACE.finditer(text):
-        if token[0] == "}" and open_braces:
-            start, end = max((start, end), (open_braces.pop(), token.start()))
-        elif token[0].endswith("{") and token[0] != r"\{":
-            open_braces.append(token.end() if len(token[0]) > 1 else -1)
-    return text[start:end] if start >= 0 else None
+def _last_box(text: str) -> tuple[int, int]:
+    """Where the content of the box that opens last starts and ends; ends at -1 where it is cut."""
+    start, depth = -1, 1
+    for start in (box.end() for box in _BOX.finditer(text)):
+        pass
+    for brace in _BRACE.finditer(text, start) if start >= 0 else ():
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return start, brace.start()
+    return start, -1
 
 
-def _last_tag(text: str) -> str | None:
-    closed = [part for part in text.split("</answer>")[:-1] if "<answer>" in part]
-    return closed[-1].rpartition("<answer>")[2] if closed else None
+def _last_tag(text: str) -> tuple[int, int]:
+    start = text.rfind("<answer>")
+    return (start + 8, text.find("</answer>", start)) if start >= 0 else (-1, -1)
 
 
 def _last_prose(text: str) -> str | None:
@@ -90,19 +92,28 @@ def _last_prose(text: str) -> str | None:
 
 
 def extract_answer(text: str, prose: bool = False) -> str | None:
-    r"""The answer that a completion states, or None. The first that is found of these:
+    r"""The answer that a completion states, or None.
 
-    the last balanced \boxed{...} or \fbox{...} after the last </think>, or in all of the text; the
-    last <answer>...</answer> there; these two before </think>; with prose, the rest of the sentence
-    after the last "answer is" or "answer:" after </think>, else the one capital that stands alone
-    there. An empty box is an answer, "": a later answer replaces an earlier one, even a better one.
+    It is the content of the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box that opens
+    last: after the last </think>, or before it where nothing opens after it. With prose, else the
+    rest of the sentence after the last "answer is" or "answer:" after </think>, or the one capital
+    that stands alone there. A later answer replaces an earlier, even a better one. Of an answer or
+    a <think> that does not end, nothing is read. An empty box is an answer, "".
     """
-    thinking, _, tail = text.rpartition("</think>")
+    thinking, _, tail = _glm_box(text).rpartition("</think>")
+    if "<think>" in tail:
+        return None
     for part in (tail, thinking):
-        for find in (_last_box, _last_tag):
-            if (answer := find(part)) is not None:
-                return answer.strip()
+        box, tag = _last_box(part), _last_tag(part)
+        start, end = max(box, tag)
+        if start >= 0:
+            cut = end < 0 or tag[0] >= 0 and tag[1] < 0
+            return None if cut else part[start:end].strip()
     return _last_prose(tail) if prose else None
+
+
+def _glm_box(text: str) -> str:
+    return text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")
 
 
 # ------------------------------------------------------------------------- 2. normal form of a text
@@ -119,14 +130,15 @@ def _by_spelling(table: dict[str, str]) -> dict[str, str]:
 _SYNONYMS = _by_spelling({
     r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt", ">": r"\gt",
     r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
-    r"\pm ": "±", "-": "−", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", r"\theta ": "θ",
+    r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", r"\theta ": "θ",
     r"\alpha ": "α", r"\beta ": "β", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½", " 1/4": "¼",
     " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
     r"\subset ": "⊂", r"\setminus ": r"\backslash", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle",
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
     r"\neg ": r"¬ \lnot", r"\to ": r"→ \rightarrow", r"\forall ": "∀", r"\angle ": "∠",
-    r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ”", "'": "‘ ’", "%": r"\%", "°": r"\degree",
+    r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ” 「 」", "'": "‘ ’", "%": r"\%", "°": r"\degree",
+    ",": "、", ".": "。", "[": "【", "]": "】",
     " ": "\u00a0 ~ " + r"\quad \qquad \, \; \: \( \) \[ \]",
     "": r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
 })  # fmt: skip
@@ -155,12 +167,18 @@ _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|operatorname|bm|underline)\s*"
     r"\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_GROUPS = re.compile(r"(?<![\w.,/])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])")  # 2 500
 _PARENTHESES = re.compile(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)")  # e^(x+1) is e^{x+1}
 _LEAD = re.compile(
-    r"(?i)(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
+    r"(?i)(?:最终)?答案(?:是|为)?:? ?"
+    r"|(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
     r"(?:answer|choice|option)(?: is|:|=)+:? ?|= ?|\\approx ?|\\therefore ?"
     r"|(?:approximately|about) (?=[0-9])"
 )
+
+
+def _nfkc(match: re.Match) -> str:
+    return unicodedata.normalize("NFKC", match[0])
 
 
 def _normalise(text: str) -> str:
@@ -168,12 +186,14 @@ def _normalise(text: str) -> str:
     if text.isascii() and (text.isdigit() or len(text) == 1 and text.isalpha()):  # most answers
         return text
     text = unicodedata.normalize("NFC", re.sub(r"(?<!\\)\\\s*$", "", text))
-    text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = re.sub("[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = re.sub("[！-～￠-￦　]+", _nfkc, text)  # full-width forms
+    text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{_nfkc(m)}}}", text)
+    text = re.sub("[₀-₉]+", lambda m: f"_{{{_nfkc(m)}}}", text)
+    text = re.sub(r"(?<=[0-9°%]) ?[~〜] ?(?=[0-9])", "-", text)  # a range; in TeX ~ is a space
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
     text = text.replace("\\\\", "\\").replace("\\ ", " ")  # elsewhere a model escapes its backslash
-    text = re.sub(r"\{,\}|\{\\,\}|(?<=[0-9])\\,(?=[0-9]{3})", ",", text)  # 4{,}321 and 4\,321
+    text = re.sub(r"\{,\}|\{\\,\}", ",", text)  # 4{,}321
     text = _SYNONYM.sub(lambda spelling: _SYNONYMS[spelling[0]], text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -182,6 +202,7 @@ def _normalise(text: str) -> str:
         before, text = text, _WRAPPER.sub(r" \1 ", _PARENTHESES.sub(r"\1{\2}", text))
     text = re.sub(r"(?<!\\)\$([^$]*)\$", r" \1 ", text)  # formulas, then money
     text = re.sub(r"\s+", " ", text.replace(r"\$", "$"))
+    text = _GROUPS.sub(lambda groups: groups[0].replace(" ", ""), text)
     # no spaces at signs, but at commas: "1, 234" is a pair
     text = re.sub(r" (?=\\)| ?([-+*/=^_{()<>|]) ?| ?(\}) ?(?![a-zA-Z ])| (?=\})", r"\1\2", text)
     text = text.strip().removeprefix("**").removesuffix("**").strip()  # Markdown bold
@@ -243,19 +264,28 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|plus|minus|negative|below|under|times|twice|divided|over|mod|modulo|choose|squared|cubed"
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
-    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?"
+    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
+    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*|千(?![克米瓦]).*"
 )
 
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
-_NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}
-    r"(?!\\(?:sqrt|sin|cos|tan|log|ln|frac\{[0-9])|.*(?:\bnot?\b|n't|\bthan\b|\\not))"
+_NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
+    r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
+    r"|sum|prod|int|lim|[lr]floor|[lr]ceil|not|pm)(?![a-z])|!|\bnot?\b|n't|\b(?:than|plus|minus|times"
+    r"|divided)\b)|(?:[a-z]{2}|abcd?|xyz|pqr|\|[a-z]\|)$)"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
-    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})"
+    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)"
 )
-_VERBATIM = re.compile(  # dates, times, B2B; what LaTeX does not show or algebra would misread
-    r"[0-9]+([-/])[0-9]+\1[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|(?<![0-9.])[0-9]+:0[0-9]|phantom"
-    r"|\{ ?\}[0-9a-zA-Z(]|%.|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
+_SPANS = {  # text that only looks like arithmetic: {its kind: what stands between its numbers}
+    ":": r" ?(?::|\\colon)", "x": r" ?\\times| ?[xX](?= ?[0-9])|\bby\b", "to": r"\b(?:to|through|thru)\b",
+    "-": r"(?<=[\w.%°$)} ])-{1,3}",
+}  # fmt: skip
+_CLOCK = re.compile(r"[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}")
+_VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
+    r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
+    r"|(?<![0-9.])[0-9]+:0[0-9]|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
+    r"|\{ ?\}[0-9a-zA-Z(]|%.|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]|^0[0-9]+-|-0[0-9]"
 )
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
@@ -266,7 +296,7 @@ _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 class Parsed:
     """An answer as the comparison sees it."""
 
-    kind: str  # number choice text list tuple interval set union matrix named formula
+    kind: str  # number span choice text list tuple interval set union matrix named formula
     value: object  # Fraction, str, or a tuple of Parsed (matrix: of rows; named: all equal values)
     raw: str = field(compare=False)  # the normal text (of a formula without its unit), for algebra
     note: str = ""  # the unit; the brackets; the name; of a list: "or"
@@ -335,16 +365,9 @@ def _parse(text: str, depth: int) -> Parsed | None:
     plain_text = Parsed("text", _plain(text) or text, text)
     if depth > 8 or _VERBATIM.search(text):
         return plain_text
-    for reader in (_matrix, _list, _brackets, _relation):
+    for reader in (_span, _matrix, _list, _brackets, _relation):
         if parsed := reader(text, depth + 1):
             return parsed
-    numbers = [_number(part.strip()) for part in re.split(r":|\\colon|\bto\b", text)]
-    if len(numbers) > 1 and all(x and x.value and not x.note for x in numbers):
-        first = numbers[0].value
-        if len(numbers) == 2:  # 3:4 and 3 to 4 are the number 3/4
-            return Parsed("number", first / numbers[1].value, text)
-        items = tuple(Parsed("number", x.value / first, x.raw) for x in numbers)
-        return Parsed("tuple", items, text, ":")  # 2:4:6 is 1:2:3
     pieces, separators = _split(text, r"\\cup(?![a-zA-Z])")
     if separators and (union := _collection("union", pieces, text, depth + 1)):
         return union
@@ -355,6 +378,21 @@ def _parse(text: str, depth: int) -> Parsed | None:
     if _has_words(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
         return plain_text
     return Parsed("formula", text, text)
+
+
+def _span(text: str, depth: int) -> Parsed | None:
+    r"""Numbers that are not calculated with: 3:4, 18-24, 18 to 24 cm, 3 \times 2."""
+    text = re.sub(r"^(?i:from|between) (.*?)(?: and | ?-)", r"\1 to ", text)
+    for kind, separator in _SPANS.items():
+        numbers = [_number(part.strip()) for part in re.split(separator, text)]
+        if len(numbers) > 1 and all(numbers):
+            return Parsed("span", tuple(numbers), text, kind)
+    return None
+
+
+def _clock(*spans: Parsed) -> bool:
+    """Whether one of these may be a clock time."""
+    return any(x.kind == "span" and bool(_CLOCK.fullmatch(x.raw)) for x in spans)
 
 
 def _has_words(text: str) -> bool:
@@ -471,12 +509,24 @@ def _name(text: str) -> str:
 
 # ------------------------------------------------------------------------------------ 4. comparison
 
-_OPTION = re.compile(  # B. red; (B) red; option B: red; B - red; B because
-    r"(?is)(?:(?:option|choice|answer) ?)?(?:\(([A-Z])\)(?![+*/^=_<>!]|-[0-9])"
-    r"|([A-Z])(?: ?[):]| ?\.(?![\w.])|(?= ?(?:[-–] |,? ?because ))))(.*)"
+_LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?: ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
+_LETTER = re.compile(  # not A cat, I am, A+1
+    r"(?<![\w\\'*/^+=<>{(-])[\[({*\"]*(?!A (?!is\b)[a-z]|I [a-z])([A-Z])"
+    r"(?=[\])}*\"]*(?:[\s.,:;!?]|is|项|$)(?! ?[=<>+]))"
 )
-_CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z])([A-Z])(?![\w'])")
-_MISREAD = re.compile(r"(?<![_0-9])[0-9]+ [0-9]|[$'′≅≡]|<>|\\(?:equiv|cong|not)")  # by math-verify
+_CUE = re.compile(  # a letter stands after these words, or before "is right"
+    r"(?i:(?:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)"
+    r"\W*|(?:选项?|是|为|选择)[:\s]*)$"
+)
+_RIGHT = re.compile(r"\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)|项")
+_CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z]|I [a-z])([A-Z])(?![\w'])")
+_NOT = re.compile(
+    r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
+    r"|maybe|if|than|other)\b|n't|不|错|非"
+)
+_MISREAD = re.compile(  # by math-verify, or by us: x2, e4, (2)3, 5!!
+    r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
+)
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
     r"|\b(?:maybe|mean|unless|false|true|wrong)\b"
@@ -491,19 +541,34 @@ class NeedsAlgebra(Exception):
     """The rules cannot decide a comparison."""
 
 
-def _option(text: str) -> tuple[str, str] | None:
-    """(letter, the words after it) of an answer that names one option: B, (B), option B: red."""
-    text = _normalise(re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text))  # B (red)
-    bare = re.sub("^(?:option|choice|answer) ?(?=[A-Z(])", "", text, flags=re.I)
-    if choice := _CHOICE.fullmatch(bare):
+def _option(text: str, choices: bool = False) -> tuple[str, str] | None:
+    """(letter, the words after it) of an answer that names one option: B, (B), option B: red.
+
+    Without choices, a letter with an expression behind it is a formula: (n)(n-1), x - 3.
+    """
+    text = re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text)  # B (red)
+    behind = "" if choices else r"(?=(?:an? |the )?[^\W\d_]{3})"
+    text = _normalise(re.sub(rf"^(\W*[A-Z]\W*) +[-–—] +{behind}", r"\1: ", text))
+    text = re.sub(r"^\[([A-Z])\]", r"(\1)", text)
+    text = re.sub("(?i:^(?:option|choice|answer) ?(?=[A-Z(]))", "", text)
+    if choice := _CHOICE.fullmatch(text):
         return (choice[1] or choice[2]).lower(), ""
-    if not (option := _OPTION.fullmatch(text)):
+    if label := _LABEL.match(text):
+        letter, rest = (label[1] or label[2]).lower(), text[label.end() :]
+        others = _CAPITAL.findall(rest)
+        words = rest.strip(" -–:.")
+        if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", words):  # B: a, c
+            others += re.findall("[a-z]", words)
+        product = r"[+*/^_=<>!(|\\-]" if label[1] and label[1].islower() else r"[+*/^_=<>!(|]|-[0-9]"
+        if label[1] and not choices and re.match(product, rest):
+            return None
+        return None if {x.lower() for x in others} - {letter} else (letter, words)
+    found = list(_LETTER.finditer(text))
+    if len(set(_CAPITAL.findall(text))) != 1 or not found or _NOT.search(text):
         return None
-    letter, words = (option[1] or option[2]).lower(), option[3].strip(" -–:.")
-    others = _CAPITAL.findall(option[3])
-    if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", words):  # B: a, c
-        others += re.findall("[a-z]", words)
-    return None if {x.lower() for x in others} - {letter} else (letter, words)
+    before, after = text[: found[0].start()], text[found[0].end() :]
+    named = _CUE.search(before) or _RIGHT.match(after) or not before and re.match(r", ?\w{3}", after)
+    return (found[0][1].lower(), "") if named else None
 
 
 def _yes_or_no(text: str) -> str | None:
@@ -522,16 +587,12 @@ class Comparison:
     def right(self, prediction: str, gold: str, choices: Sequence[str]) -> bool:
         """The verdict on an answer. Unbounded in time where the algebra is."""
         found, wanted, wanted_option = parse(prediction), parse(gold), None
-        if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold):
-            wanted_option = _option(gold)
         if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
             choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
-        options = [parse(text) for text in choices]
-        index = ord(wanted_option[0]) - ord("a") if wanted_option else -1
-        if wanted in options:
-            index = options.index(wanted)
-        if 0 <= index < len(options):
-            return self.right_choice(prediction, found, index, options)
+        if choices and (index := self.chosen(gold, choices)) is not None:
+            return self.chosen(prediction, choices) == index
+        if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold):
+            wanted_option = _option(gold)
         if wanted_option:  # the gold is a letter, or "B. red"
             letter, words = wanted_option
             if option := _option(prediction):
@@ -542,32 +603,33 @@ class Comparison:
             return False
         if answer := _yes_or_no(gold):
             return _yes_or_no(prediction) == answer
-        if wanted.kind == "number" and found.kind == "formula" and found.raw.count("=") == 1:
-            left, value = found.raw.split("=")  # m + n = 23 is 23
-            variables = set(_letters(_COMMAND.sub(" ", left)))
-            if len(variables) > 1 and not _has_words(left):  # x + 1 = 9 would say what x is
-                found = parse(value) or found
+        if _clock(wanted) and found.kind != "span":
+            return False
         return self.same(found, wanted)
 
-    def right_choice(self, prediction: str, found: Parsed | None, index: int, options) -> bool:
-        """Whether an answer is options[index]: by its text, by its letter, or equal to it alone."""
-        wanted = options[index]
-        others = [x for i, x in enumerate(options) if x is not None and i != index]
-        if found is not None and found in options:
-            return found == wanted
-        if option := _option(prediction):
-            words = parse(option[1])
-            for x in others:  # B. red or blue
-                if x.kind == "text" and words != wanted != x:
+    def chosen(self, text: str, choices: Sequence[str]) -> int | None:
+        """Which option an answer names: by its exact text, by its letter, by a value of it alone."""
+        normal = _normalise(text)
+        exact = [i for i, choice in enumerate(choices) if _normalise(choice) == normal]
+        if exact:
+            return exact[0]
+        options = [parse(choice) for choice in choices]
+        if option := _option(text, choices=True):
+            index, words = ord(option[0]) - ord("a"), parse(option[1])
+            named = [i for i, x in enumerate(options) if x is not None and x == words]
+            for i, x in enumerate(options):  # B. red or blue
+                if i != index and x and x.kind == "text" and words not in (options[index:index+1]):
                     if re.search(rf"\b{re.escape(x.value)}\b", _plain(option[1])):
-                        return False
-            same_words = words not in options or words in (None, wanted)
-            return ord(option[0]) - ord("a") == index and same_words
-        if found is None or wanted is None:
-            return False
-        if wanted.value in ("yes", "no"):
-            return _yes_or_no(prediction) == wanted.value
-        return self.same(found, wanted) and not any(self.same(found, x) for x in others)
+                        return None
+            return index if index < len(options) and (not named or index in named) else None
+        found = parse(text)
+        if (answer := parse(_yes_or_no(text) or "")) in options:
+            found = answer or found
+        if found is None:
+            return None
+        equal = [i for i, x in enumerate(options) if x == found]
+        equal = equal or [i for i, x in enumerate(options) if x and self.same(found, x)]
+        return equal[0] if len(equal) == 1 else None
 
     def same(self, a: Parsed, b: Parsed) -> bool:
         if a == b:
@@ -577,6 +639,8 @@ class Comparison:
         kinds = {a.kind, b.kind}
         if a.kind == "named":
             return self.same_named(a, b)
+        if "span" in kinds:
+            return self.same_span(a, b)
         if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple"):
             if "empty" not in b.raw:
                 return self.same(a.value[0], b)
@@ -595,7 +659,27 @@ class Comparison:
             return True
         if self.precision is None:
             return x == y
-        return round(x, int(self.precision)) == round(y, int(self.precision))
+        x_rounded, y_rounded = round(x, int(self.precision)), round(y, int(self.precision))
+        return x == y or x_rounded == y_rounded and bool(x_rounded or not x or not y)
+
+    def same_span(self, a: Parsed, b: Parsed) -> bool:
+        """Only with the same numbers; but 4:6 is 2:3 and 2/3, unless it may be a clock time."""
+        if a.kind != "span":
+            a, b = b, a
+        if a.note == "x" and b.kind == "formula":
+            b = _span(b.raw.replace(r"\cdot", r"\times"), 0) or b
+        x = [item.value for item in a.value]
+        if b.kind != "span":
+            if a.note == ":" and b.kind == "number" and len(x) == 2 and x[1]:
+                return self.same_number(replace(b, value=x[0] / x[1]), b)
+            return a.note == "x" and b.kind == "formula" and self.same_formula(a, b)
+        y = [item.value for item in b.value]
+        if len(x) != len(y):
+            return False
+        if a.note == b.note == ":" and all(x + y) and not _clock(a, b):
+            return all(x[i] * y[0] == y[i] * x[0] for i in range(len(x)))
+        same_kind = a.note == b.note or {a.note, b.note} in ({"to", "-"}, {"to", ":"})
+        return same_kind and all(map(self.same_number, a.value, b.value))
 
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
@@ -604,8 +688,10 @@ class Comparison:
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
             steps = [value for value in a.value[:-1] if not _letters(_COMMAND.sub("", value.raw))]
+            steps = [replace(x, kind="formula") if x.kind == "span" else x for x in steps]
             return all(self.same(value, b) for value in [*steps, a.value[-1]])
-        if a.note == b.note or not a.note or not b.note:
+        graph = "y" in (a.note, b.note) and re.search(r"[a-z]\([a-z]\)", a.note + b.note)
+        if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
         if any(value.kind in ("formula", "choice") for value in a.value + b.value):
             return self.same_by_algebra(a.raw, b.raw)  # y = 2x and x = y/2
@@ -663,8 +749,10 @@ class Comparison:
 
     def same_by_algebra(self, a: str, b: str) -> bool:
         """False where math-verify would misread a formula: words, letters in another case."""
-        if any(_MISREAD.search(text) or _has_words(text) for text in (a, b)):
-            return False
+        for text in (a, b):
+            no_command = _COMMAND.sub(" ", text)
+            if _MISREAD.search(text) or _has_words(text) or re.search("[a-zA-Z][0-9]", no_command):
+                return False
         if _letters(a) != _letters(b) and _letters(a.lower()) == _letters(b.lower()):
             return False
         if self.algebra is None:
@@ -677,16 +765,20 @@ class Comparison:
 
 def grade(
     prediction: str | None,
-    answer: str | Real,
+    answer: str | Real | list[str],
     choices: Sequence[str] | None = None,
     precision: int | None = None,
 ) -> bool:
     """Whether an extracted answer (None: nothing was found) equals the gold answer, in at most 2 s.
 
-    choices: the options in order; A stands for the first, and either may be the gold. precision:
-    decimals to which the data set states its numbers. ValueError, whatever the prediction, where
-    the gold answer cannot be parsed: grade(None, answer) checks it alone.
+    answer: a list of two or more holds alternatives, each of which is right. choices: the options
+    in order; A stands for the first, and either may be the gold. precision: decimals to which the
+    data set states its numbers. ValueError, whatever the prediction, where the gold answer cannot
+    be parsed: grade(None, answer) checks it alone.
     """
+    if isinstance(answer, list) and len(answer) > 1:
+        verdicts = [grade(prediction, alternative, choices, precision) for alternative in answer]
+        return any(verdicts)
     kind = type(answer).__name__
     if isinstance(answer, Real | Decimal) and not isinstance(answer, bool):
         try:
@@ -698,9 +790,9 @@ def grade(
     gold = gold_answer(answer)
     if prediction is None:
         return False
-    whole_completion = _BOX.search(prediction) or prediction.lstrip().startswith("<")
-    found = extract_answer(prediction) if whole_completion else None
-    found = prediction.strip() if found is None else found
+    found = prediction.strip()
+    if _BOX.search(_glm_box(found)) or found.startswith("<"):  # a whole completion
+        found = extract_answer(found) or ("" if _TAG.match(found) else found)
     if len(found) > MAX_CHARS:
         return False
     try:
@@ -712,6 +804,7 @@ def grade(
 @lru_cache(maxsize=16384)
 def gold_answer(answer: str) -> str:
     """A gold answer without box or tags. ValueError where no completion could ever earn it."""
+    answer = answer.rpartition("####")[2]  # GSM8K's solutions end with "#### 7"
     found = extract_answer(answer)  # data sets box or tag some of their answers
     found = answer.strip() if found is None else found
     message = f"gold answer {answer!r:.80} cannot be parsed"
@@ -742,37 +835,127 @@ _WARM_UP = [
 
 
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
-    """Whether two LaTeX formulas are the same, by math-verify. Unbounded: only for the worker."""
+    """Whether two LaTeX formulas are the same. Unbounded in time: only for the worker."""
+    import sympy
+    from sympy.core.relational import Relational
+
+    if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
+        return False
+    x, y = _expression(a), _expression(b)
+    if x is None or y is None:
+        return False
+    conditions = [isinstance(z, sympy.logic.boolalg.Boolean) for z in (x, y)]
+    if all(isinstance(z, sympy.Eq) for z in (x, y)):  # of one curve: equal up to a factor
+        sides = [sympy.numer(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
+        return x.free_symbols == y.free_symbols and _proportional(*sides, signs=(-1, 1))
+    if any(conditions):
+        symbols = x.free_symbols | y.free_symbols
+        if not symbols:
+            return False
+        if len(symbols) == 1 and not x.has(sympy.Eq) and not y.has(sympy.Eq):
+            x, y = (z.as_set() if isinstance(z, sympy.logic.boolalg.Boolean) else z for z in (x, y))
+        elif all(isinstance(z, Relational) for z in (x, y)):
+            x, y = (z.reversed if isinstance(z, sympy.Lt | sympy.Le) else z for z in (x, y))
+            return type(x) is type(y) and _proportional(x.lhs - x.rhs, y.lhs - y.rhs, signs=(1,))
+    if all(isinstance(z, sympy.Set) for z in (x, y)):
+        return x == y or x.symmetric_difference(y).is_empty is True
+    if all(isinstance(z, sympy.MatrixBase) for z in (x, y)):
+        return x.shape == y.shape and all(map(_same_value, x.flat(), y.flat()))
+    if not all(isinstance(z, sympy.Expr) for z in (x, y)):
+        return x == y
+    if precision is not None and x.is_number and y.is_number:
+        numbers = [Fraction(str(sympy.N(z, 30))) for z in (x, y)]
+        return round(numbers[0], precision) == round(numbers[1], precision)
+    return _same_value(x, y)
+
+
+def _expression(text: str):
+    """LaTeX as sympy reads it, exact and evaluated; None where it cannot be read."""
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
 
-    if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
-        return False
+    text = re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text)
+    text = re.sub(r"[0-9]*\.[0-9]+", lambda x: rf"(\frac{{{Fraction(x[0]).numerator}}}"
+                  rf"{{{Fraction(x[0]).denominator}}})", text)  # not a float
     plain = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
-    expressions = []
-    for text in (a, b):
-        text = re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text)
-        found = math_verify.parse(f"${text}$", config, parsing_timeout=None)
-        if not found or isinstance(found[0], str) or found[0].has(sympy.Derivative):
-            return False
-        real = {}  # one symbol for each letter, and the imaginary unit: the parser has two of i
-        if not found[0].has(sympy.Sum, sympy.Product):
-            for x in found[0].free_symbols:
-                real[x] = sympy.I if x.name == "i" else sympy.Symbol(x.name, real=True)
-        expressions.append(found[0].xreplace(real))
-    x, y = expressions
-    if all(isinstance(z, sympy.core.relational.Relational) for z in expressions):
-        if not x.free_symbols or x.free_symbols != y.free_symbols:
-            return False
-        if not isinstance(x, sympy.Eq) and len(x.free_symbols) == 1:
-            return x.as_set() == y.as_set()
-    if precision is not None and x.is_number and y.is_number:
-        numbers = [Fraction(str(sympy.N(z, 30))) for z in expressions]
-        return round(numbers[0], precision) == round(numbers[1], precision)
-    options = {"float_rounding": 12, "timeout_seconds": None, "allow_set_relation_comp": True}
-    return math_verify.verify(x, y, **options) or math_verify.verify(y, x, **options)
+    found = math_verify.parse(f"${text}$", config, parsing_timeout=None)
+    if not found or isinstance(found[0], str) or found[0].has(sympy.Derivative):
+        return None
+    real = {}  # one symbol for each letter, and the imaginary unit: the parser has two of i
+    if not found[0].has(sympy.Sum, sympy.Product):
+        for x in found[0].free_symbols:
+            real[x] = sympy.I if x.name == "i" else sympy.Symbol(x.name, real=True)
+    return found[0].xreplace(real).doit()
+
+
+def _points(*expressions) -> list[dict]:
+    """Values of the letters at which the argument of each root and logarithm is positive."""
+    import sympy
+
+    letters = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
+    inside = [log.args[0] for e in expressions for log in e.atoms(sympy.log)]
+    inside += [x.base for e in expressions for x in e.atoms(sympy.Pow) if not x.exp.is_integer]
+    inside = [x for x in inside if x.free_symbols]
+    draw, points = random.Random(0), []
+    for i in range(24 if letters else 1):
+        signs = (1,) if i < 8 else (-1, 1)
+        point = {x: sympy.Rational(draw.choice(signs) * draw.randint(1, 60), draw.choice((7, 11, 13))) for x in letters}
+        if all((x.subs(point) > 0) is sympy.true for x in inside):
+            points.append(point)
+    return points[:2] + points[2:][-4:]
+
+
+def _same_value(x, y) -> bool:
+    """Whether two expressions are equal wherever both are real: at some points, to all digits."""
+    import sympy
+
+    if x == y:
+        return True
+    points = _points(x, y)
+    equal = [_same_number(x.subs(point), y.subs(point)) for point in points]
+    if False in equal:
+        return False
+    if x.free_symbols | y.free_symbols and len(points) < 3 or None in equal:
+        return sympy.simplify(x - y) == 0
+    kinks = (sympy.Abs, sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.sign)
+    return not (x - y).has(*kinks) or not x.free_symbols or sympy.simplify(x - y) == 0
+
+
+def _same_number(x, y) -> bool | None:
+    """To as many digits as it takes to see the smallest part of each. None: cannot be told."""
+    import sympy
+
+    if x == y or x.is_Rational and y.is_Rational:
+        return x == y
+    if not (x.is_number and y.is_number and x.is_finite is not False and y.is_finite is not False):
+        return None
+    digits = 50
+    for part in (x + sympy.Symbol("s") * y).atoms(sympy.Rational, sympy.Pow, sympy.Function):
+        if part.is_Rational:
+            digits += 2 * len(f"{part.p}{part.q}")
+        elif part.is_number and part.is_Pow:
+            digits += 2 * abs(int(sympy.log(abs(part.evalf(5)), 10).evalf(5)))
+        elif part.is_number and not isinstance(part, sympy.log):  # 1 - tanh(99) is about e^-198
+            digits += sum(2 * int(abs(argument.evalf(5))) for argument in part.args)
+    if digits > 4000:
+        return False
+    x, y = x.evalf(digits, maxn=4 * digits), y.evalf(digits, maxn=4 * digits)
+    if not x or not y:
+        return None
+    return bool(abs(x - y) < sympy.Rational(1, 10 ** (digits - 20)) * abs(y))
+
+
+def _proportional(x, y, signs: tuple) -> bool:
+    """Whether x = c y with a constant c, of one of these signs."""
+    for point in _points(x, y):
+        at_x, at_y = x.subs(point), y.subs(point)
+        if at_x != 0 and at_y != 0:
+            return _same_value(x * at_y, y * at_x) and (at_x * at_y > 0 or -1 in signs)
+    return False
+
+
 
 
 def _answer_questions() -> None:

@@ -21,9 +21,8 @@ setup() { # setup FILE: install its packages into .venv, in the tested versions,
     fi
 }
 
-launch() { # one process on this machine; plain `accelerate launch` is for more
-    .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-        --dynamo_backend no "$@"
+launch() { # one process; python -m runtime.launch is for more
+    .venv/bin/python "$@"
 }
 
 evaluate() { # evaluate MODEL OUTPUT

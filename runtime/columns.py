@@ -23,7 +23,7 @@ from runtime.sources import Source, is_dicts, is_media, one_line
 COLUMNS = {
     "image": ("images", "image", "file_name", "file_names"),
     "problem": ("problem", "question", "prompt", "conversations", "messages"),
-    "answer": ("answer", "solution", "ground_truth"),
+    "answer": ("answer", "solution", "ground_truth", "reward_model.ground_truth"),
     "choices": ("choices", "options"),
 }
 # What a reward function gets beside the data's columns: none of these may have such a name.
@@ -64,34 +64,53 @@ def find_columns(
 ) -> dict[str, str]:
     """{key of COLUMNS: column in the data}, as asked for or the first common name.
 
-    Choices may be missing, image where {"image": "none"} says so. Messages may hold the pictures
-    and the answer themselves: first, a stored row, shows that. Raises ValueError that names all
-    other missing columns.
+    A name may be of a field in a column: json.question. Choices may be missing, image where
+    {"image": "none"} says so. Messages may hold the pictures and the answer themselves: first, a
+    stored row, shows that. Raises ValueError that names all other missing columns.
     """
     check_keys(columns)
     names, missing = {}, []
     for key, common in COLUMNS.items():
-        asked = columns.get(key)
-        if asked == "none" and key in ("image", "choices"):
-            continue
-        candidates = [asked] if asked else common
-        present = [name for name in candidates if name in found]
+        candidates = [columns[key]] if key in columns else common
+        present = [name for name in candidates if name in found or get(first, name) is not None]
         if present:
             names[key] = present[0]
-        elif asked or not (
-            key == "choices" or stands_in_messages(key, first.get(names.get("problem")))
-        ):
+        else:
             missing.append((key, ", ".join(candidates)))
+    problem = get(first, names.get("problem", ""))
+    for key, candidates in missing.copy():
+        not_needed = key == "choices" or stands_in_messages(key, problem)
+        if candidates == "none" or (not_needed and key not in columns):
+            missing.remove((key, candidates))
     if missing:
         looked = "; ".join(f"no column for {key} (looked for {names})" for key, names in missing)
         options = " ".join(f"{key}=NAME" for key, _ in missing)
         hint = ""
         if "image" in dict(missing):
             hint = " (image=none: text alone, or pictures within messages)"
-        there = one_line(", ".join(sorted(found)), 200)
+        there = one_line(", ".join(with_fields(found, first)))
         raise ValueError(
             f"{title}: {looked}. Found: {there}. Name them by --columns {options}{hint}"
         )
+    return names
+
+
+def get(raw: dict, name: str) -> object:
+    """The value of a column, or of a field in it: column.field. None if there is no such."""
+    if name in raw:
+        return raw[name]
+    for part in name.split("."):
+        raw = raw.get(part) if isinstance(raw, dict) else None
+    return raw
+
+
+def with_fields(found: list[str], first: dict) -> list[str]:
+    """The names of all columns, in place of columns of objects those of their fields."""
+    names = []
+    for name in sorted(found):
+        value = first.get(name)
+        is_object = isinstance(value, dict) and not {"bytes", "path"} & set(value)
+        names += [f"{name}.{field}" for field in value] if is_object else [name]
     return names
 
 
@@ -145,10 +164,12 @@ def by_columns(source: Source, columns: dict[str, str], title: str) -> Callable[
     check_reward_names(source.names)
     own = own_columns(source, names.get("image"))
     lettered = [] if columns.get("choices") or "choices" in names else letter_columns(source.names)
-    stored = {name: source.features.get(name) for name in names.values()}
+    features = source.features
 
     def convert(raw: dict) -> dict:
-        fields = {key: as_written(raw[name], stored[name]) for key, name in names.items()}
+        fields = {
+            key: as_written(get(raw, name), features.get(name)) for key, name in names.items()
+        }
         messages, embedded, said = to_messages(fields["problem"])
         answer = fields.get("answer")
         if answer is None and said is None and "answer" not in names:
@@ -162,7 +183,8 @@ def by_columns(source: Source, columns: dict[str, str], title: str) -> Callable[
             raise ValueError("pictures stand both in the messages and in the image column")
         row = {"images": embedded or images, "problem": messages, "answer": answer}
         row |= {"choices": choices, "precision": plain(raw.get("precision"))}
-        return row | {"columns": {name: plain(raw[name]) for name in own}}
+        columns = {name: plain(as_written(raw[name], features.get(name))) for name in own}
+        return row | {"columns": columns}
 
     return convert
 

@@ -242,7 +242,9 @@ class Check:
     def report(self) -> None:
         """What was found in all rows. Raises ValueError for bad rows that are to be refused."""
         if self.bad and self.bad_rows == "refuse":
-            raise ValueError(f"{self.bad_text()}. Mend them, or leave them out by --bad_rows skip")
+            raise ValueError(
+                f"{self.title}: {self.bad_text()}. Mend them, or leave them out by --bad_rows skip"
+            )
         if self.bad:
             say(f"{self.title}: skipped {self.bad} bad rows of {self.seen}")
         if self.too_long and self.too_long + self.bad < self.seen:
@@ -254,14 +256,14 @@ class Check:
         if 5 * self.prose >= self.seen:
             say(
                 f"warning: {self.title}: {self.prose} of {self.seen} answers are sentences, like "
-                f"{self.sentence:.80}... Only the same text is right then. Give short answers, or "
+                f"{self.sentence!r:.80}. Only the same text is right then. Give short answers, or "
                 "write a reward function of your own (--reward file.py:function:WEIGHT)"
             )
 
     def bad_text(self) -> str:
         more = f"; and {self.bad - len(self.reasons)} more" if self.bad > len(self.reasons) else ""
         reasons = "; ".join(self.reasons)
-        return f"{self.title}: {self.bad} of {self.seen} rows cannot be used: {reasons}{more}"
+        return f"{self.bad} of {self.seen} rows cannot be used: {reasons}{more}"
 
     def refuse_nothing_usable(self) -> None:
         """Raises ValueError if no row is usable."""

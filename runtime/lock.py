@@ -28,7 +28,8 @@ class FolderLock:
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / ".lock"
-        self.begun, self.waiting, self.descriptor = time.monotonic(), False, None
+        self.begun, self.waiting = time.monotonic(), False
+        self.descriptor, self.held = None, False
         self.mutex = threading.Lock()  # a thread marks the file while the main one checks it
         self.name = {"pid": os.getpid(), "host": socket.gethostname()}
         self.name["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -55,6 +56,7 @@ class FolderLock:
             if self.read().get("host", self.name["host"]) != self.name["host"]:
                 self._warn("its last run, on another host, did not say that it ended")
         self._write(self.name)
+        self.held = True
         return True
 
     def _refuse(self, holder: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ class FolderLock:
 
     def mark_stopping(self) -> None:
         """Tell a process that waits for the folder that this one will end soon."""
-        if self.descriptor is not None:
+        if self.held:
             self._write(self.name | {"stopping": True})
 
     def check(self) -> None:
@@ -126,8 +128,9 @@ class FolderLock:
     def release(self) -> None:
         """Leave the folder to others. The file stays: a deleted one could be held unseen."""
         if self.descriptor is not None:
-            with contextlib.suppress(OSError):
-                if self.read().items() >= self.name.items():  # it holds the lock
+            with contextlib.suppress(OSError):  # taken, or deleted
+                if self.held:
+                    self.check()
                     self._write(None)
             self.close()
 
@@ -135,4 +138,4 @@ class FolderLock:
         """Without a word to others: for a forked child, which must not keep the parent's lock."""
         if self.descriptor is not None:
             os.close(self.descriptor)
-            self.descriptor = None
+            self.descriptor, self.held = None, False

@@ -24,7 +24,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from runtime import estimates
+from runtime import estimates, faults
 
 MAX_TEXT, MAX_TOKENS, MAX_TOKEN_CHARS = 600, 300, 24  # these bound the size of the page
 MAX_POINTS, MAX_SIDE = 300, 256  # of a curve; of an embedded picture, in pixels
@@ -779,9 +779,11 @@ def main() -> None:
     args = parser.parse_args()
     try:
         print(build_report(args.folders, args.output))
-    except (OSError, ValueError) as error:  # the user's folders, in one line
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except Exception as error:
+        if not faults.is_fault(error):
+            raise
+        faults.say(f"error: {faults.explain(error)}")
+        sys.exit(faults.EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -197,6 +197,7 @@ def sample_lines(rollouts: Rollouts, policy: Policy) -> tuple[list[dict], dict[s
             line |= {"problem": row["problem"], "answer": row["answer"]}
             for name, values in (rollouts.scores | {"advantage": rollouts.advantages}).items():
                 line[name] = values[0, g].item()
+            line["prefilled"] = policy.prefilled  # of the response; the tokens come after it
             line["truncated"] = tokens[-1] not in policy.eos_ids
             line["entropy"] = [round(entropy, 4) for entropy in part.entropy[i][mask].tolist()]
             line["tokens"] = [policy.processor.tokenizer.decode([token]) for token in tokens]

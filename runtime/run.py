@@ -11,6 +11,7 @@ import math
 import os
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -250,7 +251,7 @@ class Run:
                 try:
                     if json.loads(line)["step"] < self.first_step:
                         kept.append(line + "\n")
-                except ValueError:  # after a power cut: what was synced, to the checkpoint, is good
+                except (ValueError, KeyError, TypeError):  # a power cut: after what was synced
                     pass
             aside.write_text("".join(kept))
             aside.replace(path)  # killed before this, the run keeps the old file
@@ -273,12 +274,11 @@ class Run:
         say(f"{name}: {doing}; Ctrl-C again to stop at once (or kill {pid}).{after}")
 
         def say_again() -> None:
-            if os.getppid() != self.parent:
-                say(f"the launcher has ended, process {pid} has not: {doing}; kill {pid} stops it")
+            while os.getppid() == self.parent:
+                time.sleep(1)
+            say(f"the launcher has ended, process {pid} has not: {doing}; kill {pid} stops it")
 
-        timer = threading.Timer(2, say_again)
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=say_again, daemon=True).start()
 
     def log(self, step: int, metrics: dict[str, float], losses: dict[str, float]) -> None:
         """metrics: means over this process's equal share. losses: global already."""
@@ -339,8 +339,9 @@ class Run:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            # torch's full disk is a RuntimeError, and so is a lost process, which is none
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            # a RuntimeError of torch.save's zip writer is a full disk, one of a collective is not
+            words = ("PytorchStreamWriter", "inline_container")
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
                 raise
             good = checkpoints(self.folder)
             resume = "There is no checkpoint to resume from: --resume true starts again at step 0"
@@ -366,6 +367,7 @@ class Run:
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = final.with_name(f".{final.name}")
         accelerator = self.accelerator
+        leave_lost_screen()
         if self.is_main:
             self.lock.check()
         with self._writing(f"checkpoints/{final.name}"):
@@ -445,6 +447,16 @@ def say(line: str) -> None:
     """To the screen, also while another thread is printing, or if the screen is gone."""
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())
+
+
+def leave_lost_screen() -> None:
+    """A terminal or a `| tee` that is gone must not cost the checkpoint: lines go nowhere then."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 def sync(*paths: Path) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
+import pyarrow.parquet as pq
 
 from runtime.presets import PRESETS
 
@@ -88,6 +89,8 @@ def refuse_file(path: Path) -> None:
         raise ValueError(f"{path} is empty (0 bytes)")
     if head.startswith(LFS):
         raise ValueError(f"{path} {FETCH}")
+    if head.startswith(b"PAR1") and pq.read_metadata(path).num_rows == 0:
+        raise ValueError(f"{path} has no rows")
 
 
 # ---------------------------------------------------------------------------------- files of text
@@ -119,10 +122,16 @@ def text_files(folder: Path, split: str) -> list[Path]:
         files = found
     if found and not files:
         names = ", ".join(path.name for path in found)
-        raise ValueError(f"no file of {folder} is named after the split {split!r}: {names:.200}")
+        raise ValueError(
+            f"no file of {folder} is named after the split {split!r}: {names:.200}; "
+            "name a file by --dataset or another split by --split (eval.py: --splits)"
+        )
     if len({path.suffix for path in files}) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in files)
-        raise ValueError(f"{folder} holds the split {split!r} in several formats: {names:.200}")
+        raise ValueError(
+            f"{folder} holds the split {split!r} in several formats: {names:.200}; "
+            "name one of them by --dataset"
+        )
     return files
 
 
@@ -227,6 +236,8 @@ def json_rows(path: Path) -> TextTable:
             "or an object per line"
         )
     names = dict.fromkeys(itertools.chain.from_iterable(r for r in rows if isinstance(r, dict)))
+    if rows and not names:
+        raise ValueError(f"{path} must hold objects, a row each, not {one_line(repr(rows[0]), 80)}")
     return TextTable(list(names), [0] * len(rows), rows.__getitem__)
 
 
@@ -242,9 +253,10 @@ def json_lines(path: Path) -> TextTable:
             continue
         starts.append(start)
         numbers.append(number)
+        text = decoded(path, line, number)
         try:
-            row = json.loads(decoded(path, line, number))
-        except json.JSONDecodeError:  # a bad row, named when it is read
+            row = parsed(text)
+        except ValueError:  # a bad row, named when it is read
             continue
         if isinstance(row, dict):
             names |= dict.fromkeys(row)
@@ -255,12 +267,19 @@ def json_lines(path: Path) -> TextTable:
         if (now.st_size, now.st_mtime_ns) != (state.st_size, state.st_mtime_ns):
             raise ValueError(f"{path} was changed after it was opened")
         file.seek(starts[i])
-        try:
-            return json.loads(decoded(path, file.readline(), numbers[i]))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+        return parsed(decoded(path, file.readline(), numbers[i]))
 
     return TextTable(list(names), numbers, read)
+
+
+def parsed(line: str) -> object:
+    """A line of JSON. Raises ValueError."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
+        raise ValueError(f"not valid JSON: {one_line(error)}") from error
 
 
 def csv_rows(path: Path) -> TextTable:
@@ -328,7 +347,7 @@ def loaded_table(
         source, files, split = TABLES[path.suffix], str(path.absolute()), "train"
     elif path.is_dir():
         source = str(path.absolute())
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", dataset):
+    elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset):
         raise ValueError(f"{dataset} does not exist: looked at {path.absolute()}")
     options = {"data_files": files, "split": split, "streaming": streaming}
     try:
@@ -344,7 +363,8 @@ def loaded_table(
         ) from error
     except Exception as error:  # whatever is wrong with the files
         cause = error.__cause__ or error
-        raise ValueError(f"{dataset} cannot be read or has no rows: {one_line(cause)}") from error
+        text = f"{dataset} ({split}) cannot be read or has no rows"
+        raise ValueError(f"{text}: {one_line(cause)}") from error
 
 
 def table_source(table: datasets.Dataset, folder: Path) -> Source:

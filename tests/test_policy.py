@@ -585,14 +585,6 @@ def test_rows_that_have_ended_leave_the_batch(sharp, prompts, monkeypatch):
         assert n <= rows < n / 0.75 + 1
 
 
-def test_end_tokens_come_from_the_generation_config(sharp):
-    model, own = copy.copy(sharp.model), sharp.processor.tokenizer.eos_token_id
-    model.generation_config = copy.copy(model.generation_config)
-    for found, want in (([own, 70], [own, 70]), (70, [70]), (None, [own])):
-        model.generation_config.eos_token_id = found
-        assert Policy(model, sharp.processor).eos_ids == want
-
-
 def test_trap_11_the_end_token_counts_although_it_is_the_padding_token(fresh, prompts):
     """pad = eos: the mask goes by position. The final end token is in it and has a gradient."""
     often = fresh.sample(prompts, 8, [1, 2, 3, 4], 10)

@@ -13,7 +13,7 @@ from os.path import commonprefix
 from jinja2 import TemplateError
 from transformers.processing_utils import ProcessorMixin
 
-QUESTION, ANSWER = "(question)", "(answer)"
+QUESTION, ANSWER = "question", "\N{REFERENCE MARK} answer"  # no prefilled part begins like this
 
 
 def parts(problem: str | list[dict], images: int) -> list[dict]:

@@ -406,6 +406,9 @@ class Policy(nn.Module):
                 images=[pixels] if pixels else None,
                 # The template may have written the BOS token; the tokenizer must not add another.
                 add_special_tokens=bos is None or not text.startswith(bos),
+                # Said here, because a saved tokenizer or processor may hold other defaults.
+                truncation=False,
+                padding=False,
                 return_tensors="pt",
                 **options,
                 **self.family.untiled,
