@@ -7,12 +7,12 @@ Symbols: P prompts at a time, L prompt tokens, N responses at a time, T response
 """
 
 import os
+import re
 from typing import Any, NamedTuple
 
 import torch
 import yaml
 from torch import nn
-from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import args, distributed, rollouts
@@ -22,72 +22,16 @@ MEASURED_ROWS = 64  # rows whose prompts are measured
 GIB = 2**30
 
 
-class Layer(NamedTuple):
-    """One layer, and what its attention keeps."""
-
-    module: nn.Module
-    query_width: int  # heads * head size
-    key_width: int  # the same of keys, or of values; 0: linear attention has none
-    state: int = 0  # numbers per row of a linear attention's state
-    experts: int = 0  # that a token passes through, where all experts' weights are one tensor
-
-    def per_token(self, width: int, trained: bool, half: bool) -> int:
-        """Numbers kept for each token, without keys and values. Arguments as of `Layers.kept`."""
-        mlp_width, norms, adapter_inputs, gated = 0, [], 0, False
-        for name, module in self.module.named_modules():
-            if isinstance(module, nn.Linear):
-                mlp_width = max(mlp_width, module.in_features)
-            if "Norm" in type(module).__name__:
-                norm_weight = getattr(module, "weight", None)
-                if norm_weight is not None and norm_weight.numel() == width:
-                    norms.append(module)
-            if half and trained and name.endswith("lora_A.default"):
-                adapter_inputs += 2 * module.in_features
-            gated = gated or name.endswith("gate_proj")
-        per_norm = 1
-        if trained and norms:
-            per_norm = 3 if "RMS" in type(norms[0]).__name__ else 2
-        of_norms = (2 if half else 1) * len(norms) * width * per_norm
-        of_mlp = mlp_width * ((3 if gated else 1) + (1 if trained else 0))
-        for name, w in self.module.named_parameters():
-            if self.experts and w.ndim == 3 and name.endswith("down_proj"):
-                # Of each active expert: its copy of the token and its result, gate, up, product.
-                of_mlp += self.experts * (2 * width + min(w.shape[1:]) * (4 if trained else 3))
-        return of_norms + 2 * self.query_width + of_mlp + adapter_inputs
-
-
 class Layers(NamedTuple):
     """The layers of the language model or the vision tower."""
 
-    layers: list[Layer]
+    layers: list[nn.Module]
     width: int
-
-    @property
-    def key_width(self) -> int:
-        """Of all layers together."""
-        return sum(layer.key_width for layer in self.layers)
-
-    @property
-    def state(self) -> int:
-        """Of all layers together."""
-        return sum(layer.state for layer in self.layers)
-
-    @property
-    def trained(self) -> bool:
-        return any(p.requires_grad for layer in self.layers for p in layer.module.parameters())
-
-    def with_repeated_keys(self) -> "Layers":
-        """Keys and values repeated for the heads."""
-        repeated = []
-        for layer in self.layers:
-            width = layer.query_width if layer.key_width else 0
-            repeated.append(layer._replace(key_width=width))
-        return self._replace(layers=repeated)
-
-    def largest(self) -> "Layers":
-        """The one layer that keeps most."""
-        layers = sorted(self.layers, key=lambda x: x.per_token(self.width, True, False))
-        return self._replace(layers=layers[-1:])
+    query_width: int  # heads * head size
+    key_width: int  # the same of keys, or of values
+    experts_width: int = 0  # of the experts that compute one token, together
+    experts: int = 0  # how many do
+    state: int = 0  # numbers in the recurrent state of linear attention
 
     def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool) -> int:
         """Numbers kept for the backward of `tokens` tokens that attend to `keys` keys.
@@ -97,52 +41,81 @@ class Layers(NamedTuple):
         """
         # embedding, last norm, what follows it
         total = (4 if trained else 2) * tokens * self.width
-        if recomputed:
-            return total + len(self.layers) * tokens * self.width
         for layer in self.layers:
-            total += tokens * layer.per_token(self.width, trained, half)
-            total += keys * 2 * layer.key_width
+            if recomputed:
+                total += tokens * self.width
+            else:
+                total += self.kept_by(layer, tokens, keys, trained, half)
         return total
+
+    def kept_by(self, layer: nn.Module, tokens: int, keys: int, trained: bool, half: bool) -> int:
+        """As `kept`, of one layer."""
+        norms, mlp_width, projected, gated = [], 0, 0, False
+        adapter_inputs = 0
+        for name, module in layer.named_modules():
+            if "Norm" in type(module).__name__:
+                norms.append(module)
+            if isinstance(module, nn.Linear) and not re.search(r"attn|attention|conv", name):
+                mlp_width = max(mlp_width, module.in_features)
+            if isinstance(module, nn.Linear) and re.search(r"linear_attn\.in_proj", name):
+                projected += module.out_features
+            if half and trained and name.endswith("lora_A.default"):
+                adapter_inputs += 2 * module.in_features
+            gated = gated or bool(re.search(r"gate_(up_)?proj$|w3$", name))
+        per_norm = 1
+        if trained:
+            per_norm = 3 if "RMS" in type(norms[0]).__name__ else 2
+        normed = sum(module.weight.numel() for module in norms)
+        per_token = (2 if half else 1) * normed * per_norm + adapter_inputs
+        per_token += mlp_width * ((3 if gated else 1) + (1 if trained else 0))
+        if has_experts(layer):  # their inputs and outputs are copies, one per expert
+            per_token += 2 * self.experts * self.width
+            per_token += self.experts_width * (4 if trained else 3)
+        if projected:  # linear attention: before and after the convolution, gate, output
+            return tokens * (per_token + 4 * projected)
+        return tokens * (per_token + 2 * self.query_width) + keys * 2 * self.key_width
+
+    def cache(self, rows: int, tokens: int) -> int:
+        """Numbers that `rows` rows of `tokens` tokens leave in the cache."""
+        total = 0
+        for layer in self.layers:
+            children = dict(layer.named_children())
+            if "linear_attn" in children:
+                total += rows * self.state
+            elif "conv" not in children:
+                total += rows * tokens * 2 * self.key_width
+        return total
+
+    def largest(self, tokens: int, keys: int, half: bool) -> int:
+        """What the layer that keeps most keeps."""
+        return max(self.kept_by(layer, tokens, keys, True, half) for layer in self.layers)
+
+
+def has_experts(layer: nn.Module) -> bool:
+    return any(name.endswith("experts") for name, _ in layer.named_modules())
 
 
 def layers_of(policy: Policy) -> tuple[Layers, Layers]:
     """-> the language model's, the vision tower's"""
     text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
-    kinds, _ = get_layer_types_and_kwargs(text)
-    experts = getattr(text, "num_experts_per_tok", None) or getattr(text, "top_k_experts", None)
-    in_language = []
-    for module, kind, config in zip(
-        policy.language_layers(), kinds, text.per_layer_config, strict=True
-    ):
-        head = getattr(config, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        query, key = text.num_attention_heads * head, config.num_key_value_heads * head
-        layer = Layer(module, query, key, experts=experts or 0)
-        if kind in ("linear_attention", "conv"):
-            heads = getattr(text, "linear_num_value_heads", 0)
-            size = getattr(text, "linear_key_head_dim", 0) * getattr(
-                text, "linear_value_head_dim", 0
-            )
-            layer = layer._replace(key_width=0, state=heads * size)
-        elif kind == "dummy":  # it reads another layer's keys
-            layer = layer._replace(key_width=0)
-        in_language.append(layer)
     in_tower = []
-    width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)
     for name, module in policy.model.model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and policy.family.in_tower(name):
-            in_tower.append(Layer(module, width, width))
-    return Layers(in_language, text.hidden_size), Layers(in_tower, width)
-
-
-def active_parameters(policy: Policy) -> int:
-    """Those that a token passes through: of fused experts only the chosen ones."""
-    language, _ = layers_of(policy)
-    total = sum(p.numel() for p in policy.parameters())
-    for layer in language.layers:
-        for name, w in layer.module.named_parameters():
-            if layer.experts and w.ndim == 3 and "expert" in name:
-                total -= w.numel() - w.numel() * layer.experts // len(w)
-    return total
+            in_tower.append(module)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    query, key = text.num_attention_heads * head, text.num_key_value_heads * head
+    if getattr(text, "kv_lora_rank", None):  # keys and values of all heads, of two sizes
+        query = key = text.num_attention_heads * (text.qk_head_dim + text.v_head_dim) // 2
+    experts = getattr(text, "num_experts_per_tok", None) or 0
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    layers = policy.language_layers()
+    state = 0
+    if value_heads := getattr(text, "linear_num_value_heads", None):
+        state = value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    width = text.hidden_size
+    language = Layers(layers, width, query, key, experts * inner, experts, state)
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    return language, Layers(in_tower, width, width, width)
 
 
 class Work(NamedTuple):
@@ -162,15 +135,14 @@ def activations(config: Any, policy: Policy, work: Work, responses: int, attack:
     parameters, and a tower that is not trained keeps nothing.
     """
     language, vision = layers_of(policy)
-    trained = language.trained and not attack
-    tower = vision.trained and not attack
+    trained = any(p.requires_grad for p in language.layers[0].parameters()) and not attack
+    tower = any(p.requires_grad for x in vision.layers for p in x.parameters()) and not attack
     if config.model.attention != "flash_attention_2":  # keys and values are repeated for the heads
-        language = language.with_repeated_keys()
+        language = language._replace(key_width=language.query_width)
     recomputed, half = config.memory.gradient_checkpointing, number_bytes(config) == 2
     P, L, T = work.micro, work.L, config.saei.max_new_tokens
     total = language.kept(P * L, P * L, trained, recomputed, half)
     total += language.kept(responses * T, responses * (L + T), trained, recomputed, half)
-    total += language.state * (P + responses)
     if attack or tower:
         total += vision.kept(P * work.patches, P * work.patches, tower, recomputed, half)
     if tower:  # the input of the patch embedding
@@ -182,10 +154,10 @@ def recomputation(config: Any, policy: Policy, work: Work, responses: int) -> in
     """Numbers that recomputing adds: the cache, its copies, one layer's activations."""
     language, _ = layers_of(policy)
     P, L, T, half = work.micro, work.L, config.saei.max_new_tokens, number_bytes(config) == 2
-    cache = 2 * language.key_width * (P + responses) * L
-    one = language.with_repeated_keys().largest()
+    cache = language.cache(P + responses, L)
+    wide = language._replace(key_width=language.query_width)
     tokens, keys = max(P * L, responses * T), responses * (L + T)
-    return cache + one.kept(tokens, keys, trained=True, recomputed=False, half=half)
+    return cache + 4 * tokens * wide.width + wide.largest(tokens, keys, half)
 
 
 def number_bytes(config: Any) -> int:
@@ -226,7 +198,7 @@ def estimate(config: Any, policy: Policy, work: Work) -> dict[str, int]:
     parts["update, attack: a chunk of logits"] = 6 * 4 * chunk * vocabulary
     sampled = at_a_time(work.prompts, memory.sample_prompts)
     sampled *= max(cfg.clean_rollouts, cfg.adversarial_rollouts)
-    cache = sampled * (2 * language.key_width * (work.L + T) + language.state)
+    cache = language.cache(sampled, work.L + T)
     parts["sampling: keys and values"] = c * cache
     parts["sampling: logits"] = 24 * sampled * vocabulary  # float32, float64 and cumulative sums
     return parts
@@ -283,15 +255,13 @@ def describe(config: Any, processes: int = 1) -> str:
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     responses = at_a_time(micro * cfg.rollouts, memory.micro_responses)
     sampled = at_a_time(work.prompts, memory.sample_prompts)
-    active = active_parameters(policy)
-    active = f", {active:,} active per token" if active < parameters else ""
     checkpoint = parts["parameters"] + parts["AdamW's state"]
     epochs = "unknown" if streaming else f"{run.steps * cfg.prompts_per_step / len(rows):.2f}"
     kind = policy.model.config.model_type
     sizes = ", ".join(measured.sizes[:3]) + (" ..." if len(measured.sizes) > 3 else "")
     seen = f"(first {count} rows)"
     lines = {
-        "model": f"{kind}, {parameters:,} parameters, {trained:,} trained" + active,
+        "model": f"{kind}, {parameters:,} parameters, {trained:,} trained",
         "images": f"{sizes or 'none'} {seen}",
         "image tokens": f"at most {measured.image_tokens} per prompt {seen}",
         "prompts": f"at most {work.L} tokens {seen}, limit {config.data.max_prompt_tokens}",

@@ -13,16 +13,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from runtime import args, distributed, plan
 from runtime.plan import Work, activations, estimate
-from tests.families import KINDS, PROBLEMS, make_policy, picture, responses, shared_policy
+from tests.families import KINDS, PROBLEMS, make_policy, picture, responses
 from train_saei import load_config, main
 from vlm import adapt
-from vlm.cache import StateLayer, prompt_layers
 from vlm.families import FAMILIES
 from vlm.policy import Policy
 
 FACTOR = 1.5  # the projector, the patches and what a family adds are left out
-# Embeddings of each layer's own, attention of low rank, images padded to the largest.
-WIDE_FACTOR, WIDE = 2.0, ("gemma4", "gemma4_unified", "kimi_k25", "lfm2_vl")
 
 
 def without_weights(source: str | Path, folder: Path) -> str:
@@ -47,19 +44,13 @@ def kept_bytes(policy: Policy, prompts, tokens, mask, attack: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def has_states(kind: str) -> bool:
-    """Linear attention in plain PyTorch, as here, keeps several times what its kernels keep."""
-    layers = prompt_layers(shared_policy(kind).model.config)
-    return any(isinstance(layer, StateLayer) for layer in layers)
-
-
 MEMORY = {"freeze": {"freeze": "vision+projector"}, "lora": {"lora_rank": 4}}
 MEMORY["checkpointing"] = {"gradient_checkpointing": True}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("what", ["plain", "attack", *MEMORY])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if not has_states(kind)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_kept_activations_are_near_the_measured_ones(kind, what, dtype):
     policy, attack = make_policy(kind), what == "attack"
     config = load_config(max_new_tokens=24, dtype=dtype, **MEMORY.get(what, {}))
@@ -71,8 +62,13 @@ def test_kept_activations_are_near_the_measured_ones(kind, what, dtype):
         measured = kept_bytes(policy, prompts, tokens, mask, attack)
     work = Work(2, 2, prompts.ids.shape[1], plan.patches_of(policy, prompts.images[:1]))
     ours = plan.number_bytes(config) * activations(config, policy, work, 16, attack)
-    factor = WIDE_FACTOR if kind in WIDE else FACTOR
-    assert 1 / factor < ours / measured < factor, (ours, measured)
+    # Linear attention is estimated as by fla's kernels. Without them the library keeps several
+    # matrices of 64 x 64 for each chunk of 64 tokens, and here every response fills one.
+    linear = "linear_attention" in getattr(policy.model.config.get_text_config(), "layer_types", ())
+    least = 0.1 if linear and what != "checkpointing" else 1 / FACTOR
+    if kind.startswith("minicpm") and what == "checkpointing":
+        least = 0.5  # attention inside its tower's merger is not computed again
+    assert least < ours / measured < FACTOR, (ours, measured)
 
 
 @pytest.mark.parametrize(
