@@ -23,7 +23,7 @@ from torch import Tensor
 import egas
 import tsec
 from tests import reference, tiny
-from vlm.families import fixed_resize
+from vlm.pixels import fixed_resize
 from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,12 +28,14 @@ from vlm.policy import Policy
 TOLERANCE = 1e-5  # of a tensor's largest entry: float32 sums in another order
 PROJECTOR = (
     r"(?<!vit_)merger|downsample|connector|multi_modal_projector|mm_projector|image_newline"
-    r"|visual_embeddings_table"
+    r"|visual_embeddings_table|embed_vision"
 )
 LANGUAGE = r"language_model|text_model|lm_head"
 # Linear layers in the language model's layers, where they are not two times seven: three layers of
 # linear attention with five, one of attention with four, and an MLP or a shared expert with three.
 ADAPTED = {"qwen3_5": 31, "qwen3_5_moe": 31, "qwen3_vl_moe": 2 * 4}
+# Gemma 4: two layers read others' keys and values, and each has two more, for its own embeddings.
+ADAPTED |= {"gemma4": 4 * 7 - 2 * 2 + 4 * 2, "gemma4_unified": 4 * 7}
 ADAPTED |= {"glm4v": 2 * 6, "glm46v": 2 * 6}  # gate and up are one
 ADAPTED |= {"kimi_k25": 2 * 8}  # attention of low rank: five
 ADAPTED |= {"minicpmv4_6": 5 + 4 + 2 * 3, "minicpmv4_7": 5 + 4 + 2 * 3}

@@ -23,11 +23,11 @@ from tests.families import (
     shared_policy,
 )
 from tests.short_run import train, write_rows
-from vlm import families as vlm_families
-from vlm.families import FAMILIES
+from vlm import pixels
+from vlm.families import FAMILIES, REFUSED
 from vlm.policy import Policy
 
-FIXED = [kind for kind in KINDS if FAMILIES[kind].resize is vlm_families.fixed_resize]
+FIXED = [kind for kind in KINDS if FAMILIES[kind].resize is pixels.fixed_resize]
 LIMITED = [kind for kind in KINDS if FAMILIES[kind].limits_per_pixel]
 
 
@@ -106,7 +106,7 @@ def test_every_pixel_has_a_gradient(policy):
     pixel_values = policy.to_pixel_values([image])["pixel_values"]
     (grad,) = torch.autograd.grad(pixel_values.sum(), image)
     names = "qwen_pixel_values llava_next_pixel_values molmo2_pixel_values"
-    twice = [getattr(vlm_families, name) for name in names.split()]
+    twice = [getattr(pixels, name) for name in names.split()]
     times = 2 if policy.family.pixel_values in twice else 1
     want = times / torch.tensor(list(policy.processor.image_processor.image_std))
     torch.testing.assert_close(grad, want.view(3, 1, 1).expand_as(grad))
@@ -213,13 +213,13 @@ def test_an_attention_that_a_language_model_lacks_is_refused_with_the_mend():
             Policy.from_pretrained(checkpoint("internvl gpt_oss"), weights=weights)
 
 
-@pytest.mark.parametrize("kind", vlm_families.REFUSED)
+@pytest.mark.parametrize("kind", REFUSED)
 def test_a_family_that_cannot_be_had_is_refused_with_the_reason(kind, tmp_path):
     assert kind not in FAMILIES
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "auto_map": {}}))
     with pytest.raises(ValueError, match=f"is a '{kind}' model, which is refused: ") as refused:
         Policy.from_pretrained(str(tmp_path))
-    assert vlm_families.REFUSED[kind] in str(refused.value)
+    assert REFUSED[kind] in str(refused.value)
 
 
 def test_a_picture_that_lfm2_cannot_hold_is_refused():
@@ -284,7 +284,8 @@ def test_a_whole_training_step(policy, rows, tmp_path, capsys):
     before = policy.model.state_dict()
     moved = [name for name, w in before.items() if not torch.equal(w, trained[name])]
     assert any("lm_head" in name for name in moved)
-    assert any(policy.family.in_tower(name.removeprefix("model.")) for name in moved)
+    vision = policy.family.in_tower if policy.family.tower else policy.family.in_projector
+    assert any(vision(name.removeprefix("model.")) for name in moved)
 
 
 # -------------------------------------------------------------------------------------- self-check
@@ -307,8 +308,8 @@ def test_the_self_check_passes_and_names_its_figures(policy):
 
 def test_the_self_check_refuses_other_pixels(policy, monkeypatch):
     """As if the library subtracted another mean, then as if it made twice as many patches."""
-    before, pixel_values = vlm_families.normalise, policy.family.pixel_values
-    monkeypatch.setattr(vlm_families, "normalise", lambda x, ip: before(x, ip) + 0.01)
+    before, pixel_values = pixels.normalise, policy.family.pixel_values
+    monkeypatch.setattr(pixels, "normalise", lambda x, ip: before(x, ip) + 0.01)
     with pytest.raises(RuntimeError, match="pixel_values differ from the image processor's by 0.0"):
         policy.self_check()
 

@@ -326,7 +326,7 @@ def gemma4(kind: str):
         text |= dict(num_kv_shared_layers=2, hidden_size_per_layer_input=16)
         text["vocab_size_per_layer_input"] = len(tokenizer)
         tower = TOWER | dict(num_key_value_heads=4, head_dim=8, position_embedding_size=128)
-        tower |= dict(patch_size=PATCH // 2, pooling_kernel_size=2)
+        tower |= dict(patch_size=PATCH // 2, pooling_kernel_size=2, num_hidden_layers=1)
     else:
         processor = Gemma4UnifiedProcessor(
             Gemma4UnifiedAudioFeatureExtractor(),

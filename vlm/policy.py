@@ -303,7 +303,8 @@ class Policy(nn.Module):
         banned = self.banned[: len(tokenizer)].nonzero().flatten().tolist()
         texts = set(tokenizer.convert_ids_to_tokens([*self.unread_ids, *banned]))
         for name, value in vars(self.processor).items():
-            if name.endswith("_token"):  # what the processor replaces by a picture's tokens
+            # What the processor replaces by a picture's tokens. Gemma 4: audio_ms_per_token = 40.
+            if name.endswith("_token") and not isinstance(value, int):
                 texts.add(str(value or ""))
         return sorted(texts - {None, ""})
 
