@@ -248,7 +248,7 @@ def number(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number")
     return value
 
 
@@ -314,7 +314,7 @@ class Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(message if len(message) < 400 else f"{message[:200]} ...")
 
     def values(self, argv: list[str]) -> argparse.Namespace:
         """The options' values. Raises ValueError for an unknown option or a wrong value."""
@@ -322,7 +322,7 @@ class Parser(HfArgumentParser):
         if rest:
             name = rest[0].split("=")[0]
             found = self.explain(name.lstrip("-")) if name.startswith("-") else "no option takes it"
-            raise ValueError(f"unknown {name}: {found}")
+            raise ValueError(f"unknown {name:.80}: {found}")
         return namespace
 
     def explain(self, name: str) -> str:
@@ -365,9 +365,9 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         name = str(key.value)
         try:
             if name in seen:
-                raise ValueError(f"{name} is given twice")
+                raise ValueError(f"{name:.80} is given twice")
             if name not in parser.known or name == "config":
-                raise ValueError(f"unknown {name}: {parser.explain(name)}")
+                raise ValueError(f"unknown {name:.80}: {parser.explain(name)}")
             seen.add(name)
             words += recipe_words(name, value, parser, Path(path).parent)
         except ValueError as error:
@@ -432,7 +432,7 @@ def parse(
     words = list(argv)
     for name, value in options.items():
         if name not in parser.known:
-            raise ValueError(f"unknown {name}: {parser.explain(name)}")
+            raise ValueError(f"unknown {name:.80}: {parser.explain(name)}")
         words += parser.words(name, value)
     recipe = parser.values(words).config
     if recipe:

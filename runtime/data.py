@@ -448,6 +448,9 @@ def to_row(fields: dict, template: dict[str, str], folders: list[Path]) -> dict:
         precision = int(float(precision))
     for text in as_list(answer):
         check_gold(text, fields["choices"], precision)
+        text.encode()  # ValueError: half a surrogate pair, which no tokenizer and no file takes
+    for message in messages:
+        message["content"].encode()
     return fields | {
         "images": [to_image(image, folders) for image in images],
         "problem": messages[0]["content"] if len(messages) == 1 else messages,

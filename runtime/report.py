@@ -283,25 +283,21 @@ def settings(runs: list[dict]) -> str:
 # -------------------------------------------------------------------------------- evaluations
 
 
-def spoken(key: str, value: float, change: bool = False) -> str:
-    """A measure's value with its digits, a change with sign and unit."""
-    scale, digits, _, unit = UNITS.get(key, SHARE)
-    return (
-        f"{fixed(scale * value, digits, '+')}\u00a0{unit}"
-        if change
-        else fixed(scale * value, digits)
-    )
+def results_of(run: dict, split: str) -> dict[str, dict]:
+    """Name of the evaluation -> the run's result on that split."""
+    return {name: found[split] for name, found in run["evaluations"].items() if split in found}
 
 
 def value_cell(key: str, numbers: tuple, change: bool = False) -> str:
-    """Mean over its interval; a change is bold where its interval excludes 0."""
-    scale, digits, _, _ = UNITS.get(key, SHARE)
+    """Mean over its interval. A change has its unit, and is bold where its interval excludes 0."""
+    scale, digits, _, unit = UNITS.get(key, SHARE)
     middle, low, high = numbers
-    shown, sign = spoken(key, middle, change), "+" if change else ""
+    shown, *ends = (fixed(scale * x, digits, "+" if change else "") for x in numbers)
+    if change:
+        shown += f"\u00a0{unit}"
     if change and (low > 0 or high < 0):
         shown = f"<b>{shown}</b>"
-    ends = ", ".join(fixed(scale * x, digits, sign) for x in (low, high))
-    interval = f"<br/><small>[{ends}]</small>" if math.isfinite(low + high) else ""
+    interval = f"<br/><small>[{', '.join(ends)}]</small>" if math.isfinite(low + high) else ""
     return f"<td>{shown}{interval}</td>"
 
 
@@ -317,43 +313,51 @@ def paired(key: str, new: dict, old: dict) -> tuple[float, float, float]:
     return mean(differences), *estimates.share_difference_interval(differences)
 
 
-def change_row(label: str, keys: list[str], new: dict, old: dict) -> tuple[str, str]:
-    """A row of paired differences, or why there is none.   -> row, reason; one of them is "" """
-    if not (new["answers"] and old["answers"]):
-        return "", "the .jsonl file beside eval/*.json is missing, so problems cannot be paired"
-    shared = new["answers"].keys() & old["answers"].keys()
-    if not shared:
-        return "", "the evaluations share no problem (rows, data set and temperature must agree)"
-    if len(shared) < max(len(new["answers"]), len(old["answers"])):
-        label += f" <small>on the {len(shared):,} problems of both</small>"
-    cells = "".join(
-        value_cell(key, paired(key, new["answers"], old["answers"]), change=True) for key in keys
-    )
-    return f'<tr class="change"><th>{label}</th>{cells}</tr>', ""
-
-
-def split_rows(runs: list[dict], split: str, keys: list[str]) -> tuple[list[str], list[str]]:
-    """Every evaluation of a split, each run's change, the first run minus the others.   -> notes"""
-    rows, notes, last = [], [], {}
+def evaluation_rows(runs: list[dict], split: str, keys: list[str]) -> list[str]:
+    """A row per run and evaluation."""
+    rows = []
     for run in runs:
-        found = {k: v[split] for k, v in run["evaluations"].items() if split in v}
-        for name, result in found.items():
-            numbers = [result["numbers"].get(key, (math.nan,) * 3) for key in keys]
-            cells = "".join(value_cell(*pair) for pair in zip(keys, numbers, strict=True))
+        for name, result in results_of(run, split).items():
+            cells = ""
+            for key in keys:
+                cells += value_cell(key, result["numbers"].get(key, (math.nan,) * 3))
             rows.append(f"<tr><th>{run['name']} {text(name, 40)}</th>{cells}</tr>")
-            last[run["label"]] = (run, name, result)
+    return rows
+
+
+def compared(runs: list[dict], split: str) -> list[tuple[str, dict, dict]]:
+    """[(label, new, old)]: after and before of each run, the first run and each other one."""
+    pairs, last = [], []
+    for run in runs:
+        found = results_of(run, split)
         if "before" in found and "after" in found:
-            label = f"{run['name']} change"
-            row, reason = change_row(label, keys, found["after"], found["before"])
-            rows += [row] if row else []
-            notes += [f"No change of {run['name']}: {reason}."] if reason else []
-    first, *others = list(last.values()) or [None]
-    for run, name, result in others:
-        if name == first[1]:
-            label = f"{first[0]['name']} minus {run['name']} {text(name, 40)}"
-            row, reason = change_row(label, keys, first[2], result)
-            rows += [row] if row else []
-            notes += [f"No {label}: {reason}."] if reason else []
+            pairs.append((f"{run['name']} change", found["after"], found["before"]))
+        if found:
+            last.append((run["name"], list(found)[-1], list(found.values())[-1]))
+    for run_name, name, result in last[1:]:
+        first_run, first_name, first_result = last[0]
+        if name == first_name:
+            label = f"{first_run} minus {run_name} {text(name, 40)}"
+            pairs.append((label, first_result, result))
+    return pairs
+
+
+def difference_rows(runs: list[dict], split: str, keys: list[str]) -> tuple[list[str], list[str]]:
+    """A row per pair of evaluations that share problems; a note for each other pair."""
+    rows, notes = [], []
+    for label, new, old in compared(runs, split):
+        new, old = new["answers"], old["answers"]
+        shared = len(new.keys() & old.keys())
+        if not (new and old):
+            notes.append(f"No {label}: the .jsonl file beside eval/*.json is missing or broken.")
+        elif not shared:
+            reason = "the evaluations share no problem (rows, data set and temperature must agree)"
+            notes.append(f"No {label}: {reason}.")
+        else:
+            if shared < max(len(new), len(old)):
+                label += f" <small>on the {shared:,} problems of both</small>"
+            cells = "".join(value_cell(key, paired(key, new, old), change=True) for key in keys)
+            rows.append(f'<tr class="change"><th>{label}</th>{cells}</tr>')
     return rows, notes
 
 
@@ -361,9 +365,9 @@ def counts(runs: list[dict], split: str) -> str:
     """How many problems the evaluations of a split have."""
     found = {}
     for run in runs:
-        for name, splits in run["evaluations"].items():
-            if split in splits and math.isfinite(splits[split]["n"]):
-                found.setdefault(f"{splits[split]['n']:,.0f}", set()).add(name)
+        for name, result in results_of(run, split).items():
+            if math.isfinite(result["n"]):
+                found.setdefault(f"{result['n']:,.0f}", set()).add(name)
     if len(found) == 1:
         return f"{next(iter(found))} problems"
     return ", ".join(f"{text(' and '.join(sorted(v)), 80)}: {n} problems" for n, v in found.items())
@@ -376,14 +380,14 @@ def dot_plot(runs: list[dict], split: str, keys: list[str]) -> str:
         svg += f'<text x="0" y="{y + 34}">{text(key, 12)}</text>'
         y += 10
         for run in runs:
-            names = [name for name, splits in run["evaluations"].items() if split in splits]
-            for name in names:
-                numbers = run["evaluations"][name][split]["numbers"].get(key, (math.nan,))
+            results = results_of(run, split)
+            for name, result in results.items():
+                numbers = result["numbers"].get(key, (math.nan,))
                 if not np.isfinite(numbers).all():
                     continue
                 y += 24
                 x, low, high = (round(70 + 310 * min(max(share, 0), 1), 1) for share in numbers)
-                mark, filled = ("●", "dot") if name == names[-1] else ("○", "ring")
+                mark, filled = ("●", "dot") if name == list(results)[-1] else ("○", "ring")
                 svg += f'<g class="{run["css"]}"><path d="M{low} {y - 4}H{high}"/>'
                 svg += f'<circle class="{filled}" cx="{x}" cy="{y - 4}" r="4.5"/></g>'
                 legend[run["css"]] = swatch(run)
@@ -409,7 +413,8 @@ def evaluations(runs: list[dict]) -> str:
         keys = list(dict.fromkeys(key for numbers in found for key in numbers))
         if not keys:
             continue
-        rows, notes = split_rows(runs, split, keys)
+        differences, notes = difference_rows(runs, split, keys)
+        rows = evaluation_rows(runs, split, keys) + differences
         head = ["", *(f"{text(key, 40)}, {UNITS.get(key, SHARE)[2]}" for key in keys)]
         shares = [key for key in keys if key == "greedy" or key.startswith("pass@")]
         plot = dot_plot(runs, split, shares) if shares else ""
@@ -706,7 +711,7 @@ path { fill: none; stroke: currentColor; stroke-linecap: round; stroke-linejoin:
 .result, .prompt { display: flex; flex-wrap: wrap; gap: 0 24px; margin-bottom: 12px; }
 .result > .card { flex: 1 1 330px; max-width: 560px; }
 .result > div { flex: 3 1 700px; min-width: 0; }
-.change td { white-space: nowrap; }
+.change td { white-space: nowrap; } .result tr.change > * { background: var(--card); }
 .prompt > :first-child { flex: 1 1 300px; } .result table { width: 100%; }
 @media (max-width: 1000px) { .charts > *, .charts > .half { grid-column: span 3; }
   .charts > :last-child:nth-child(odd) { grid-column: 1 / -1; } }

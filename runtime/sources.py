@@ -8,6 +8,7 @@ library makes dates of texts and refuses columns of two types. It reads all othe
 """
 
 import csv
+import difflib
 import io
 import itertools
 import json
@@ -51,11 +52,11 @@ def open_source(
     Raises ValueError for what does not exist, cannot be read or has no such split.
     """
     path = Path(dataset)
-    if path.suffix in (*TEXT, *TABLES) and not path.exists():
-        raise ValueError(f"{dataset} does not exist: looked at {path.absolute()}")
+    if ending(path) in (*TEXT, *TABLES) and not path.exists():
+        raise ValueError(does_not_exist(path))
     if path.is_file():
         refuse_file(path)
-    if path.is_file() and path.suffix in TEXT:
+    if path.is_file() and ending(path) in TEXT:
         return text_source([path], path.parent)
     files = text_files(path, split) if path.is_dir() else []
     if files:
@@ -66,6 +67,19 @@ def open_source(
         table = loaded_table(dataset, split, config, streaming)
     folder = path if path.is_dir() else path.parent
     return stream_source(table, folder) if streaming else table_source(table, folder)
+
+
+def ending(path: Path) -> str:
+    return path.suffix.lower()
+
+
+def does_not_exist(path: Path) -> str:
+    """Where it was looked for, and what is called much like it there."""
+    text = f"{path} does not exist: looked at {path.absolute()}"
+    parent = path.absolute().parent
+    there = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.5)
+    return f"{text}; did you mean {near[0]}?" if near else text
 
 
 def count_from_0(number: int) -> str:
@@ -80,9 +94,12 @@ def one_line(error: object, limit: int = 200) -> str:
 
 def refuse_file(path: Path) -> None:
     """Raises ValueError for a file that cannot hold rows: its ending, its size, its first bytes."""
-    if path.suffix not in (*TEXT, *TABLES):
+    if ending(path) not in (*TEXT, *TABLES):
         endings = ", ".join((*TEXT, *TABLES))
-        raise ValueError(f"{path}: only files ending in {endings} can be read")
+        raise ValueError(
+            f"{path}: only files ending in {endings} can be read; unpack or convert it, or give "
+            "its folder"
+        )
     with path.open("rb") as file:
         head = file.read(1000)
     if not head:
@@ -109,9 +126,9 @@ def text_files(folder: Path, split: str) -> list[Path]:
     found = []
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix in TABLES and not hidden:
+        if ending(path) in TABLES and not hidden:
             return []
-        if path.suffix in TEXT and path.name not in NOT_ROWS and not hidden:
+        if ending(path) in TEXT and path.name not in NOT_ROWS and not hidden:
             found.append(path)
     files = []
     for path in found:
@@ -126,7 +143,7 @@ def text_files(folder: Path, split: str) -> list[Path]:
             f"no file of {folder} is named after the split {split!r}: {names:.200}; "
             "name a file by --dataset or another split by --split (eval.py: --splits)"
         )
-    if len({path.suffix for path in files}) > 1:
+    if len({ending(path) for path in files}) > 1:
         names = ", ".join(str(path.relative_to(folder)) for path in files)
         raise ValueError(
             f"{folder} holds the split {split!r} in several formats: {names:.200}; "
@@ -143,7 +160,7 @@ def text_source(files: list[Path], folder: Path, split: str | None = None) -> So
     tables = []
     for path in files:
         refuse_file(path)
-        table = csv_rows(path) if path.suffix in (".csv", ".tsv") else json_rows(path)
+        table = csv_rows(path) if ending(path) in (".csv", ".tsv") else json_rows(path)
         if path.stem == "metadata" and split and (path.parent / split).is_dir():
             table = only_folder(table, split)
         tables.append(table)
@@ -344,11 +361,11 @@ def loaded_table(
     path = Path(dataset)
     source, files = dataset, None
     if path.is_file():  # it is a single split, which the library calls train
-        source, files, split = TABLES[path.suffix], str(path.absolute()), "train"
+        source, files, split = TABLES[ending(path)], str(path.absolute()), "train"
     elif path.is_dir():
         source = str(path.absolute())
     elif not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", dataset):
-        raise ValueError(f"{dataset} does not exist: looked at {path.absolute()}")
+        raise ValueError(does_not_exist(path))
     options = {"data_files": files, "split": split, "streaming": streaming}
     try:
         return datasets.load_dataset(source, config, **options)
@@ -358,8 +375,8 @@ def loaded_table(
             text = f"{dataset} holds no file that can be read ({endings})"
             raise ValueError(f"{text}: {one_line(error)}") from error
         raise ValueError(
-            f"{dataset} cannot be found: there is no {path.absolute()}, and no hub id that can be "
-            f"reached ({one_line(error, 100)}); presets are {', '.join(PRESETS)}"
+            f"{does_not_exist(path)}; as a hub id it cannot be reached either "
+            f"({one_line(error, 100)}); presets are {', '.join(PRESETS)}"
         ) from error
     except Exception as error:  # whatever is wrong with the files
         cause = error.__cause__ or error

@@ -222,6 +222,31 @@ def test_a_value_out_of_bounds_is_refused(options, said):
         load_config(**options)
 
 
+LONG = "x y" * 3000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", LONG],
+        ["--eps", LONG],
+        ["--intervention", LONG],
+        [f"--{LONG}", "1"],
+        [LONG],
+        ["--resume", LONG],
+    ],
+    ids=lambda words: words[0][:12],
+)
+def test_a_long_input_is_shown_in_part(words, recipe):
+    with pytest.raises(ValueError) as error:
+        load_config(words)
+    assert len(str(error.value)) < 300
+    for text in (f"{LONG}: 1", f"steps: {LONG}"):
+        with pytest.raises(ValueError) as error:
+            load_config(recipe(text))
+        assert len(str(error.value)) < 300 + len(recipe("")[1])
+
+
 def test_old_names_lead_to_options_that_exist():
     known = parser_of(train_saei.Config).known
     assert not set(args.RENAMED) & set(known)

@@ -173,19 +173,14 @@ def test_the_end_of_a_turn(processor_with, name):
     assert chat.turn_end(processor_with(template)) == end
 
 
-def test_the_first_token_of_a_next_turn_is_no_end(processor_with):
-    """A template that begins each turn with the BOS token, or with the turn's special token."""
-    processor = processor_with("{% for m in messages %}<|im_end|>" + TEXT + "{% endfor %}")
-    processor.tokenizer.bos_token = "<|im_end|>"
-    assert chat.turn_end(processor) is None
-
-
 def test_end_tokens_are_those_of_config_tokenizer_and_template(processor_with):
     """Any of them ends a response, and none is banned."""
     processor = processor_with(CHATML)
     tokenizer = processor.tokenizer
     end, text_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    model = build_model(tokenizer)
+    model, silent = build_model(tokenizer), processor_with(USER_ALONE)
+    model.generation_config.eos_token_id = text_end  # and the tokenizer's own is <|im_end|>
+    assert Policy(model, silent).eos_ids == [text_end, end]
     for config, of_tokenizer, want in [
         ([end, 70], "<|im_end|>", [end, 70]),
         (70, "<|im_end|>", [70, end]),
@@ -293,6 +288,14 @@ def test_a_question_with_a_placeholder_or_a_special_token_is_refused(kind):
                 with pytest.raises(ValueError, match="special token of the model") as caught:
                     policy.tokenize(problem, pictures)
                 assert repr(token) in str(caught.value)
+
+
+def test_what_the_processor_replaces_is_refused_though_it_is_no_token(processor_with):
+    processor = processor_with(CHATML)
+    processor.picture_token = "(<picture>)"
+    policy = Policy(build_model(processor.tokenizer), processor)
+    with pytest.raises(ValueError, match=r"holds '\(<picture>\)', a special token"):
+        policy.tokenize("How many (<picture>)?", [])
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -61,6 +61,13 @@ def test_answers(tmp_path, picture, stored, answer):
         assert one(tmp_path, solution=stored)["answer"] == answer
 
 
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path, picture):
+    """JSON can write it. No tokenizer takes it, and no file in UTF-8."""
+    for changes in ({"solution": "\ud800"}, {"question": "a \ud800 b"}):
+        with refused("row 0 .*surrogates not allowed"):
+            one(tmp_path, **changes)
+
+
 def test_answers_of_bytes():
     assert columns.to_answer(b"abc") == "abc"
     with refused("bytes that are no UTF-8 text"):

@@ -187,6 +187,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
             process.join()
         unfinished += len(list(tmp_path.glob("killed/checkpoints/.step-*")))
     assert unfinished or kills < 4
+    configs["killed"].run.resume = True
     for config in configs.values():
         finish(start(processes, train, config))
     assert any(life[0].exitcode == -signal.SIGKILL for life in lives)
@@ -532,6 +533,5 @@ def test_a_row_that_vanishes_is_named(tmp_path, rows):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loaded = data.load_rows(str(tmp_path / "data.jsonl"))
     (tmp_path / "2.png").unlink()
-    with pytest.raises(ValueError, match="unreadable image: .*2.png") as error:
+    with pytest.raises(ValueError, match="row 2 was usable at the start.*image: .* no 2.png"):
         loaded[2]
-    assert "row 2" in error.value.__notes__[0]

@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from tests.families import KINDS, PICTURES, PROBLEMS, checkpoint, make_policy, shared_policy
 from vlm.policy import Policy
 
-CUT, LONG = 6, 512  # tokens: what the files below cut a prompt to, and pad it to
+CUT, LONG = 6, 180  # tokens: what the files below cut a prompt to, and pad it to
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_the_folder_of_a_run_names_its_last_checkpoint(folder, tmp_path):
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text("steps: 2")
     assert_refused(run, ValueError, f"{run} is a run that has no checkpoint yet")
-    for step in ("step-000080", "step-000009", "step-1000000", ".step-1000001"):
+    for step in ("step-000080", "step-999999", "step-1000000", ".step-1000001"):
         shutil.copytree(folder, run / "checkpoints" / step)
     for place in (run, run / "checkpoints"):
         message = f"{place} holds no model.*use {run}/checkpoints/step-1000000$"
@@ -161,34 +161,37 @@ def test_weights_that_are_missing_cut_or_of_another_model(folder):
 # ------------------------------------------------------------------------------- what files set
 
 
-def cutting_folder(kind: str, tmp_path: Path) -> Path:
-    """A family's checkpoint whose files ask for truncation and padding in every way."""
+def files_that_set(kind: str, tmp_path: Path, length: int) -> Path:
+    """A family's checkpoint whose files ask for prompts of this length, in every way they can."""
     folder = Path(shutil.copytree(checkpoint(kind), tmp_path / kind))
-    cut = {"direction": "Right", "max_length": CUT, "strategy": "LongestFirst", "stride": 0}
-    pad = {"strategy": {"Fixed": LONG}, "direction": "Right", "pad_to_multiple_of": None}
+    cut = {"direction": "Right", "max_length": length, "strategy": "LongestFirst", "stride": 0}
+    pad = {"strategy": {"Fixed": length}, "direction": "Right", "pad_to_multiple_of": None}
     pad |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<pad>"}
     update(folder / "tokenizer.json", truncation=cut, padding=pad)
-    options = {"truncation": True, "max_length": CUT, "padding": "max_length"}
-    update(folder / "tokenizer_config.json", **options, model_max_length=CUT)
+    options = {"truncation": True, "max_length": length, "padding": "max_length"}
+    update(folder / "tokenizer_config.json", **options, model_max_length=length)
     update(folder / "processor_config.json", **options, text_kwargs=options)
     return folder
 
 
+@pytest.mark.parametrize("length", [CUT, LONG])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_is_never_cut_or_padded(kind, tmp_path):
+def test_a_prompt_is_never_cut_or_padded(kind, length, tmp_path):
     """Whatever tokenizer.json, tokenizer_config.json and processor_config.json say."""
-    folder = cutting_folder(kind, tmp_path)
+    folder = files_that_set(kind, tmp_path, length)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert len(tokenizer("how many dots ? " * 50, truncation=True).input_ids) == CUT  # it is read
+    options = {"truncation": True, "padding": "max_length"}
+    assert len(tokenizer("how many dots ? " * 50, **options).input_ids) == length  # it is read
     policy, whole = Policy.from_pretrained(str(folder)), shared_policy(kind)
     for problem, pictures in zip(PROBLEMS, PICTURES, strict=True):
         ours = policy.tokenize(problem, pictures).inputs["input_ids"]
         assert torch.equal(ours, whole.tokenize(problem, pictures).inputs["input_ids"])
-        assert ours.shape[1] > CUT
+        assert CUT < ours.shape[1] < LONG
+    if length == CUT:
+        policy.self_check()
     policy.save_pretrained(tmp_path / "saved")
     again = Policy.from_pretrained(str(tmp_path / "saved"))
     assert torch.equal(again.tokenize(problem, pictures).inputs["input_ids"], ours)
-    policy.self_check()
 
 
 def test_the_self_check_refuses_a_processor_that_cuts(monkeypatch):

@@ -23,7 +23,7 @@ from runtime.lock import FolderLock
 from train_saei import main
 
 # A reward that waits in step 1 until the file `go` is there (its first call is the trial). Before,
-# it starts the grader's worker and forks a child: neither may keep the folder's lock.
+# it starts the grader's worker and forks two children: none may keep the folder's lock.
 WAITS = """
 import os, time
 from pathlib import Path
@@ -36,10 +36,12 @@ def waits(completions, **_):
     if len(calls) == 3 and not (here / "go").exists():
         if os.environ.get("RANK", "0") == "0":
             same = rewards.accuracy_reward([r"\\\\boxed{x^2 - 1}"], [r"(x - 1)(x + 1)"])
-            if (child := os.fork()) == 0:
-                time.sleep(120)
-                os._exit(0)
-            pids = [os.getpid(), rewards._worker.process.pid, child]
+            pids = [os.getpid(), rewards._worker.process.pid]
+            for _ in range(2):
+                if (child := os.fork()) == 0:
+                    time.sleep(120)
+                    os._exit(0)
+                pids.append(child)
             (here / "aside").write_text(" ".join(map(str, pids)))
             (here / "aside").rename(here / "waiting")
         while not (here / "go").exists():
@@ -94,7 +96,7 @@ def read(path: Path) -> str:
 
 
 def waiting(folder: Path) -> list[int]:
-    """The pids of the training process, its grading worker and its child, once it waits."""
+    """The pids of the training process, its grading worker and two children, once it waits."""
     return [int(pid) for pid in wait_until(lambda: read(folder / "waiting")).split()]
 
 
@@ -126,9 +128,9 @@ def whole_waiting(tiny, tmp_path_factory):
 def test_ctrl_c_under_the_launcher_and_resume_at_once(tiny, tmp_path, whole_waiting, monkeypatch):
     """The launcher ends at once. The training process saves unseen, and the resume waits for it."""
     launcher = begin(waiting_config(tiny, tmp_path), tmp_path, ONE)
-    pid, worker, child = waiting(tmp_path)
+    pid, _, child, _ = waiting(tmp_path)
     os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(20) != 0 and alive(pid) and not alive(child)
+    assert launcher.wait(60) != 0 and alive(pid) and not alive(child)
     resumed = begin(waiting_config(tiny, tmp_path, resume=True), tmp_path)
     said = f"process {pid} on {os.uname().nodename} finishes its step and saves. Waiting for it"
     wait_until(lambda: said in read(tmp_path / "log1"))
@@ -180,7 +182,7 @@ def test_a_second_command_is_refused_and_a_dead_process_is_not_in_the_way(
     monkeypatch.setattr(locks, "GRACE", 0.1)
     config = waiting_config(tiny, tmp_path)
     (process,) = start(1, main, config)
-    pid, worker, child = waiting(tmp_path)
+    pid, worker, child, other = waiting(tmp_path)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert pid == process.pid and len(before) > 4
     for changes in ({}, {"resume": True}, {"overwrite": True}):
@@ -196,6 +198,7 @@ def test_a_second_command_is_refused_and_a_dead_process_is_not_in_the_way(
     assert alive(worker)
     process.kill()
     process.join()
+    assert alive(other)
     begun, lock = time.monotonic(), FolderLock(tmp_path / "run")
     wait_until(lock.attempt, 3)
     assert time.monotonic() - begun < 1
@@ -203,16 +206,6 @@ def test_a_second_command_is_refused_and_a_dead_process_is_not_in_the_way(
     (tmp_path / "go").touch()
     main(waiting_config(tiny, tmp_path, resume=True))
     assert [line["step"] for line in metrics_of(tmp_path / "run")] == [0, 1, 2, 3]
-
-
-def test_a_forked_child_does_not_keep_the_folder(tiny, tmp_path):
-    (process,) = start(1, main, waiting_config(tiny, tmp_path))
-    _, worker, child = waiting(tmp_path)
-    process.kill()
-    process.join()
-    assert alive(child)
-    assert wait_until(FolderLock(tmp_path / "run").attempt, 3)
-    os.kill(child, signal.SIGKILL)
 
 
 def test_a_run_without_its_launcher_keeps_the_folder(tiny, tmp_path, monkeypatch):

@@ -269,7 +269,7 @@ def test_a_preset_of_the_hub_asks_the_loader_for_its_configuration_and_split(mon
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, split in (("mathverse", "testmini"), ("geometry3k", None)):
-        with refused("cannot be found.*no network.*presets are geometry3k"):
+        with refused("does not exist: .*no network.*presets are geometry3k"):
             load_rows(preset=name, split=split)
     assert asked[0] == ("AI4Math/MathVerse", "testmini", "testmini")
     assert asked[1] == ("hiyouga/geometry3k", None, "train")

@@ -119,6 +119,7 @@ def test_sounds_and_films_beside_the_columns_are_not_decoded(tmp_path):
         ("rows.json", f'{{\n"data": [\n{GOOD}]}}'),
         ("rows.csv", "image,question,solution\r\na.png,How many?,3\r\n"),
         ("rows.csv", "\ufeffimage;question;solution\na.png;How many?;3\n"),
+        ("ROWS.JSONL", GOOD),
         ("rows.tsv", "image\tquestion\tsolution\na.png\tHow many?\t3\n\n"),
         ("rows.csv", 'image,question,solution\n"[""a.png""]","How many?",3\n'),
     ],
@@ -226,7 +227,10 @@ def test_a_relative_folder_is_read_as_an_absolute_one(tmp_path, monkeypatch):
         ("nope.jsonl", "nope.jsonl does not exist: looked at /.*/nope.jsonl"),
         ("./nope", "nope does not exist: looked at /.*/nope"),
         ("a/b/c", "a/b/c does not exist: looked at /.*/a/b/c"),
-        ("nobody/nope", "there is no /.*/nobody/nope, and no hub id .*presets are geometry3k"),
+        ("nobody/nope", "looked at /.*/nobody/nope; as a hub id .*presets are geometry3k"),
+        ("mine.jsnl", "mine.jsnl does not exist: .*; did you mean mine.jsonl"),
+        ("mine", "mine does not exist: .*; did you mean mine.jsonl"),
+        ("miin.jsonl", "miin.jsonl does not exist: .*; did you mean mine.jsonl"),
         ("empty", "empty holds no file that can be read"),
     ],
 )
@@ -234,6 +238,7 @@ def test_the_place_that_was_looked_at_is_named(tmp_path, monkeypatch, name, reas
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mine.jsonl").touch()
     with refused(reason):
         load_rows(name)
 

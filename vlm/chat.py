@@ -89,10 +89,9 @@ def prefilled(processor: ProcessorMixin) -> str:
 def turn_end(processor: ProcessorMixin) -> str | None:
     """The special token behind a finished answer, or None. The last turn's: others may differ."""
     _, _, rest = rendered_answer(processor).partition(ANSWER)
-    tokenizer = processor.tokenizer
-    for token in tokenizer.added_tokens_decoder.values():
+    for token in processor.tokenizer.added_tokens_decoder.values():
         if token.special and rest.lstrip().startswith(token.content):
-            return None if token.content == tokenizer.bos_token else token.content
+            return token.content
     return None
 
 

@@ -73,8 +73,9 @@ def refuse_folder(folder: Path) -> None:
         )
     if (folder / "config.json").exists():
         return
-    models = [path.parent for path in folder.glob("*/config.json")]
-    models += [path.parent for path in folder.glob("*/*/config.json")]
+    below = [path.parent for path in folder.glob("*/config.json")]
+    below += [path.parent for path in folder.glob("*/*/config.json")]
+    models = [path for path in below if not path.name.startswith(".")]  # else not yet whole
     if models:
         last = max(models, key=by_numbers)
         raise ValueError(
@@ -88,7 +89,7 @@ def refuse_folder(folder: Path) -> None:
 
 
 def by_numbers(path: Path) -> list[str | int]:
-    """A key that sorts step-9 before step-10. Hidden folders, not yet whole, come first."""
+    """A key that sorts step-9 before step-10."""
     parts = re.split(r"(\d+)", str(path))
     return [int(part) if part.isdigit() else part for part in parts]
 
