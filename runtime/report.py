@@ -615,7 +615,11 @@ def response(sample: dict, scale: float, frames: bool) -> str:
     shown = list(zip_longest(tokens, entropy, kept if frames else []))[
         : min(len(tokens), MAX_TOKENS)
     ]
-    body = "".join(token(*entry, scale) for entry in shown) or text(sample.get("response", ""))
+    body = "".join(token(*entry, scale) for entry in shown)
+    if body:  # else all of the response, with what the chat template prefilled
+        body = text(sample.get("prefilled", "")) + body
+    else:
+        body = text(sample.get("response", ""))
     if len(tokens) > MAX_TOKENS:
         body += f" … {len(tokens) - MAX_TOKENS:,} more tokens not shown"
     good = " good" if accuracy == 1 else ""
