@@ -222,6 +222,21 @@ def test_a_family_that_cannot_be_had_is_refused_with_the_reason(kind, tmp_path):
     assert REFUSED[kind] in str(refused.value)
 
 
+def test_a_picture_of_a_single_token_is_refused_for_mistral3():
+    with pytest.raises(ValueError, match="picture of 9 x 9 pixels is a single image token"):
+        shared_policy("mistral3").to_unit_image(picture(9, 9))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pictures_of_any_size_and_shape_can_be_read(kind):
+    """As many image tokens as the tower makes features: the model's code compares them."""
+    policy = shared_policy(kind)
+    for seed, size in enumerate([(3, 40), (90, 20), (21, 60), (67, 131), (400, 30)]):
+        prompts = policy.encode(PROBLEMS[:1], [[picture(*size, seed)]])
+        with torch.no_grad():
+            assert policy.read(prompts).hidden.isfinite().all()
+
+
 def test_a_picture_that_lfm2_cannot_hold_is_refused():
     with pytest.raises(
         ValueError, match="picture of 3000 x 10 pixels is too oblong: .* allows 224"

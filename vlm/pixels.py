@@ -149,7 +149,14 @@ def gemma4_pixel_values(images: list[Tensor], ip, merged: bool = False) -> dict[
 
 def mistral3_resize(picture: Tensor, ip, untiled: dict) -> Tensor:
     """The longest side within its limit, both to multiples of ip.patch_size."""
-    return processed(picture, ip, untiled)["pixel_values"][0]
+    image = processed(picture, ip, untiled)["pixel_values"][0]
+    if image.shape[1:] == (ip.patch_size["height"], ip.patch_size["width"]):
+        height, width = picture.shape[1:]
+        raise ValueError(
+            f"a picture of {width} x {height} pixels is a single image token, which the model's "
+            "code does not take; enlarge it"
+        )
+    return image
 
 
 def mistral3_pixel_values(images: list[Tensor], ip) -> dict[str, Tensor]:
