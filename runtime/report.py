@@ -162,6 +162,8 @@ def check_run(folder: Path) -> None:
             raise ValueError(f"{folder}: no run is in this folder. The run around it is {parent}")
     if (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: a run was begun here, but no step has finished yet")
+    if inside := sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))[:3]:
+        raise ValueError(f"{folder} is not a run but holds runs. Give one: {', '.join(inside)}")
     found = "no run is in this folder" if any(folder.iterdir()) else "the folder is empty"
     raise ValueError(f"{folder}: {found}. Give the --output of train_saei.py")
 
