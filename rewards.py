@@ -4,14 +4,16 @@ Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollo
 tags format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of reading and comparing.
 
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
-    numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3 =
-              5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
+    numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1 234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3
+              = 5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
+    no sums   18-24 (18 to 24), 3 \times 2 (3 by 2), 3:45, 10.0.0.1, A-C-B are equal as written.
     units     may be missing on one side. Two different units differ. Nothing is converted.
-    names     may be missing on one side (x = 3, x \in S). Two different names differ.
+    names     may be missing on one side (x = 3, x \in S). Two different names differ, but y and
+              f(x). An expression (x + y = 3) is no name.
     choices   a letter in any usual wrapper (B, (B), B. red, option B), or the text of the option.
     lists     numbers and sets in any order, words, tuples, intervals in order. x>3 = (3, \infty).
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
-    the rest  by algebra (math-verify): 2\sqrt{3} = \sqrt{12}, 2x - y = 1 as y = 2x - 1.
+    the rest  by algebra: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n} (wherever both are real).
 A miss costs less than a false reward: a doubtful answer is wrong.
 
 Model text is never executed. The rules take linear time. Algebra runs in a process of its own, with
@@ -65,19 +67,12 @@ _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]
 
 def _last_box(text: str) -> tuple[int, int]:
     """Where the content of the box that opens last starts and ends; ends at -1 where it is cut."""
-    start, depth = -1, 1
-    for start in (box.end() for box in _BOX.finditer(text)):
-        pass
+    start, depth = max((box.end() for box in _BOX.finditer(text)), default=-1), 1
     for brace in _BRACE.finditer(text, start) if start >= 0 else ():
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return start, brace.start()
     return start, -1
-
-
-def _last_tag(text: str) -> tuple[int, int]:
-    start = text.rfind("<answer>")
-    return (start + 8, text.find("</answer>", start)) if start >= 0 else (-1, -1)
 
 
 def _last_prose(text: str) -> str | None:
@@ -104,10 +99,12 @@ def extract_answer(text: str, prose: bool = False) -> str | None:
     if "<think>" in tail:
         return None
     for part in (tail, thinking):
-        box, tag = _last_box(part), _last_tag(part)
-        start, end = max(box, tag)
+        before, tag, rest = part.rpartition("<answer>")
+        start, end = _last_box(part)
+        if tag and start < len(before):
+            start, end = len(before + tag), part.find("</answer>", len(before))
         if start >= 0:
-            cut = end < 0 or tag[0] >= 0 and tag[1] < 0
+            cut = end < 0 or tag and "</answer>" not in rest
             return None if cut else part[start:end].strip()
     return _last_prose(tail) if prose else None
 
@@ -285,7 +282,7 @@ _CLOCK = re.compile(r"[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}")
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
     r"|(?<![0-9.])[0-9]+:0[0-9]|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
-    r"|\{ ?\}[0-9a-zA-Z(]|%.|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]|^0[0-9]+-|-0[0-9]"
+    r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]|^0[0-9]+-|-0[0-9]"
 )
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
@@ -382,7 +379,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
 
 def _span(text: str, depth: int) -> Parsed | None:
     r"""Numbers that are not calculated with: 3:4, 18-24, 18 to 24 cm, 3 \times 2."""
-    text = re.sub(r"^(?i:from|between) (.*?)(?: and | ?-)", r"\1 to ", text)
+    text = re.sub(r"^(?i:between) (.*?) and ", r"\1 to ", text).removeprefix("from ")
     for kind, separator in _SPANS.items():
         numbers = [_number(part.strip()) for part in re.split(separator, text)]
         if len(numbers) > 1 and all(numbers):
@@ -509,22 +506,20 @@ def _name(text: str) -> str:
 
 # ------------------------------------------------------------------------------------ 4. comparison
 
-_LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?: ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
-_LETTER = re.compile(  # not A cat, I am, A+1
-    r"(?<![\w\\'*/^+=<>{(-])[\[({*\"]*(?!A (?!is\b)[a-z]|I [a-z])([A-Z])"
-    r"(?=[\])}*\"]*(?:[\s.,:;!?]|is|项|$)(?! ?[=<>+]))"
+_LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
+_CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
+    r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])(?![a-zA-Z0-9_']| ?[-+*/^=<>])"
 )
-_CUE = re.compile(  # a letter stands after these words, or before "is right"
-    r"(?i:(?:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)"
-    r"\W*|(?:选项?|是|为|选择)[:\s]*)$"
+_CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
+    r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
+    r"|[选项是为择]\W*\0|\0项|^\W*\0, ?(?:\w{3}|[^ -~])"
+    r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)"
 )
-_RIGHT = re.compile(r"\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)|项")
-_CAPITAL = re.compile(r"(?<![\w\\'])(?!A [a-z]|I [a-z])([A-Z])(?![\w'])")
 _NOT = re.compile(
     r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
-    r"|maybe|if|than|other)\b|n't|不|错|非"
+    r"|maybe|if|than|other)\b|n't|[不错非]"
 )
-_MISREAD = re.compile(  # by math-verify, or by us: x2, e4, (2)3, 5!!
+_MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
 )
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
@@ -546,29 +541,25 @@ def _option(text: str, choices: bool = False) -> tuple[str, str] | None:
 
     Without choices, a letter with an expression behind it is a formula: (n)(n-1), x - 3.
     """
-    text = re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text)  # B (red)
+    text = re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text.replace("**", ""))  # B (red)
     behind = "" if choices else r"(?=(?:an? |the )?[^\W\d_]{3})"
     text = _normalise(re.sub(rf"^(\W*[A-Z]\W*) +[-–—] +{behind}", r"\1: ", text))
+    text = re.sub(r"(?i:^(?:option|choice|answer) ?(?=[A-Z(\[]))", "", text)
     text = re.sub(r"^\[([A-Z])\]", r"(\1)", text)
-    text = re.sub("(?i:^(?:option|choice|answer) ?(?=[A-Z(]))", "", text)
-    if choice := _CHOICE.fullmatch(text):
-        return (choice[1] or choice[2]).lower(), ""
     if label := _LABEL.match(text):
-        letter, rest = (label[1] or label[2]).lower(), text[label.end() :]
-        others = _CAPITAL.findall(rest)
-        words = rest.strip(" -–:.")
-        if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", words):  # B: a, c
-            others += re.findall("[a-z]", words)
-        product = r"[+*/^_=<>!(|\\-]" if label[1] and label[1].islower() else r"[+*/^_=<>!(|]|-[0-9]"
+        letter, rest = label[1] or label[2], text[label.end() :]
+        product = r"[-+*/^_=<>!(|]" + r"|\\" * letter.islower()
         if label[1] and not choices and re.match(product, rest):
             return None
-        return None if {x.lower() for x in others} - {letter} else (letter, words)
-    found = list(_LETTER.finditer(text))
-    if len(set(_CAPITAL.findall(text))) != 1 or not found or _NOT.search(text):
+        others, words = _CAPITAL.findall(rest), rest.strip(" -–:.")
+        if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", words):  # B: a, c
+            others += re.findall("[a-z]", words)
+        return None if {x.lower() for x in others} - {letter.lower()} else (letter.lower(), words)
+    capitals = list(_CAPITAL.finditer(text))
+    if len({x[0] for x in capitals}) != 1 or _NOT.search(text):
         return None
-    before, after = text[: found[0].start()], text[found[0].end() :]
-    named = _CUE.search(before) or _RIGHT.match(after) or not before and re.match(r", ?\w{3}", after)
-    return (found[0][1].lower(), "") if named else None
+    marked = f"{text[: capitals[0].start()]}\0{text[capitals[0].end() :]}"
+    return (capitals[0][0].lower(), "") if _CUE.search(marked) else None
 
 
 def _yes_or_no(text: str) -> str | None:
@@ -608,27 +599,24 @@ class Comparison:
         return self.same(found, wanted)
 
     def chosen(self, text: str, choices: Sequence[str]) -> int | None:
-        """Which option an answer names: by its exact text, by its letter, by a value of it alone."""
-        normal = _normalise(text)
-        exact = [i for i, choice in enumerate(choices) if _normalise(choice) == normal]
-        if exact:
-            return exact[0]
-        options = [parse(choice) for choice in choices]
+        """Which option an answer names: by its exact text, its letter, or a value of it alone."""
+        normal = [_normalise(x) for x in (text, *choices)]
+        if normal[0] and normal[0] in normal[1:]:
+            return normal.index(normal[0], 1) - 1
+        options, found = [parse(choice) for choice in choices], parse(text)
         if option := _option(text, choices=True):
             index, words = ord(option[0]) - ord("a"), parse(option[1])
-            named = [i for i, x in enumerate(options) if x is not None and x == words]
-            for i, x in enumerate(options):  # B. red or blue
-                if i != index and x and x.kind == "text" and words not in (options[index:index+1]):
-                    if re.search(rf"\b{re.escape(x.value)}\b", _plain(option[1])):
-                        return None
-            return index if index < len(options) and (not named or index in named) else None
-        found = parse(text)
-        if (answer := parse(_yes_or_no(text) or "")) in options:
-            found = answer or found
-        if found is None:
-            return None
-        equal = [i for i, x in enumerate(options) if x == found]
-        equal = equal or [i for i, x in enumerate(options) if x and self.same(found, x)]
+            named = {i for i, x in enumerate(options) if x and x == words}
+            for i, x in enumerate(options):
+                if not named and x and x.kind == "text":  # B. red or blue
+                    named |= (
+                        {i} if re.search(rf"\b{re.escape(x.value)}\b", _plain(option[1])) else set()
+                    )
+            return index if index < len(options) and named <= {index} else None
+        if (answer := parse(_yes_or_no(text) or "")) and answer in options:
+            found = answer
+        equal = [i for i, x in enumerate(options) if found and x == found]
+        equal = equal or [i for i, x in enumerate(options) if found and x and self.same(found, x)]
         return equal[0] if len(equal) == 1 else None
 
     def same(self, a: Parsed, b: Parsed) -> bool:
@@ -667,7 +655,7 @@ class Comparison:
         if a.kind != "span":
             a, b = b, a
         if a.note == "x" and b.kind == "formula":
-            b = _span(b.raw.replace(r"\cdot", r"\times"), 0) or b
+            b = _span(re.sub(r"\\cdot|\*", r"\\times ", b.raw), 0) or b
         x = [item.value for item in a.value]
         if b.kind != "span":
             if a.note == ":" and b.kind == "number" and len(x) == 2 and x[1]:
@@ -693,7 +681,8 @@ class Comparison:
         graph = "y" in (a.note, b.note) and re.search(r"[a-z]\([a-z]\)", a.note + b.note)
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
-        if any(value.kind in ("formula", "choice") for value in a.value + b.value):
+        formulas = any(value.kind in ("formula", "choice") for value in a.value + b.value)
+        if formulas and not ("(" in a.note and "(" in b.note):
             return self.same_by_algebra(a.raw, b.raw)  # y = 2x and x = y/2
         return False
 
@@ -739,11 +728,6 @@ class Comparison:
             letters = set(other.raw) <= set(a.raw) & set(b.raw)
             if not letters or not re.fullmatch("[a-z]{1,2}", other.raw):
                 return False
-        sets = re.search(r"\\(?:setminus|mathbb)", a.raw + b.raw)  # x \neq 3 is a set
-        if other.kind in ("number", "formula") and not sets:
-            relations = [_RELATION.search(re.sub(r"\{[^{}]*\}", "", x.raw)) for x in (a, b)]
-            if (relations[0] is None) != (relations[1] is None):
-                return False  # of x + 1 = 9 math-verify would compare the right side
         texts = [str(x.value) if x.kind == "number" else x.raw for x in (a, b)]  # without units
         return self.same_by_algebra(*texts)
 
@@ -834,102 +818,79 @@ _WARM_UP = [
 ]  # fmt: skip
 
 
-def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
-    """Whether two LaTeX formulas are the same. Unbounded in time: only for the worker."""
-    import sympy
-    from sympy.core.relational import Relational
-
-    if re.search(r"[0-9]_", a + b):  # 31_6: math-verify drops the base
-        return False
-    x, y = _expression(a), _expression(b)
-    if x is None or y is None:
-        return False
-    conditions = [isinstance(z, sympy.logic.boolalg.Boolean) for z in (x, y)]
-    if all(isinstance(z, sympy.Eq) for z in (x, y)):  # of one curve: equal up to a factor
-        sides = [sympy.numer(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
-        return x.free_symbols == y.free_symbols and _proportional(*sides, signs=(-1, 1))
-    if any(conditions):
-        symbols = x.free_symbols | y.free_symbols
-        if not symbols:
-            return False
-        if len(symbols) == 1 and not x.has(sympy.Eq) and not y.has(sympy.Eq):
-            x, y = (z.as_set() if isinstance(z, sympy.logic.boolalg.Boolean) else z for z in (x, y))
-        elif all(isinstance(z, Relational) for z in (x, y)):
-            x, y = (z.reversed if isinstance(z, sympy.Lt | sympy.Le) else z for z in (x, y))
-            return type(x) is type(y) and _proportional(x.lhs - x.rhs, y.lhs - y.rhs, signs=(1,))
-    if all(isinstance(z, sympy.Set) for z in (x, y)):
-        return x == y or x.symmetric_difference(y).is_empty is True
-    if all(isinstance(z, sympy.MatrixBase) for z in (x, y)):
-        return x.shape == y.shape and all(map(_same_value, x.flat(), y.flat()))
-    if not all(isinstance(z, sympy.Expr) for z in (x, y)):
-        return x == y
-    if precision is not None and x.is_number and y.is_number:
-        numbers = [Fraction(str(sympy.N(z, 30))) for z in (x, y)]
-        return round(numbers[0], precision) == round(numbers[1], precision)
-    return _same_value(x, y)
-
-
-def _expression(text: str):
-    """LaTeX as sympy reads it, exact and evaluated; None where it cannot be read."""
+if "--answer-questions" in sys.argv:  # only the worker needs these, and they take a second
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
 
+
+def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
+    """Whether two LaTeX formulas are the same. Unbounded in time. Only for the worker."""
+    x, y = _expression(a), _expression(b)
+    letters = x.free_symbols | y.free_symbols
+    if isinstance(x, sympy.Eq | sympy.Ne) and type(x) is type(y):  # up to a factor
+        sides = [sympy.numer(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
+        return x.free_symbols == y.free_symbols and _proportional(*sides, signs=(-1, 1))
+    if all(isinstance(z, sympy.core.relational.Relational) for z in (x, y)) and len(letters) > 1:
+        x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
+        return x.rel_op == y.rel_op and _proportional(x.lhs - x.rhs, y.lhs - y.rhs, signs=(1,))
+    if len(letters) == 1 and not x.has(sympy.Eq) and not y.has(sympy.Eq):
+        x, y = (z.as_set() if isinstance(z, sympy.logic.boolalg.Boolean) else z for z in (x, y))
+    if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
+        return x.symmetric_difference(y).is_empty is True
+    if isinstance(x, sympy.MatrixBase) and isinstance(y, sympy.MatrixBase):
+        return x.shape == y.shape and all(map(_same_value, x.flat(), y.flat()))
+    return isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and _same_value(x, y, precision)
+
+
+def _expression(text: str):
+    """LaTeX as math-verify reads it, evaluated. Decimals become fractions, none of them floats."""
     text = re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text)
-    text = re.sub(r"[0-9]*\.[0-9]+", lambda x: rf"(\frac{{{Fraction(x[0]).numerator}}}"
-                  rf"{{{Fraction(x[0]).denominator}}})", text)  # not a float
+    exact = lambda decimal: r"(\frac{%d}{%d})" % Fraction(decimal[0]).as_integer_ratio()  # noqa: E731
+    text = re.sub(r"[0-9]*\.[0-9]+", exact, text)
     plain = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
-    found = math_verify.parse(f"${text}$", config, parsing_timeout=None)
-    if not found or isinstance(found[0], str) or found[0].has(sympy.Derivative):
-        return None
-    real = {}  # one symbol for each letter, and the imaginary unit: the parser has two of i
-    if not found[0].has(sympy.Sum, sympy.Product):
-        for x in found[0].free_symbols:
-            real[x] = sympy.I if x.name == "i" else sympy.Symbol(x.name, real=True)
-    return found[0].xreplace(real).doit()
+    found = math_verify.parse(f"${text}$", config, parsing_timeout=None)[0]
+    if re.search(r"[0-9]_", text) or found.has(sympy.Derivative):  # 31_6: it drops the base
+        raise ValueError("math-verify misreads this")
+    real = {x: sympy.Symbol(x.name, real=True) for x in found.free_symbols}
+    if not found.has(sympy.Sum, sympy.Product):  # the parser has two imaginary units
+        real |= {x: sympy.I for x in real if x.name == "i"}
+    return found.xreplace(real).doit()
 
 
-def _points(*expressions) -> list[dict]:
+def _points(x, y) -> list[dict]:
     """Values of the letters at which the argument of each root and logarithm is positive."""
-    import sympy
-
-    letters = sorted(set().union(*(e.free_symbols for e in expressions)), key=str)
-    inside = [log.args[0] for e in expressions for log in e.atoms(sympy.log)]
-    inside += [x.base for e in expressions for x in e.atoms(sympy.Pow) if not x.exp.is_integer]
-    inside = [x for x in inside if x.free_symbols]
+    letters = sorted(x.free_symbols | y.free_symbols, key=str)
+    inside = [log.args[0] for z in (x, y) for log in z.atoms(sympy.log)]
+    inside += [p.base for z in (x, y) for p in z.atoms(sympy.Pow) if not p.exp.is_integer]
     draw, points = random.Random(0), []
     for i in range(24 if letters else 1):
-        signs = (1,) if i < 8 else (-1, 1)
-        point = {x: sympy.Rational(draw.choice(signs) * draw.randint(1, 60), draw.choice((7, 11, 13))) for x in letters}
-        if all((x.subs(point) > 0) is sympy.true for x in inside):
+        point = {}
+        for letter in letters:  # most stand for lengths
+            sign = 1 if i < 8 else draw.choice((-1, 1))
+            point[letter] = sign * sympy.Rational(draw.randint(1, 60), draw.choice((7, 11, 13)))
+        if all((z.subs(point) > 0) == True for z in inside if z.free_symbols):  # noqa: E712
             points.append(point)
     return points[:2] + points[2:][-4:]
 
 
-def _same_value(x, y) -> bool:
-    """Whether two expressions are equal wherever both are real: at some points, to all digits."""
-    import sympy
-
-    if x == y:
-        return True
-    points = _points(x, y)
-    equal = [_same_number(x.subs(point), y.subs(point)) for point in points]
-    if False in equal:
-        return False
-    if x.free_symbols | y.free_symbols and len(points) < 3 or None in equal:
-        return sympy.simplify(x - y) == 0
+def _same_value(x, y, precision: int | None = None) -> bool:
+    """Whether two expressions are equal wherever both are real: at a few points, to all digits."""
+    constant, difference = not x.free_symbols | y.free_symbols, x - y
+    precision = precision if constant else None
+    equal = [_same_number(x.subs(p), y.subs(p), precision) for p in _points(x, y)]
     kinks = (sympy.Abs, sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.sign)
-    return not (x - y).has(*kinks) or not x.free_symbols or sympy.simplify(x - y) == 0
+    if None in equal or not constant and (len(equal) < 3 or difference.has(*kinks)):
+        equal.append(False not in equal and sympy.simplify(difference) == 0)
+    return x == y or False not in equal
 
 
-def _same_number(x, y) -> bool | None:
+def _same_number(x, y, precision: int | None) -> bool | None:
     """To as many digits as it takes to see the smallest part of each. None: cannot be told."""
-    import sympy
-
-    if x == y or x.is_Rational and y.is_Rational:
+    if x == y or x.is_Rational and y.is_Rational and precision is None:
         return x == y
-    if not (x.is_number and y.is_number and x.is_finite is not False and y.is_finite is not False):
+    if not (x.is_number and y.is_number) or x.is_infinite or y.is_infinite:
         return None
     digits = 50
     for part in (x + sympy.Symbol("s") * y).atoms(sympy.Rational, sympy.Pow, sympy.Function):
@@ -942,6 +903,10 @@ def _same_number(x, y) -> bool | None:
     if digits > 4000:
         return False
     x, y = x.evalf(digits, maxn=4 * digits), y.evalf(digits, maxn=4 * digits)
+    if precision is not None and x.is_real and y.is_real:
+        number = {"kind": "number", "raw": ""}
+        a, b = (Parsed(value=Fraction(str(z)), **number) for z in (x, y))
+        return Comparison(precision).same_number(a, b)
     if not x or not y:
         return None
     return bool(abs(x - y) < sympy.Rational(1, 10 ** (digits - 20)) * abs(y))
@@ -952,10 +917,8 @@ def _proportional(x, y, signs: tuple) -> bool:
     for point in _points(x, y):
         at_x, at_y = x.subs(point), y.subs(point)
         if at_x != 0 and at_y != 0:
-            return _same_value(x * at_y, y * at_x) and (at_x * at_y > 0 or -1 in signs)
+            return _same_value(x * at_y, y * at_x) and (-1 in signs or bool(at_x * at_y > 0))
     return False
-
-
 
 
 def _answer_questions() -> None:
@@ -969,8 +932,11 @@ def _answer_questions() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # kills it inside of a multiplication
             signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-            equal = Comparison(precision, _sympy_equal).right(prediction, gold, choices)
-            os._exit(77 if equal else 0)  # a code that nothing else exits with
+            equal = False
+            try:
+                equal = Comparison(precision, _sympy_equal).right(prediction, gold, choices)
+            finally:  # without the time that an interpreter takes to end
+                os._exit(77 if equal else 0)  # a code that nothing else exits with
         _, status = os.waitpid(child, 0)
         print(int(os.waitstatus_to_exitcode(status) == 77), flush=True)
 
@@ -1031,21 +997,27 @@ Rewards = Mapping[str, tuple[Callable[..., list[float]], float]]  # {name: (func
 
 def accuracy_reward(
     completions: list[Completion],
-    answer: list[str | Real],
+    answer: list[str | Real | list[str]],
     choices: list[Sequence[str] | None] | None = None,
     precision: list[int | None] | None = None,
+    truncated: list[bool] | None = None,
     prose: bool = False,
     **columns,
 ) -> list[float]:
-    """1 where the answer equals the gold answer (`grade`), else 0. prose: also unboxed.   N -> N"""
+    """1 where the answer equals the gold answer (`grade`), else 0.   N -> N
+
+    truncated: completions that were cut off, which earn nothing. prose: also unboxed answers.
+    """
     N = len(completions)
     choices, precision = choices or [None] * N, precision or [None] * N
-    for name, column in (("answer", answer), ("choices", choices), ("precision", precision)):
+    given = {"answer": answer, "choices": choices, "precision": precision}
+    given["truncated"] = truncated = truncated or [False] * N
+    for name, column in ({"completions": completions} | given).items():
         if isinstance(column, str) or len(column) != N:
             raise ValueError(f"{name} needs one for each of {N} completions, got {column!r:.80}")
     scores = []
     for i, completion in enumerate(completions):
-        found = extract_answer(_text(completion), prose)
+        found = None if truncated[i] else extract_answer(_text(completion), prose)
         scores.append(float(grade(found, answer[i], choices[i], precision[i])))
     return scores
 
@@ -1057,11 +1029,13 @@ def format_reward(completions: list[Completion], **columns) -> list[float]:
     """
     scores = []
     for completion in completions:
-        text = _text(completion).strip()
+        text = _glm_box(_text(completion)).strip()
         tags, parts, right = "".join(_TAG.findall(text)), _TAG.split(text), False
         if tags == "<think></think>" and not parts[0]:
-            answer = (_last_box(parts[2]) or "").strip()
-            right = bool(answer) and len(_BOX.findall(parts[2])) == 1
+            start, end = _last_box(parts[2])
+            right = (
+                bool(parts[2][start:end].strip()) and len(_BOX.findall(parts[2])) == 1 and end > 0
+            )
         if tags == "<think></think><answer></answer>":
             outside = parts[0] + parts[2].strip() + parts[4]
             right = bool(parts[3].strip()) and not outside and not _BOX.search(parts[3])

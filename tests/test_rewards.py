@@ -72,19 +72,19 @@ CASES_BY_KIND = by_kind(CASES)
 OWN_EXTRACTIONS = [  # (completion, what is extracted)
     (r"so \boxed{11}", "11"), (r"\boxed{ \frac{1}{2} } done", r"\frac{1}{2}"), (r"\fbox{B}", "B"),
     (r"\boxed {7}", "7"), (r"\\boxed{7}", "7"), ("line\\\\\\boxed{7}", "7"),
-    (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{3} and then \boxed{4", "3"),
+    (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{3} and then \boxed{4", None),
     (r"\boxed{a \boxed{3}", "3"), (r"\boxed{\boxed{3}}", "3"),
     (r"\boxed{\text{is } \boxed{3}}", "3"), (r"{ \boxed{3 }} }", "3"), (r"} } \boxed{3}", "3"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
     ("\\boxed{1\n+ 2}", "1\n+ 2"), (r"\boxed{3} then \boxed{}", ""),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
     (r"<think>\boxed{1}</think> <answer>2</answer>",         "2"),
-    (r"<think>\boxed{1}</think> so two", "1"), (r"<think>a</think>\boxed{1}</think> \boxed{2", "1"),
+    (r"<think>\boxed{1}</think> so two", "1"), (r"<think>a</think>\boxed{1}</think> \boxed{2", None),
     (r"a</think> \boxed{1} </think> <answer>2</answer>", "2"), (r"\boxed{1</think>2}", None),
     (r"<answer>2</answer>", "2"), ("<answer>\n 2 \n</answer>", "2"),
     (r"<answer>1</answer><answer>2</answer>", "2"), (r"<answer>1<answer>2</answer>", "2"),
-    (r"<answer>2</answer> </answer>", "2"), (r"<answer>1</answer> <answer>2", "1"),
-    (r"<answer>so \boxed{5}</answer>", "5"), (r"\boxed{5} <answer>6</answer>", "5"),
+    (r"<answer>2</answer> </answer>", "2"), (r"<answer>1</answer> <answer>2", None),
+    (r"<answer>so \boxed{5}</answer>", "5"), (r"\boxed{5} <answer>6</answer>", "6"),
     (r"\boxed{5 <answer>6</answer>", "6"), ("<answer></answer>", ""), ("The answer is 11.", None),
     ("11", None), (r"\boxed 11", None), (r"boxed{11}", None), (r"\boxed\{11\}", None),
     (r"\unboxed{11}", None), ("<answer>11", None), ("</answer>11<answer>", None),
@@ -161,7 +161,6 @@ HOSTILE = {
     "right to left": "\\boxed{\u202e11}",
     "zero width": "\\boxed{1\u200b1}",
     "combining": "\\boxed{1" + "\u0301" * 400 + "1}",
-    "full width": "\\boxed{\uff11\uff11}",
     "superscript": "\\boxed{\u00b9\u00b9}",
     "all at once": r"\boxed{" + ", ".join(map(str, range(120))) + "}",
     "every choice": r"\boxed{\text{any of A, B, C, D, 11}}",
@@ -225,8 +224,8 @@ def test_format_reward(text, expected):
 
 
 def second_last_box(text: str) -> str | None:
-    """The obvious quadratic way: from the last macro back, count braces until they balance."""
-    for macro in reversed(list(re.finditer(r"\\(?:boxed|fbox)\{", text))):
+    """The obvious way: count braces from the last macro on until they balance."""
+    for macro in list(re.finditer(r"\\(?:boxed|fbox)\{", text))[-1:]:
         depth = 1
         for i in range(macro.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[i], 0)
