@@ -118,24 +118,21 @@ def _glm_box(text: str) -> str:
 
 def _by_spelling(table: dict[str, str]) -> dict[str, str]:
     """{normal form: "spelling spelling"} -> {spelling: normal form}"""
-    found = {}
-    for normal, spellings in table.items():
-        found |= dict.fromkeys(spellings.split(" "), normal)
-    return found
+    return {spelling: normal for normal in table for spelling in table[normal].split(" ")}
 
 
 _SYNONYMS = _by_spelling({
     r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt", ">": r"\gt",
     r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
-    r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", r"\theta ": "θ",
-    r"\alpha ": "α", r"\beta ": "β", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½", " 1/4": "¼",
+    r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", " 1/4": "¼",
+    r"\alpha ": "α", r"\beta ": "β", r"\theta ": "θ", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½",
     " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
     r"\subset ": "⊂", r"\setminus ": r"\backslash", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle",
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
     r"\neg ": r"¬ \lnot", r"\to ": r"→ \rightarrow", r"\forall ": "∀", r"\angle ": "∠",
-    r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ” 「 」", "'": "‘ ’", "%": r"\%", "°": r"\degree",
-    ",": "、", ".": "。", "[": "【", "]": "】",
+    r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ” 「 」", "'": "‘ ’", "%": r"\%",
+    "°": r"\degree", ",": "、", ".": "。", "[": "【", "]": "】",
     " ": "\u00a0 ~ " + r"\quad \qquad \, \; \: \( \) \[ \]",
     "": r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
 })  # fmt: skip
@@ -262,7 +259,8 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
     "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
-    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*|千(?![克米瓦]).*"
+    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*"
+    "|千(?![克米瓦]).*"
 )
 
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
@@ -274,15 +272,16 @@ _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); n
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)"
 )
-_SPANS = {  # text that only looks like arithmetic: {its kind: what stands between its numbers}
-    ":": r" ?(?::|\\colon)", "x": r" ?\\times| ?[xX](?= ?[0-9])|\bby\b", "to": r"\b(?:to|through|thru)\b",
-    "-": r"(?<=[\w.%°$)} ])-{1,3}",
-}  # fmt: skip
+_SPANS = [  # (normal form, what stands between numbers that are not calculated with)
+    (":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),
+    ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b"),
+]  # fmt: skip
 _CLOCK = re.compile(r"[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}")
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
     r"|(?<![0-9.])[0-9]+:0[0-9]|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
-    r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]|^0[0-9]+-|-0[0-9]"
+    r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
+    r"|^0[0-9]+-|-0[0-9]"
 )
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
@@ -293,7 +292,7 @@ _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 class Parsed:
     """An answer as the comparison sees it."""
 
-    kind: str  # number span choice text list tuple interval set union matrix named formula
+    kind: str  # number choice text list tuple interval set union matrix named formula
     value: object  # Fraction, str, or a tuple of Parsed (matrix: of rows; named: all equal values)
     raw: str = field(compare=False)  # the normal text (of a formula without its unit), for algebra
     note: str = ""  # the unit; the brackets; the name; of a list: "or"
@@ -378,18 +377,20 @@ def _parse(text: str, depth: int) -> Parsed | None:
 
 
 def _span(text: str, depth: int) -> Parsed | None:
-    r"""Numbers that are not calculated with: 3:4, 18-24, 18 to 24 cm, 3 \times 2."""
+    r"""18-24, 18 to 24 cm, 3 \times 2, 3:45 are texts. 3:4 is the number 3/4, 2:4:6 is 1:2:3."""
     text = re.sub(r"^(?i:between) (.*?) and ", r"\1 to ", text).removeprefix("from ")
-    for kind, separator in _SPANS.items():
+    for sign, separator in _SPANS:
         numbers = [_number(part.strip()) for part in re.split(separator, text)]
-        if len(numbers) > 1 and all(numbers):
-            return Parsed("span", tuple(numbers), text, kind)
+        if len(numbers) == 1 or None in numbers:
+            continue
+        values, unit = [x.value for x in numbers], numbers[-1].note or numbers[0].note
+        if sign != ":" or 0 in values or _CLOCK.fullmatch(text):
+            return Parsed("text", sign.join(map(str, values)), text, unit)
+        if len(values) == 2:
+            return Parsed("number", values[0] / values[1], text)
+        items = tuple(Parsed("number", value / values[0], text) for value in values)
+        return Parsed("tuple", items, text, ":")
     return None
-
-
-def _clock(*spans: Parsed) -> bool:
-    """Whether one of these may be a clock time."""
-    return any(x.kind == "span" and bool(_CLOCK.fullmatch(x.raw)) for x in spans)
 
 
 def _has_words(text: str) -> bool:
@@ -481,6 +482,8 @@ def _relation(text: str, depth: int) -> Parsed | None:
 
 def _inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Parsed | None:
     """An inequality for one variable is a named interval. Another one is a formula."""
+    if len(sides) > 3:
+        return Parsed("text", text, text)
     if signs[0] in (">", r"\geq"):  # read it from the small side
         flipped = {">": "<", r"\geq": r"\leq"}
         sides = sides[::-1]
@@ -577,6 +580,8 @@ class Comparison:
 
     def right(self, prediction: str, gold: str, choices: Sequence[str]) -> bool:
         """The verdict on an answer. Unbounded in time where the algebra is."""
+        if ":" in gold:  # the ratio 2 to 3
+            prediction = prediction.replace(" to ", ":")
         found, wanted, wanted_option = parse(prediction), parse(gold), None
         if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
             choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
@@ -594,8 +599,6 @@ class Comparison:
             return False
         if answer := _yes_or_no(gold):
             return _yes_or_no(prediction) == answer
-        if _clock(wanted) and found.kind != "span":
-            return False
         return self.same(found, wanted)
 
     def chosen(self, text: str, choices: Sequence[str]) -> int | None:
@@ -627,8 +630,8 @@ class Comparison:
         kinds = {a.kind, b.kind}
         if a.kind == "named":
             return self.same_named(a, b)
-        if "span" in kinds:
-            return self.same_span(a, b)
+        if kinds == {"text"}:
+            return a.value == b.value and not (a.note and b.note)
         if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple"):
             if "empty" not in b.raw:
                 return self.same(a.value[0], b)
@@ -650,25 +653,6 @@ class Comparison:
         x_rounded, y_rounded = round(x, int(self.precision)), round(y, int(self.precision))
         return x == y or x_rounded == y_rounded and bool(x_rounded or not x or not y)
 
-    def same_span(self, a: Parsed, b: Parsed) -> bool:
-        """Only with the same numbers; but 4:6 is 2:3 and 2/3, unless it may be a clock time."""
-        if a.kind != "span":
-            a, b = b, a
-        if a.note == "x" and b.kind == "formula":
-            b = _span(re.sub(r"\\cdot|\*", r"\\times ", b.raw), 0) or b
-        x = [item.value for item in a.value]
-        if b.kind != "span":
-            if a.note == ":" and b.kind == "number" and len(x) == 2 and x[1]:
-                return self.same_number(replace(b, value=x[0] / x[1]), b)
-            return a.note == "x" and b.kind == "formula" and self.same_formula(a, b)
-        y = [item.value for item in b.value]
-        if len(x) != len(y):
-            return False
-        if a.note == b.note == ":" and all(x + y) and not _clock(a, b):
-            return all(x[i] * y[0] == y[i] * x[0] for i in range(len(x)))
-        same_kind = a.note == b.note or {a.note, b.note} in ({"to", "-"}, {"to", ":"})
-        return same_kind and all(map(self.same_number, a.value, b.value))
-
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
         equation = b.kind == "formula" and _RELATION.search(b.raw)
@@ -676,7 +660,7 @@ class Comparison:
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
             steps = [value for value in a.value[:-1] if not _letters(_COMMAND.sub("", value.raw))]
-            steps = [replace(x, kind="formula") if x.kind == "span" else x for x in steps]
+            steps = [replace(x, kind="formula") if x.kind == "text" else x for x in steps]
             return all(self.same(value, b) for value in [*steps, a.value[-1]])
         graph = "y" in (a.note, b.note) and re.search(r"[a-z]\([a-z]\)", a.note + b.note)
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
@@ -687,27 +671,24 @@ class Comparison:
         return False
 
     def same_collection(self, a: Parsed, b: Parsed) -> bool:
-        kinds, notes = {a.kind, b.kind}, {a.note, b.note}
+        kinds, notes, items = {a.kind, b.kind}, {a.note, b.note}, a.value + b.value
         ordered = bool(kinds & {"tuple", "interval", "matrix"})
         if "union" in kinds and (ordered or "set" in kinds):
             return self.same_by_algebra(a.raw, b.raw)
-        list_is_tuple = kinds == {"list", "tuple"} and notes == {"", "()"}
-        if ordered and not list_is_tuple and (len(notes) > 1 or kinds & {"list", "set"}):
-            return False
+        if ordered and (len(notes) > 1 or kinds & {"list", "set"}):
+            if (kinds, notes) != ({"list", "tuple"}, {"", "()"}):
+                return False
         if kinds == {"list"}:
-            names = {item.note for item in a.value + b.value if item.kind == "named"}
-            words = any(item.kind in ("text", "choice") for item in a.value + b.value)
-            ordered = words or len(names - {""}) > 1
+            names = {item.note for item in items if item.kind == "named"} - {""}
+            ordered = len(names) > 1 or any(item.kind in ("text", "choice") for item in items)
             if len(notes) > 1 and (ordered or re.search(r"[<>]|\\[lg]eq", a.raw)):
                 return False  # red or blue, red and blue
-        xs, ys = a.value, b.value
-        if len(xs) != len(ys) or len(xs) > 20:
-            return xs == ys
-        if ordered:
-            return all(self.same(x, y) for x, y in zip(xs, ys, strict=True))
-        left = list(ys)
-        for x in xs:
-            equal = x if x in left else next((y for y in left if self.same(x, y)), None)
+        left = list(b.value)
+        if len(a.value) != len(left) or len(left) > 20:
+            return a.value == b.value
+        for x in a.value:
+            rest = left[:1] if ordered else left
+            equal = x if x in rest else next((y for y in rest if self.same(x, y)), None)
             if equal is None:
                 return False
             left.remove(equal)
@@ -827,13 +808,16 @@ if "--answer-questions" in sys.argv:  # only the worker needs these, and they ta
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     """Whether two LaTeX formulas are the same. Unbounded in time. Only for the worker."""
     x, y = _expression(a), _expression(b)
-    letters = x.free_symbols | y.free_symbols
-    if isinstance(x, sympy.Eq | sympy.Ne) and type(x) is type(y):  # up to a factor
-        sides = [sympy.numer(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
-        return x.free_symbols == y.free_symbols and _proportional(*sides, signs=(-1, 1))
-    if all(isinstance(z, sympy.core.relational.Relational) for z in (x, y)) and len(letters) > 1:
+    letters, relation = x.free_symbols | y.free_symbols, sympy.core.relational.Relational
+    if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
-        return x.rel_op == y.rel_op and _proportional(x.lhs - x.rhs, y.lhs - y.rhs, signs=(1,))
+        if x.rel_op == y.rel_op and x.free_symbols == y.free_symbols:
+            equation = x.rel_op in ("==", "!=")
+            sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
+            sides = [sympy.numer(z) if equation else z for z in sides]
+            ratio = sympy.simplify(sides[0] / sides[1])
+            if ratio.is_number and ratio != 0 and (equation or ratio > 0):
+                return True
     if len(letters) == 1 and not x.has(sympy.Eq) and not y.has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, sympy.logic.boolalg.Boolean) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
@@ -846,8 +830,11 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 def _expression(text: str):
     """LaTeX as math-verify reads it, evaluated. Decimals become fractions, none of them floats."""
     text = re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text)
-    exact = lambda decimal: r"(\frac{%d}{%d})" % Fraction(decimal[0]).as_integer_ratio()  # noqa: E731
-    text = re.sub(r"[0-9]*\.[0-9]+", exact, text)
+    for decimal in set(re.findall(r"[0-9]*\.[0-9]+", text)):
+        top, bottom = Fraction(decimal).as_integer_ratio()
+        text = re.sub(
+            rf"(?<![0-9.]){re.escape(decimal)}(?![0-9])", rf"(\\frac{{{top}}}{{{bottom}}})", text
+        )
     plain = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
     found = math_verify.parse(f"${text}$", config, parsing_timeout=None)[0]
@@ -859,31 +846,27 @@ def _expression(text: str):
     return found.xreplace(real).doit()
 
 
-def _points(x, y) -> list[dict]:
-    """Values of the letters at which the argument of each root and logarithm is positive."""
-    letters = sorted(x.free_symbols | y.free_symbols, key=str)
-    inside = [log.args[0] for z in (x, y) for log in z.atoms(sympy.log)]
-    inside += [p.base for z in (x, y) for p in z.atoms(sympy.Pow) if not p.exp.is_integer]
-    draw, points = random.Random(0), []
-    for i in range(24 if letters else 1):
-        point = {}
-        for letter in letters:  # most stand for lengths
-            sign = 1 if i < 8 else draw.choice((-1, 1))
-            point[letter] = sign * sympy.Rational(draw.randint(1, 60), draw.choice((7, 11, 13)))
-        if all((z.subs(point) > 0) == True for z in inside if z.free_symbols):  # noqa: E712
-            points.append(point)
-    return points[:2] + points[2:][-4:]
-
-
 def _same_value(x, y, precision: int | None = None) -> bool:
-    """Whether two expressions are equal wherever both are real: at a few points, to all digits."""
-    constant, difference = not x.free_symbols | y.free_symbols, x - y
-    precision = precision if constant else None
-    equal = [_same_number(x.subs(p), y.subs(p), precision) for p in _points(x, y)]
+    """Whether two expressions are equal wherever both are real: at a few points, to all digits.
+
+    A point counts where the argument of each root and logarithm is positive.
+    """
+    letters, difference, equal = sorted(x.free_symbols | y.free_symbols, key=str), x - y, []
+    inside = [p.base for p in difference.atoms(sympy.Pow) if not p.exp.is_integer]
+    inside += [log.args[0] for log in difference.atoms(sympy.log)]
     kinks = (sympy.Abs, sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.sign)
-    if None in equal or not constant and (len(equal) < 3 or difference.has(*kinks)):
-        equal.append(False not in equal and sympy.simplify(difference) == 0)
-    return x == y or False not in equal
+    draw = random.Random(0)
+    for i in range(24 if letters else 1):
+        signs = (-1, 1) if i % 2 else (1,)  # most letters stand for lengths
+        size = [sympy.Rational(draw.randint(1, 60), draw.choice((7, 11, 13))) for _ in letters]
+        point = {letter: draw.choice(signs) * size.pop() for letter in letters}
+        if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
+            numbers = [z.subs(point) for z in (x, y)]
+            equal.append(_same_number(*numbers, None if letters else precision))
+    if x == y or False in equal:
+        return x == y
+    proven = None not in equal and (not letters or len(equal) > 2 and not difference.has(*kinks))
+    return proven or sympy.simplify(difference) == 0
 
 
 def _same_number(x, y, precision: int | None) -> bool | None:
@@ -893,32 +876,21 @@ def _same_number(x, y, precision: int | None) -> bool | None:
     if not (x.is_number and y.is_number) or x.is_infinite or y.is_infinite:
         return None
     digits = 50
-    for part in (x + sympy.Symbol("s") * y).atoms(sympy.Rational, sympy.Pow, sympy.Function):
+    for part in sympy.Tuple(x, y).atoms(sympy.Rational, sympy.Pow, sympy.Function):
         if part.is_Rational:
             digits += 2 * len(f"{part.p}{part.q}")
-        elif part.is_number and part.is_Pow:
+        elif part.is_Pow:
             digits += 2 * abs(int(sympy.log(abs(part.evalf(5)), 10).evalf(5)))
-        elif part.is_number and not isinstance(part, sympy.log):  # 1 - tanh(99) is about e^-198
+        elif not isinstance(part, sympy.log):  # 1 - tanh(99) is about e^-198
             digits += sum(2 * int(abs(argument.evalf(5))) for argument in part.args)
     if digits > 4000:
         return False
-    x, y = x.evalf(digits, maxn=4 * digits), y.evalf(digits, maxn=4 * digits)
+    x, y = (z.evalf(digits, maxn=4 * digits) for z in (x, y))
     if precision is not None and x.is_real and y.is_real:
-        number = {"kind": "number", "raw": ""}
-        a, b = (Parsed(value=Fraction(str(z)), **number) for z in (x, y))
-        return Comparison(precision).same_number(a, b)
-    if not x or not y:
-        return None
-    return bool(abs(x - y) < sympy.Rational(1, 10 ** (digits - 20)) * abs(y))
-
-
-def _proportional(x, y, signs: tuple) -> bool:
-    """Whether x = c y with a constant c, of one of these signs."""
-    for point in _points(x, y):
-        at_x, at_y = x.subs(point), y.subs(point)
-        if at_x != 0 and at_y != 0:
-            return _same_value(x * at_y, y * at_x) and (-1 in signs or bool(at_x * at_y > 0))
-    return False
+        numbers = [Parsed("number", Fraction(str(z)), "") for z in (x, y)]
+        return Comparison(precision).same_number(*numbers)
+    small = sympy.Rational(1, 10 ** (digits - 20))
+    return bool(abs(x - y) < small * abs(y)) if x and y else None
 
 
 def _answer_questions() -> None:
@@ -971,18 +943,19 @@ class _Worker:
     def ask(self, *question) -> bool:
         with self.lock:
             for _ in range(2):  # a worker that was killed or stopped from outside is replaced once
+                answer = b""
                 try:
                     if self.process is None:
                         self.start()
                     self.process.stdin.write(json.dumps(question).encode() + b"\n")
-                    if answer := self.read(WALL_SECONDS + 0.5):
-                        return answer == b"1\n"
+                    answer = self.read(WALL_SECONDS + 0.5)
                 except BrokenPipeError:
                     pass
-                except BaseException:  # an interrupt: the next question must not get this answer
-                    self.stop()
-                    raise
-                self.stop()
+                finally:  # also after an interrupt: the next question must not get this answer
+                    if not answer:
+                        self.stop()
+                if answer:
+                    return answer == b"1\n"
         raise ChildProcessError("the process for algebra was stopped from outside, twice")
 
 
@@ -1030,16 +1003,13 @@ def format_reward(completions: list[Completion], **columns) -> list[float]:
     scores = []
     for completion in completions:
         text = _glm_box(_text(completion)).strip()
-        tags, parts, right = "".join(_TAG.findall(text)), _TAG.split(text), False
-        if tags == "<think></think>" and not parts[0]:
-            start, end = _last_box(parts[2])
-            right = (
-                bool(parts[2][start:end].strip()) and len(_BOX.findall(parts[2])) == 1 and end > 0
-            )
-        if tags == "<think></think><answer></answer>":
-            outside = parts[0] + parts[2].strip() + parts[4]
-            right = bool(parts[3].strip()) and not outside and not _BOX.search(parts[3])
-        scores.append(float(right))
+        tags, tail = "".join(_TAG.findall(text)), text.rpartition("</think>")[2]
+        start, end = _last_box(tail)
+        boxed = tags == "<think></think>" and len(_BOX.findall(tail)) == 1
+        right = boxed and end > 0 and bool(tail[start:end].strip())
+        if tags == "<think></think><answer></answer>" and not _BOX.search(tail):
+            right = re.fullmatch(r"(?s)\s*<answer>\s*\S.*</answer>", tail)
+        scores.append(float(bool(right) and text.startswith("<think>")))
     return scores
 
 
@@ -1067,52 +1037,45 @@ REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  
 
 
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
-    """["accuracy:0.9", "format:0.1", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
+    """["accuracy:0.9", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
 
-    The buffer of length_penalty is a quarter of max_new_tokens (ours). ValueError for an empty
-    list, a name twice, and what `load_reward` refuses.
+    The buffer of length_penalty is a quarter of max_new_tokens (ours). The weight of a function is
+    1 if left out. ValueError for an empty list, a name twice, an unknown name, file or function,
+    and a weight that is no finite number.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
     rewards = {}
     for spec in specs:
-        name, function, weight = load_reward(spec, built_in)
-        taken = name == "reward" or ".py" in spec and name in built_in  # "reward" is the sum
-        if name in rewards or taken:
+        path, name, weight = re.fullmatch(r"(?:(.*\.py):?)?([^:]*):?(.*)", spec, re.S).groups()
+        try:
+            number = float(weight or ("1" if path else "nan"))
+        except ValueError:
+            number = math.nan
+        if not path and name not in built_in:
+            nearest = difflib.get_close_matches(name, built_in, n=1, cutoff=0)[0]
+            known = ", ".join([*built_in, "file.py:function"])
+            raise ValueError(f"reward {spec!r}: the nearest name is {nearest}, known are {known}")
+        if path and not os.path.isfile(path):
+            raise ValueError(f"reward {spec!r}: there is no file {path}")
+        if not math.isfinite(number):
+            raise ValueError(f"reward {spec!r}: the weight {weight!r} is no finite number")
+        if name in rewards or name == "reward" or path and name in built_in:  # reward: the sum
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already")
-        rewards[name] = function, weight
+        function = _load_function(path, name) if path else built_in[name]
+        if not callable(function):
+            raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
+        rewards[name] = function, number
     if not rewards:
         raise ValueError("no reward is given; the default is accuracy:0.9 format:0.1")
     return rewards
 
 
-def load_reward(spec: str, built_in: dict[str, Callable]) -> tuple[str, Callable, float]:
-    """NAME:WEIGHT or file.py:function[:WEIGHT] -> name, function, weight (1 if left out).
-
-    ValueError for an unknown name, a weight that is no finite number, no such file or function.
-    """
-    path, name, weight = re.fullmatch(r"(?:(.*\.py):?)?([^:]*):?(.*)", spec, re.S).groups()
-    try:
-        number = float(weight or ("1" if path else "nan"))
-    except ValueError:
-        number = math.nan
-    if not path and name not in built_in:
-        nearest = difflib.get_close_matches(name, built_in, n=1, cutoff=0)[0]
-        known = ", ".join([*built_in, "file.py:function"])
-        raise ValueError(f"reward {spec!r}: the nearest name is {nearest}, known are {known}")
-    if path and not os.path.isfile(path):
-        raise ValueError(f"reward {spec!r}: there is no file {path}")
-    if not math.isfinite(number):
-        raise ValueError(f"reward {spec!r}: the weight {weight!r} is no finite number")
-    function = built_in.get(name)
-    if path:  # errors inside of the file are the user's to see
-        module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name, None)
-        if not callable(function):
-            raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
-    return name, function, number
+def _load_function(path: str, name: str):  # errors inside of the file are the user's to see
+    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name, None)
 
 
 def total_reward(
@@ -1123,6 +1086,8 @@ def total_reward(
     RuntimeError where a reward raises or returns anything but N finite numbers. It names the
     reward, the completion and, with a column `row`, its row of the data set.
     """
+    if isinstance(completions, str) or isinstance(answer, str):
+        raise ValueError(f"completions and answer are lists of equal length, got {answer!r:.80}")
     columns = columns | {"answer": answer}
     scores, totals = {}, [0.0] * len(completions)
     for name, (function, weight) in rewards.items():
