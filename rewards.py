@@ -16,10 +16,10 @@ What equal means (`grade`). Prediction and gold are parsed by the same rules.
     the rest  by algebra: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n} (wherever both are real).
 A miss costs less than a false reward: a doubtful answer is wrong.
 
-Model text is never executed. The rules take linear time. Algebra runs in a process of its own, with
-0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade takes at
-most 2 s, in any thread or process. The first formula also starts the worker that forks these
-processes: one or two seconds more. Needs os.fork (Linux, macOS), and math-verify for algebra.
+Model text is never executed. The rules take linear time. Formulas are compared in a process of its
+own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade
+takes at most 2 s, in any thread or process; the first formula starts the worker, one or two seconds
+more. Needs os.fork (Linux, macOS), and math-verify for formulas.
 
 Rewards have TRL's signature: lists of N = P*G completions (P prompts, G responses) -> N floats.
 
@@ -38,6 +38,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import select
 import signal
 import subprocess
@@ -52,12 +53,12 @@ from functools import lru_cache
 from numbers import Real
 
 Completion = str | list[dict]  # plain text, or TRL's conversational list of messages
+Gold = str | Real | list[str]  # a list of two or more: alternatives, each of which is right
 
 # ------------------------------------------------------------------------------------ 1. extraction
-
 MAX_CHARS = 512  # a longer answer is wrong; below Python's lowest limit on the digits of an int
-_BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{")  # two backslashes where the model escaped one
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
+_BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{|<\|begin_of_box\|>")  # or \\boxed; GLM's box
+_BRACE = re.compile(r"\\.|[{}]|<\|end_of_box\|>", re.DOTALL)  # \{ and \} are characters
 _TAG = re.compile(r"</?(?:think|answer)>")
 _PHRASE = re.compile(
     r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.I
@@ -69,7 +70,7 @@ def _last_box(text: str) -> tuple[int, int]:
     """Where the content of the box that opens last starts and ends; ends at -1 where it is cut."""
     start, depth = max((box.end() for box in _BOX.finditer(text)), default=-1), 1
     for brace in _BRACE.finditer(text, start) if start >= 0 else ():
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        depth += {"{": 1, "}": -1, "<|end_of_box|>": -1}.get(brace[0], 0)
         if depth == 0:
             return start, brace.start()
     return start, -1
@@ -89,13 +90,11 @@ def _last_prose(text: str) -> str | None:
 def extract_answer(text: str, prose: bool = False) -> str | None:
     r"""The answer that a completion states, or None.
 
-    It is the content of the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box that opens
-    last: after the last </think>, or before it where nothing opens after it. With prose, else the
-    rest of the sentence after the last "answer is" or "answer:" after </think>, or the one capital
-    that stands alone there. A later answer replaces an earlier, even a better one. Of an answer or
-    a <think> that does not end, nothing is read. An empty box is an answer, "".
+    What the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box holds that opens last: after
+    the last </think>, else before it. A cut one, or a <think> that does not end, gives None. Then,
+    with prose: the rest of the sentence after the last "answer is", or the one lone capital.
     """
-    thinking, _, tail = _glm_box(text).rpartition("</think>")
+    thinking, _, tail = text.rpartition("</think>")
     if "<think>" in tail:
         return None
     for part in (tail, thinking):
@@ -109,15 +108,8 @@ def extract_answer(text: str, prose: bool = False) -> str | None:
     return _last_prose(tail) if prose else None
 
 
-def _glm_box(text: str) -> str:
-    return text.replace("<|begin_of_box|>", r"\boxed{").replace("<|end_of_box|>", "}")
-
-
 # ------------------------------------------------------------------------- 2. normal form of a text
-
-
 def _by_spelling(table: dict[str, str]) -> dict[str, str]:
-    """{normal form: "spelling spelling"} -> {spelling: normal form}"""
     return {spelling: normal for normal in table for spelling in table[normal].split(" ")}
 
 
@@ -225,7 +217,6 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
 
 
 # --------------------------------------------------------------------------------------- 3. parsing
-
 _DIGITS = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
@@ -276,14 +267,14 @@ _SPANS = [  # (normal form, what stands between numbers that are not calculated 
     (":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),
     ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b"),
 ]  # fmt: skip
-_CLOCK = re.compile(r"[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}")
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
-    r"|(?<![0-9.])[0-9]+:0[0-9]|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
+    r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
     r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
     r"|^0[0-9]+-|-0[0-9]"
 )
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
 _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 
@@ -368,10 +359,10 @@ def _parse(text: str, depth: int) -> Parsed | None:
     if separators and (union := _collection("union", pieces, text, depth + 1)):
         return union
     measure = re.fullmatch(r"(?s)(?!.*\\(?:sin|cos|tan|cot))(.*(?:[0-9})]|\\pi))( .*|°|%)", text)
-    unit = _unit(measure[2]) if measure and not _has_words(measure[1]) else None
+    unit = _unit(measure[2]) if measure and not _WORD.search(measure[1]) else None
     if unit is not None and (len(unit) != 1 or unit in "°%"):  # 25\pi square cm
         return Parsed("formula", measure[1], measure[1], unit)
-    if _has_words(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
+    if _WORD.search(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
         return plain_text
     return Parsed("formula", text, text)
 
@@ -384,17 +375,13 @@ def _span(text: str, depth: int) -> Parsed | None:
         if len(numbers) == 1 or None in numbers:
             continue
         values, unit = [x.value for x in numbers], numbers[-1].note or numbers[0].note
-        if sign != ":" or 0 in values or _CLOCK.fullmatch(text):
+        if sign != ":" or 0 in values:
             return Parsed("text", sign.join(map(str, values)), text, unit)
         if len(values) == 2:
             return Parsed("number", values[0] / values[1], text)
         items = tuple(Parsed("number", value / values[0], text) for value in values)
         return Parsed("tuple", items, text, ":")
     return None
-
-
-def _has_words(text: str) -> bool:
-    return bool(re.search(r"[^\W\d_]{3,}", _COMMAND.sub(" ", text)))
 
 
 def _plain(text: str) -> str:
@@ -482,19 +469,16 @@ def _relation(text: str, depth: int) -> Parsed | None:
 
 def _inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Parsed | None:
     """An inequality for one variable is a named interval. Another one is a formula."""
-    if len(sides) > 3:
-        return Parsed("text", text, text)
     if signs[0] in (">", r"\geq"):  # read it from the small side
-        flipped = {">": "<", r"\geq": r"\leq"}
         sides = sides[::-1]
-        signs = [flipped.get(sign, "") for sign in reversed(signs)]
+        signs = [{">": "<", r"\geq": r"\leq"}.get(sign, "") for sign in reversed(signs)]
     if len(sides) == 2 and _VARIABLE.fullmatch(sides[0]):
         sides, signs = [r"-\infty", *sides], ["<", *signs]
     elif len(sides) == 2:
         sides, signs = [*sides, r"\infty"], [*signs, "<"]
     variables = [bool(_VARIABLE.fullmatch(side)) for side in sides]
     if variables != [False, True, False] or not set(signs) <= {"<", r"\leq"}:
-        return Parsed("formula", text, text)
+        return Parsed("text" if len(sides) > 3 else "formula", text, text)
     brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     interval = _collection("interval", sides[::2], text, depth, brackets)
     return Parsed("named", (interval,), text, sides[1]) if interval else None
@@ -508,7 +492,6 @@ def _name(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ 4. comparison
-
 _LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
 _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
     r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])(?![a-zA-Z0-9_']| ?[-+*/^=<>])"
@@ -610,11 +593,11 @@ class Comparison:
         if option := _option(text, choices=True):
             index, words = ord(option[0]) - ord("a"), parse(option[1])
             named = {i for i, x in enumerate(options) if x and x == words}
-            for i, x in enumerate(options):
-                if not named and x and x.kind == "text":  # B. red or blue
-                    named |= (
-                        {i} if re.search(rf"\b{re.escape(x.value)}\b", _plain(option[1])) else set()
-                    )
+            for i, x in enumerate(options if not named else ()):  # B. red or blue
+                if x and x.kind == "text":
+                    named |= {
+                        i for _ in re.finditer(rf"\b{re.escape(x.value)}\b", _plain(option[1]))
+                    }
             return index if index < len(options) and named <= {index} else None
         if (answer := parse(_yes_or_no(text) or "")) and answer in options:
             found = answer
@@ -648,10 +631,10 @@ class Comparison:
             return False
         if a.note != b.note and (a.note == "%" and x == 100 * y or b.note == "%" and y == 100 * x):
             return True
-        if self.precision is None:
+        if self.precision is None or x == y:
             return x == y
-        x_rounded, y_rounded = round(x, int(self.precision)), round(y, int(self.precision))
-        return x == y or x_rounded == y_rounded and bool(x_rounded or not x or not y)
+        rounded = {round(x, int(self.precision)), round(y, int(self.precision))}
+        return len(rounded) == 1 and (rounded != {0} or 0 in (x, y))  # of tiny numbers none
 
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
@@ -716,7 +699,11 @@ class Comparison:
         """False where math-verify would misread a formula: words, letters in another case."""
         for text in (a, b):
             no_command = _COMMAND.sub(" ", text)
-            if _MISREAD.search(text) or _has_words(text) or re.search("[a-zA-Z][0-9]", no_command):
+            if (
+                _MISREAD.search(text)
+                or _WORD.search(text)
+                or re.search("[a-zA-Z][0-9]", no_command)
+            ):
                 return False
         if _letters(a) != _letters(b) and _letters(a.lower()) == _letters(b.lower()):
             return False
@@ -726,24 +713,17 @@ class Comparison:
 
 
 # ----------------------------------------------------------------------------------------- 5. grade
-
-
 def grade(
-    prediction: str | None,
-    answer: str | Real | list[str],
-    choices: Sequence[str] | None = None,
-    precision: int | None = None,
+    prediction: str | None, answer: Gold, choices: Sequence[str] | None = None, precision=None
 ) -> bool:
     """Whether an extracted answer (None: nothing was found) equals the gold answer, in at most 2 s.
 
-    answer: a list of two or more holds alternatives, each of which is right. choices: the options
-    in order; A stands for the first, and either may be the gold. precision: decimals to which the
-    data set states its numbers. ValueError, whatever the prediction, where the gold answer cannot
-    be parsed: grade(None, answer) checks it alone.
+    choices: the options in order; A stands for the first, and either may be the gold. precision:
+    decimals (int) to which the data set states its numbers. ValueError, whatever the prediction,
+    where the gold answer cannot be parsed: grade(None, answer) checks it alone.
     """
     if isinstance(answer, list) and len(answer) > 1:
-        verdicts = [grade(prediction, alternative, choices, precision) for alternative in answer]
-        return any(verdicts)
+        return any([grade(prediction, gold, choices, precision) for gold in answer])
     kind = type(answer).__name__
     if isinstance(answer, Real | Decimal) and not isinstance(answer, bool):
         try:
@@ -756,7 +736,7 @@ def grade(
     if prediction is None:
         return False
     found = prediction.strip()
-    if _BOX.search(_glm_box(found)) or found.startswith("<"):  # a whole completion
+    if _BOX.search(found) or found.startswith("<"):  # a whole completion
         found = extract_answer(found) or ("" if _TAG.match(found) else found)
     if len(found) > MAX_CHARS:
         return False
@@ -790,7 +770,6 @@ def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: in
 
 
 # -------------------------------------------------------------- 6. algebra, in a process of its own
-
 CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
 _WARM_UP = [
     (r"2\sqrt{3}", r"\sqrt{12}"), ("(x+1)^2", "x^2+2x+1"), ("2x>6", "x>3"), (r"\log_2 8", "3"),
@@ -808,22 +787,19 @@ if "--answer-questions" in sys.argv:  # only the worker needs these, and they ta
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     """Whether two LaTeX formulas are the same. Unbounded in time. Only for the worker."""
     x, y = _expression(a), _expression(b)
-    letters, relation = x.free_symbols | y.free_symbols, sympy.core.relational.Relational
+    relation, condition = sympy.core.relational.Relational, sympy.logic.boolalg.Boolean
     if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
-        if x.rel_op == y.rel_op and x.free_symbols == y.free_symbols:
-            equation = x.rel_op in ("==", "!=")
-            sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
-            sides = [sympy.numer(z) if equation else z for z in sides]
-            ratio = sympy.simplify(sides[0] / sides[1])
-            if ratio.is_number and ratio != 0 and (equation or ratio > 0):
-                return True
-    if len(letters) == 1 and not x.has(sympy.Eq) and not y.has(sympy.Eq):
-        x, y = (z.as_set() if isinstance(z, sympy.logic.boolalg.Boolean) else z for z in (x, y))
+        equation = x.rel_op in ("==", "!=")
+        sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
+        sides = [sympy.numer(z) if equation else z for z in sides]
+        ratio = sympy.simplify(sides[0] / sides[1])
+        if x.rel_op == y.rel_op and ratio.is_number and (ratio > 0 or equation and ratio != 0):
+            return x.free_symbols == y.free_symbols
+    if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
+        x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
         return x.symmetric_difference(y).is_empty is True
-    if isinstance(x, sympy.MatrixBase) and isinstance(y, sympy.MatrixBase):
-        return x.shape == y.shape and all(map(_same_value, x.flat(), y.flat()))
     return isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and _same_value(x, y, precision)
 
 
@@ -847,10 +823,7 @@ def _expression(text: str):
 
 
 def _same_value(x, y, precision: int | None = None) -> bool:
-    """Whether two expressions are equal wherever both are real: at a few points, to all digits.
-
-    A point counts where the argument of each root and logarithm is positive.
-    """
+    """Whether two expressions are equal at points where all arguments of roots are positive."""
     letters, difference, equal = sorted(x.free_symbols | y.free_symbols, key=str), x - y, []
     inside = [p.base for p in difference.atoms(sympy.Pow) if not p.exp.is_integer]
     inside += [log.args[0] for log in difference.atoms(sympy.log)]
@@ -875,14 +848,11 @@ def _same_number(x, y, precision: int | None) -> bool | None:
         return x == y
     if not (x.is_number and y.is_number) or x.is_infinite or y.is_infinite:
         return None
-    digits = 50
-    for part in sympy.Tuple(x, y).atoms(sympy.Rational, sympy.Pow, sympy.Function):
-        if part.is_Rational:
-            digits += 2 * len(f"{part.p}{part.q}")
-        elif part.is_Pow:
-            digits += 2 * abs(int(sympy.log(abs(part.evalf(5)), 10).evalf(5)))
-        elif not isinstance(part, sympy.log):  # 1 - tanh(99) is about e^-198
-            digits += sum(2 * int(abs(argument.evalf(5))) for argument in part.args)
+    numbers = sympy.Tuple(x, y)
+    size = [len(f"{part.p}{part.q}") for part in numbers.atoms(sympy.Rational)]
+    for part in numbers.atoms(sympy.Pow, sympy.Function) - numbers.atoms(sympy.log):
+        size.append(abs(part.args[-1].evalf(5)))  # e^-99, 1 - tanh(99)
+    digits = 50 + 2 * int(sum(size))
     if digits > 4000:
         return False
     x, y = (z.evalf(digits, maxn=4 * digits) for z in (x, y))
@@ -964,34 +934,26 @@ os.register_at_fork(after_in_child=lambda: _worker.__init__())  # its pipes are 
 
 
 # --------------------------------------------------------------------------------------- 7. rewards
-
 Rewards = Mapping[str, tuple[Callable[..., list[float]], float]]  # {name: (function, weight)}
 
 
 def accuracy_reward(
-    completions: list[Completion],
-    answer: list[str | Real | list[str]],
-    choices: list[Sequence[str] | None] | None = None,
-    precision: list[int | None] | None = None,
-    truncated: list[bool] | None = None,
-    prose: bool = False,
-    **columns,
-) -> list[float]:
+    completions: list[Completion], answer: list[Gold], choices: list[Sequence[str] | None] = None,
+    precision: list[int | None] = None, truncated: list[bool] = None, prose=False, **columns
+) -> list[float]:  # fmt: skip
     """1 where the answer equals the gold answer (`grade`), else 0.   N -> N
 
     truncated: completions that were cut off, which earn nothing. prose: also unboxed answers.
     """
-    N = len(completions)
-    choices, precision = choices or [None] * N, precision or [None] * N
-    given = {"answer": answer, "choices": choices, "precision": precision}
-    given["truncated"] = truncated = truncated or [False] * N
-    for name, column in ({"completions": completions} | given).items():
+    N, scores = len(completions), []
+    columns = {"completions": completions, "answer": answer, "choices": choices or [None] * N}
+    columns |= {"precision": precision or [None] * N, "truncated": truncated or [False] * N}
+    for name, column in columns.items():
         if isinstance(column, str) or len(column) != N:
             raise ValueError(f"{name} needs one for each of {N} completions, got {column!r:.80}")
-    scores = []
-    for i, completion in enumerate(completions):
-        found = None if truncated[i] else extract_answer(_text(completion), prose)
-        scores.append(float(grade(found, answer[i], choices[i], precision[i])))
+    for completion, *how, cut in zip(*columns.values(), strict=True):
+        found = None if cut else extract_answer(_text(completion), prose)
+        scores.append(float(grade(found, *how)))
     return scores
 
 
@@ -1002,7 +964,7 @@ def format_reward(completions: list[Completion], **columns) -> list[float]:
     """
     scores = []
     for completion in completions:
-        text = _glm_box(_text(completion)).strip()
+        text = _text(completion).strip()
         tags, tail = "".join(_TAG.findall(text)), text.rpartition("</think>")[2]
         start, end = _last_box(tail)
         boxed = tags == "<think></think>" and len(_BOX.findall(tail)) == 1
@@ -1040,8 +1002,7 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
     """["accuracy:0.9", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
 
     The buffer of length_penalty is a quarter of max_new_tokens (ours). The weight of a function is
-    1 if left out. ValueError for an empty list, a name twice, an unknown name, file or function,
-    and a weight that is no finite number.
+    1 if left out. ValueError for an entry that cannot be read, a name twice, and an empty list.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
@@ -1062,20 +1023,13 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
             raise ValueError(f"reward {spec!r}: the weight {weight!r} is no finite number")
         if name in rewards or name == "reward" or path and name in built_in:  # reward: the sum
             raise ValueError(f"reward {spec!r}: there is a reward called {name} already")
-        function = _load_function(path, name) if path else built_in[name]
+        function = runpy.run_path(path).get(name) if path else built_in[name]
         if not callable(function):
             raise ValueError(f"reward {spec!r}: {path} has no function {name!r}")
         rewards[name] = function, number
     if not rewards:
         raise ValueError("no reward is given; the default is accuracy:0.9 format:0.1")
     return rewards
-
-
-def _load_function(path: str, name: str):  # errors inside of the file are the user's to see
-    spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name, None)
 
 
 def total_reward(
@@ -1100,7 +1054,7 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
     """The values of one reward. An error says which completion it comes from."""
     N = len(completions)
     try:
-        values = list(function(completions, **columns))
+        values = list(function(completions=completions, **columns))
         if len(values) != N:
             raise ValueError(f"it returned {len(values)} values for {N} completions")
         for value in values:
