@@ -6,15 +6,14 @@ tags format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of read
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
     numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1 234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3
               = 5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
-    no sums   18-24 (18 to 24), 3 \times 2 (3 by 2), 3:45, 10.0.0.1, A-C-B are equal as written.
+    no sums   18-24 (18 to 24), 3 \times 2 (3 by 2), 3:45, 10.0.0.1 and A-C-B equal only themselves.
     units     may be missing on one side. Two different units differ. Nothing is converted.
-    names     may be missing on one side (x = 3, x \in S). Two different names differ, but y and
-              f(x). An expression (x + y = 3) is no name.
+    names     may be missing on one side (x = 3, x \in S). Two names differ, but y and f(x).
     choices   a letter in any usual wrapper (B, (B), B. red, option B), or the text of the option.
     lists     numbers and sets in any order, words, tuples, intervals in order. x>3 = (3, \infty).
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
-    the rest  by algebra: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n} (wherever both are real).
-A miss costs less than a false reward: a doubtful answer is wrong.
+    the rest  by algebra where both are real: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n}.
+A doubtful answer is wrong: a miss costs less than a false reward.
 
 Model text is never executed. The rules take linear time. Formulas are compared in a process of its
 own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade
@@ -35,7 +34,6 @@ import importlib.util
 import json
 import math
 import os
-import random
 import re
 import resource
 import runpy
@@ -60,9 +58,7 @@ MAX_CHARS = 512  # a longer answer is wrong; below Python's lowest limit on the 
 _BOX = re.compile(r"\\\\?(?:boxed|fbox)\s*\{|<\|begin_of_box\|>")  # or \\boxed; GLM's box
 _BRACE = re.compile(r"\\.|[{}]|<\|end_of_box\|>", re.DOTALL)  # \{ and \} are characters
 _TAG = re.compile(r"</?(?:think|answer)>")
-_PHRASE = re.compile(
-    r"\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*(?=[^\s*])", re.I
-)
+_PHRASE = re.compile(r"(?i)\banswer(?: is(?: choice| option)?\b|(?=\s*[:=]))(?:\s*[:=])?[\s*]*")
 _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]?(?:\s|$)))")
 
 
@@ -124,13 +120,12 @@ _SYNONYMS = _by_spelling({
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
     r"\neg ": r"¬ \lnot", r"\to ": r"→ \rightarrow", r"\forall ": "∀", r"\angle ": "∠",
     r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ” 「 」", "'": "‘ ’", "%": r"\%",
-    "°": r"\degree", ",": "、", ".": "。", "[": "【", "]": "】",
+    "°": r"\degree", ",": r"、 {,} {\,}", ".": "。", "[": "【", "]": "】",
     " ": "\u00a0 ~ " + r"\quad \qquad \, \; \: \( \) \[ \]",
     "": r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
 })  # fmt: skip
 _SYNONYM = re.compile(  # the longest first; a command ends where its letters do
-    "|".join(re.escape(x) + r"(?<![a-zA-Z](?=[a-zA-Z]))" for x in sorted(_SYNONYMS, key=len)[::-1])
-)
+    "|".join(re.escape(x) + r"(?<![a-zA-Z](?=[a-zA-Z]))" for x in sorted(_SYNONYMS, key=len)[::-1]))  # fmt: skip
 _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a LaTeX command
     (r"\\[bB]igg?[lr]?@|\\(?:text)?color\{[a-z]+\}", ""),
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)", "°"),
@@ -151,16 +146,14 @@ _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a
 _REWRITES = [(re.compile(old.replace("@", "(?![a-zA-Z])")), new) for old, new in _REWRITES]
 _WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|operatorname|bm|underline)\s*"
-    r"\{((?:[^{}]|\{[^{}]*\})*)\}"
-)
+    r"\{((?:[^{}]|\{[^{}]*\})*)\}")  # fmt: skip
 _GROUPS = re.compile(r"(?<![\w.,/])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])")  # 2 500
 _PARENTHESES = re.compile(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)")  # e^(x+1) is e^{x+1}
 _LEAD = re.compile(
     r"(?i)(?:最终)?答案(?:是|为)?:? ?"
     r"|(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
     r"(?:answer|choice|option)(?: is|:|=)+:? ?|= ?|\\approx ?|\\therefore ?"
-    r"|(?:approximately|about) (?=[0-9])"
-)
+    r"|(?:approximately|about) (?=[0-9])")  # fmt: skip
 
 
 def _nfkc(match: re.Match) -> str:
@@ -179,7 +172,6 @@ def _normalise(text: str) -> str:
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
     text = text.replace("\\\\", "\\").replace("\\ ", " ")  # elsewhere a model escapes its backslash
-    text = re.sub(r"\{,\}|\{\\,\}", ",", text)  # 4{,}321
     text = _SYNONYM.sub(lambda spelling: _SYNONYMS[spelling[0]], text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -219,8 +211,7 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
 # --------------------------------------------------------------------------------------- 3. parsing
 _DIGITS = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?"
-)
+    r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?")  # fmt: skip
 _FRACTION = re.compile(rf"\\frac\{{([+-]?{_DIGITS})\}}\{{([+-]?{_DIGITS})\}}")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?P<money>(?:[$€£¥] ?)?)(?:"
@@ -228,8 +219,7 @@ _NUMBER = re.compile(
     r"|(?P<fixed>[0-9]*\.[0-9]*)\\(?:overline|bar){(?P<repeated>[0-9]+)}"  # 0.1\overline{6}
     rf"|(?P<decimal>{_DIGITS})"
     r"(?: ?(?:\\times|\\cdot|\*|x) ?10\^\{?(?P<power>[+-]?[0-9]{1,3})(?![0-9])\}?)?)"
-    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion)\b)?"
-)
+    r"(?: ?(?P<scale>hundred|thousand|million|billion|trillion)\b)?")  # fmt: skip
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _UNITS = _by_spelling({
     "cm": "centimeter centimetre", "mm": "millimeter millimetre", "km": "kilometer kilometre",
@@ -251,8 +241,7 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
     "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
     "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*"
-    "|千(?![克米瓦]).*"
-)
+    "|千(?![克米瓦]).*")  # fmt: skip
 
 _CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
@@ -261,8 +250,7 @@ _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); n
     r"|sum|prod|int|lim|[lr]floor|[lr]ceil|not|pm)(?![a-z])|!|\bnot?\b|n't|\b(?:than|plus|minus|times"
     r"|divided)\b)|(?:[a-z]{2}|abcd?|xyz|pqr|\|[a-z]\|)$)"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
-    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)"
-)
+    r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)")  # fmt: skip
 _SPANS = [  # (normal form, what stands between numbers that are not calculated with)
     (":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),
     ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b"),
@@ -271,8 +259,7 @@ _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra wou
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
     r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
     r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
-    r"|^0[0-9]+-|-0[0-9]"
-)
+    r"|^0[0-9]+-|-0[0-9]")  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
@@ -292,8 +279,9 @@ class Parsed:
 def _unit(text: str) -> str | None:
     """Normal form of the unit after a number (apples, square cm). None where it is not a unit."""
     text = re.sub(r"[{}]", "", text.replace(r"\cdot", " ").lower())
-    text = re.sub(r"\b(?:square|sq) ([^\W\d_]+)", r"\1^2", text)
-    text = re.sub(r"\b(?:cubic|cu) ([^\W\d_]+)", r"\1^3", text)
+    text = re.sub(
+        r"\b(?:sq|(cu))(?:are|bic)? ([^\W\d_]+)", lambda x: f"{x[2]}^{3 if x[1] else 2}", text
+    )
     words = re.findall(r"([^\W\d_]+|[^\s.])(\^-?[1-3])?", text)
     unit, unknown = [], 0
     for word, power in words:
@@ -494,24 +482,20 @@ def _name(text: str) -> str:
 # ------------------------------------------------------------------------------------ 4. comparison
 _LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
 _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
-    r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])(?![a-zA-Z0-9_']| ?[-+*/^=<>])"
-)
+    r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
     r"|[选项是为择]\W*\0|\0项|^\W*\0, ?(?:\w{3}|[^ -~])"
-    r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)"
-)
+    r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
 _NOT = re.compile(
     r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
-    r"|maybe|if|than|other)\b|n't|[不错非]"
-)
+    r"|maybe|if|than|other)\b|n't|[不错非]")  # fmt: skip
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
-)
+    r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
-    r"|\b(?:maybe|mean|unless|false|true|wrong)\b"
-)
+    r"|\b(?:maybe|mean|unless|false|true|wrong)\b")  # fmt: skip
 
 
 def _letters(text: str) -> list[str]:
@@ -523,10 +507,7 @@ class NeedsAlgebra(Exception):
 
 
 def _option(text: str, choices: bool = False) -> tuple[str, str] | None:
-    """(letter, the words after it) of an answer that names one option: B, (B), option B: red.
-
-    Without choices, a letter with an expression behind it is a formula: (n)(n-1), x - 3.
-    """
+    """(letter, the words after it) of an answer that names one option: B, (B), option B: red."""
     text = re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text.replace("**", ""))  # B (red)
     behind = "" if choices else r"(?=(?:an? |the )?[^\W\d_]{3})"
     text = _normalise(re.sub(rf"^(\W*[A-Z]\W*) +[-–—] +{behind}", r"\1: ", text))
@@ -678,15 +659,12 @@ class Comparison:
         return True
 
     def same_formula(self, a: Parsed, b: Parsed) -> bool:
-        other = a if b.kind == "formula" else b
-        units = {a.note, b.note} - {""}
+        other, units = a if b.kind == "formula" else b, {a.note, b.note} - {""}
         glued = [re.sub(r"(?<=[_^])\{(\w)\}", r"\1", x.raw) for x in (a, b)]
         spaces = r"(?<=[0-9]) (?=[A-Za-z\\])|(?<=[a-z}]) (?=[0-9\\({])"
         if re.sub(spaces, "", glued[0]) == re.sub(spaces, "", glued[1]) and not units:
             return other.kind in ("text", "formula")  # 5 m and 5m
-        if "formula" not in (a.kind, b.kind) or other.kind == "list":
-            return False
-        if len(units) > 1 or "%" in units:
+        if "formula" not in (a.kind, b.kind) or len(units) > 1 or "%" in units:
             return False
         if other.kind in ("text", "choice"):  # xy = x \cdot y, e = \exp(1), x = 2x/2
             letters = set(other.raw) <= set(a.raw) & set(b.raw)
@@ -697,14 +675,8 @@ class Comparison:
 
     def same_by_algebra(self, a: str, b: str) -> bool:
         """False where math-verify would misread a formula: words, letters in another case."""
-        for text in (a, b):
-            no_command = _COMMAND.sub(" ", text)
-            if (
-                _MISREAD.search(text)
-                or _WORD.search(text)
-                or re.search("[a-zA-Z][0-9]", no_command)
-            ):
-                return False
+        if any(_MISREAD.search(text) or _WORD.search(text) for text in (a, b)):
+            return False
         if _letters(a) != _letters(b) and _letters(a.lower()) == _letters(b.lower()):
             return False
         if self.algebra is None:
@@ -771,11 +743,8 @@ def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: in
 
 # -------------------------------------------------------------- 6. algebra, in a process of its own
 CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
-_WARM_UP = [
-    (r"2\sqrt{3}", r"\sqrt{12}"), ("(x+1)^2", "x^2+2x+1"), ("2x>6", "x>3"), (r"\log_2 8", "3"),
-    (r"\frac{a+b}{c}", r"\frac{a}{c}+\frac{b}{c}"), (r"e^{x+1}", r"e\cdot e^x"),
-    (r"\sin^2 x+\cos^2 x", "1"), ("y=2x+1", "2x-y+1=0"),
-]  # fmt: skip
+_WARM_UP = [(r"2\sqrt{3}", r"\sqrt{12}"), ("2x>6", "x>3"), (r"\frac{a+b}{c}", r"\frac{a}{c}"),
+            (r"e^{x+1}", r"\sin^2 x"), ("y=2x+1", "2x-y+1=0"), ("|x|", r"\log_2 8")]  # fmt: skip
 
 
 if "--answer-questions" in sys.argv:  # only the worker needs these, and they take a second
@@ -806,11 +775,8 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
 def _expression(text: str):
     """LaTeX as math-verify reads it, evaluated. Decimals become fractions, none of them floats."""
     text = re.sub(r"([0-9.]+)°", r"(\\frac{\1\\pi}{180})", text)
-    for decimal in set(re.findall(r"[0-9]*\.[0-9]+", text)):
-        top, bottom = Fraction(decimal).as_integer_ratio()
-        text = re.sub(
-            rf"(?<![0-9.]){re.escape(decimal)}(?![0-9])", rf"(\\frac{{{top}}}{{{bottom}}})", text
-        )
+    exact = lambda x: rf"(\frac{{{x[1]}{x[2]}}}{{1{'0' * len(x[2])}}})"  # noqa: E731
+    text = re.sub(r"([0-9]*)\.([0-9]+)", exact, text)
     plain = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
     config = [math_verify.LatexExtractionConfig(normalization_config=plain)]
     found = math_verify.parse(f"${text}$", config, parsing_timeout=None)[0]
@@ -828,11 +794,13 @@ def _same_value(x, y, precision: int | None = None) -> bool:
     inside = [p.base for p in difference.atoms(sympy.Pow) if not p.exp.is_integer]
     inside += [log.args[0] for log in difference.atoms(sympy.log)]
     kinks = (sympy.Abs, sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.sign)
-    draw = random.Random(0)
     for i in range(24 if letters else 1):
-        signs = (-1, 1) if i % 2 else (1,)  # most letters stand for lengths
-        size = [sympy.Rational(draw.randint(1, 60), draw.choice((7, 11, 13))) for _ in letters]
-        point = {letter: draw.choice(signs) * size.pop() for letter in letters}
+        point = {}
+        for j, letter in enumerate(letters, 1):  # most letters stand for lengths
+            sign = -1 if i % 2 and (i >> j) % 2 else 1
+            point[letter] = sympy.Rational(
+                sign * ((37 * i + 23 * j) % 60 + 1), (7, 11, 13)[i * j % 3]
+            )
         if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
             numbers = [z.subs(point) for z in (x, y)]
             equal.append(_same_number(*numbers, None if letters else precision))
@@ -874,11 +842,11 @@ def _answer_questions() -> None:
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # kills it inside of a multiplication
             signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-            equal = False
             try:
                 equal = Comparison(precision, _sympy_equal).right(prediction, gold, choices)
-            finally:  # without the time that an interpreter takes to end
                 os._exit(77 if equal else 0)  # a code that nothing else exits with
+            finally:  # what math-verify cannot read
+                os._exit(0)
         _, status = os.waitpid(child, 0)
         print(int(os.waitstatus_to_exitcode(status) == 77), flush=True)
 
@@ -958,10 +926,7 @@ def accuracy_reward(
 
 
 def format_reward(completions: list[Completion], **columns) -> list[float]:
-    r"""1 for <think>...</think> and then words with one \boxed{...}, or one <answer>...</answer>.
-
-    Else 0: a tag twice or in another place, an empty answer, box and tags both.   N -> N
-    """
+    r"""1 for <think>...</think> and then words with one \boxed{...}, or one <answer>...</answer>."""
     scores = []
     for completion in completions:
         text = _text(completion).strip()
@@ -999,10 +964,9 @@ REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  
 
 
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
-    """["accuracy:0.9", "my.py:function:0.5"] -> {name: (function, weight)}, in order.
+    """["accuracy:0.9", "my.py:function"] -> {name: (function, weight)}, in order.
 
-    The buffer of length_penalty is a quarter of max_new_tokens (ours). The weight of a function is
-    1 if left out. ValueError for an entry that cannot be read, a name twice, and an empty list.
+    The buffer of length_penalty is a quarter of max_new_tokens (ours). ValueError for a bad entry.
     """
     penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
@@ -1037,8 +1001,7 @@ def total_reward(
 ) -> dict[str, list[float]]:
     """reward_i = sum_k w_k r_k,i, with each r_k under its own name.   N, N -> {name: N}
 
-    RuntimeError where a reward raises or returns anything but N finite numbers. It names the
-    reward, the completion and, with a column `row`, its row of the data set.
+    RuntimeError, with the place, where a reward raises or returns anything but N finite numbers.
     """
     if isinstance(completions, str) or isinstance(answer, str):
         raise ValueError(f"completions and answer are lists of equal length, got {answer!r:.80}")
@@ -1062,10 +1025,10 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
                 raise ValueError(f"it returned {value!r:.80}, which is no finite number")
         return [float(value) for value in values]
     except Exception as error:  # re-raised, with its place
-        row = f"row {columns['row'][0]}, " if "row" in columns else ""
-        place = f"{row}completion {completions[0]!r:.200}" if N == 1 else "the whole batch"
         for i in range(N if N > 1 else 0):  # one of them alone may raise
             _checked(name, function, [completions[i]], {k: [v[i]] for k, v in columns.items()})
+        row = f"row {columns['row'][0]}, " if "row" in columns else ""
+        place = f"{row}completion {completions[0]!r:.200}" if N == 1 else "the whole batch"
         cause = f"{type(error).__name__}: {error}"
         raise RuntimeError(f"the reward {name!r} failed on {place}: {cause}") from error
 
