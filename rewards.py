@@ -76,7 +76,7 @@ def _last_prose(text: str) -> str | None:
     """The rest of the sentence after the last "answer is", else the one lone capital."""
     if phrases := list(_PHRASE.finditer(text)):
         sentence = re.match(r"(?:[^.\n]|\.(?=\S))*", text[phrases[-1].end() :])[0]
-        return sentence.strip().strip("*").strip()
+        return sentence.strip().strip("*").strip() or None
     letters = set(_LONE_LETTER.findall(text)) - {"I"}
     if re.search(r"\bA (?!or\b|and\b)[a-z]", text):  # an article
         letters.discard("A")
@@ -156,18 +156,16 @@ _LEAD = re.compile(
     r"|(?:approximately|about) (?=[0-9])")  # fmt: skip
 
 
-def _nfkc(match: re.Match) -> str:
-    return unicodedata.normalize("NFKC", match[0])
-
-
 def _normalise(text: str) -> str:
     r"""The answer without what changes only its look. A removed command leaves a space."""
     if text.isascii() and (text.isdigit() or len(text) == 1 and text.isalpha()):  # most answers
         return text
     text = unicodedata.normalize("NFC", re.sub(r"(?<!\\)\\\s*$", "", text))
-    text = re.sub("[！-～￠-￦　]+", _nfkc, text)  # full-width forms
-    text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{_nfkc(m)}}}", text)
-    text = re.sub("[₀-₉]+", lambda m: f"_{{{_nfkc(m)}}}", text)
+    text = re.sub(
+        "[！-～￠-￦　]", lambda m: unicodedata.normalize("NFKC", m[0]), text
+    )  # full-width
+    text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = re.sub("[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = re.sub(r"(?<=[0-9°%]) ?[~〜] ?(?=[0-9])", "-", text)  # a range; in TeX ~ is a space
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
@@ -261,6 +259,7 @@ _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra wou
     r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
     r"|^0[0-9]+-|-0[0-9]")  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
+_LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")  # not of a command
 _WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
 _RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
 _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
@@ -318,7 +317,7 @@ def _number(text: str) -> Parsed | None:
     if part["whole"] and not 0 < value < 1:  # 2\frac{3}{2} is a product
         return None
     value = (value + int(part["whole"] or 0)) * Fraction(10) ** power
-    value = -value if part["sign"] == "-" else value
+    value *= -1 if part["sign"] == "-" else 1
     return Parsed("number", value, text, part["money"].strip() or unit)
 
 
@@ -433,30 +432,14 @@ def _brackets(text: str, depth: int) -> Parsed | None:
 
 
 def _relation(text: str, depth: int) -> Parsed | None:
-    r"""name = value (= value), x \in S: "named". (x,y) = (1,2): a tuple of them. Else a formula."""
+    r"""name = value (= value), x \in S, 1 < x < 2: "named". (x,y) = (1,2): a tuple of these."""
     if re.fullmatch(r"[A-Z]'?\(.*,.*\)", text):  # the point A(2,3)
         text = text.replace("(", "=(", 1)
     sides, signs = _split(text, r"\\(?:leq|geq|neq|in|approx)(?![a-zA-Z])|[=<>]")
     if not signs or not all(sides):
         return None
-    if not set(signs) <= {"=", r"\in", r"\approx"}:
-        return _inequality(text, sides, signs, depth)
-    if not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[-1]):
-        sides.reverse()
-    named = bool(_NAME.fullmatch(sides[0]))
-    if not named and _letters(_COMMAND.sub("", sides[0])):
-        return Parsed("formula", text, text)
-    values = _collection("named", sides[named:], text, depth, _name(sides[0]) if named else "")
-    names, last = sides[0].strip("()").split(","), values and values.value[-1]
-    if not last or last.note != "()" or not 1 < len(names) == len(last.value):
-        return values
-    pairs = zip(names, last.value, strict=True)
-    items = tuple(Parsed("named", (value,), text, _name(name)) for name, value in pairs)
-    return Parsed("tuple", items, text, "()")
-
-
-def _inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Parsed | None:
-    """An inequality for one variable is a named interval. Another one is a formula."""
+    if set(signs) <= {"=", r"\in", r"\approx"}:
+        return _equation(text, sides, depth)
     if signs[0] in (">", r"\geq"):  # read it from the small side
         sides = sides[::-1]
         signs = [{">": "<", r"\geq": r"\leq"}.get(sign, "") for sign in reversed(signs)]
@@ -470,6 +453,21 @@ def _inequality(text: str, sides: list[str], signs: list[str], depth: int) -> Pa
     brackets = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
     interval = _collection("interval", sides[::2], text, depth, brackets)
     return Parsed("named", (interval,), text, sides[1]) if interval else None
+
+
+def _equation(text: str, sides: list[str], depth: int) -> Parsed | None:
+    if not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[-1]):
+        sides.reverse()
+    named = bool(_NAME.fullmatch(sides[0]))
+    if not named and _LETTER.search(sides[0]):
+        return Parsed("formula", text, text)
+    values = _collection("named", sides[named:], text, depth, _name(sides[0]) if named else "")
+    names, last = sides[0].strip("()").split(","), values and values.value[-1]
+    if not last or last.note != "()" or not 1 < len(names) == len(last.value):
+        return values
+    pairs = zip(names, last.value, strict=True)
+    items = tuple(Parsed("named", (value,), text, _name(name)) for name, value in pairs)
+    return Parsed("tuple", items, text, "()")
 
 
 def _name(text: str) -> str:
@@ -496,10 +494,6 @@ _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where 
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
     r"|\b(?:maybe|mean|unless|false|true|wrong)\b")  # fmt: skip
-
-
-def _letters(text: str) -> list[str]:
-    return sorted(re.findall("[a-zA-Z]", text))
 
 
 class NeedsAlgebra(Exception):
@@ -623,7 +617,7 @@ class Comparison:
         if equation or a.value[-1].kind == "interval" and b.kind == "union":
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
-            steps = [value for value in a.value[:-1] if not _letters(_COMMAND.sub("", value.raw))]
+            steps = [value for value in a.value[:-1] if not _LETTER.search(value.raw)]
             steps = [replace(x, kind="formula") if x.kind == "text" else x for x in steps]
             return all(self.same(value, b) for value in [*steps, a.value[-1]])
         graph = "y" in (a.note, b.note) and re.search(r"[a-z]\([a-z]\)", a.note + b.note)
@@ -677,7 +671,8 @@ class Comparison:
         """False where math-verify would misread a formula: words, letters in another case."""
         if any(_MISREAD.search(text) or _WORD.search(text) for text in (a, b)):
             return False
-        if _letters(a) != _letters(b) and _letters(a.lower()) == _letters(b.lower()):
+        x, y = (sorted(re.findall("[a-zA-Z]", text)) for text in (a, b))
+        if x != y and sorted("".join(x).lower()) == sorted("".join(y).lower()):
             return False
         if self.algebra is None:
             raise NeedsAlgebra
@@ -745,12 +740,6 @@ def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: in
 CPU_SECONDS, WALL_SECONDS, MEMORY = 0.5, 1.5, 2**30
 _WARM_UP = [(r"2\sqrt{3}", r"\sqrt{12}"), ("2x>6", "x>3"), (r"\frac{a+b}{c}", r"\frac{a}{c}"),
             (r"e^{x+1}", r"\sin^2 x"), ("y=2x+1", "2x-y+1=0"), ("|x|", r"\log_2 8")]  # fmt: skip
-
-
-if "--answer-questions" in sys.argv:  # only the worker needs these, and they take a second
-    import math_verify
-    import sympy
-    from latex2sympy2_extended import NormalizationConfig
 
 
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
@@ -833,6 +822,11 @@ def _same_number(x, y, precision: int | None) -> bool | None:
 
 def _answer_questions() -> None:
     """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
+    global math_verify, sympy, NormalizationConfig  # only the worker needs the second to load these
+    import math_verify
+    import sympy
+    from latex2sympy2_extended import NormalizationConfig
+
     for pair in _WARM_UP:  # fills the caches that the processes forked from now on start with
         _sympy_equal(*pair, None)
     print("ready", flush=True)
