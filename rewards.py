@@ -113,8 +113,8 @@ _SYNONYMS = _by_spelling({
     r"\leq ": r"≤ <= =< \le \leqslant", r"\geq ": r"≥ >= \ge \geqslant", "<": r"\lt", ">": r"\gt",
     r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
     r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", " 1/4": "¼",
-    r"\alpha ": "α", r"\beta ": "β", r"\theta ": "θ", r"\frac": r"\dfrac \tfrac \cfrac", " 1/2": "½",
-    " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
+    r"\alpha ": "α", r"\beta ": "β", r"\theta ": "θ", r"\frac": r"\dfrac \tfrac \cfrac",
+    " 1/2": "½", " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
     r"\subset ": "⊂", r"\setminus ": r"\backslash", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle",
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
@@ -124,8 +124,8 @@ _SYNONYMS = _by_spelling({
     " ": "\u00a0 ~ " + r"\quad \qquad \, \; \: \( \) \[ \]",
     "": r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
 })  # fmt: skip
-_SYNONYM = re.compile(  # the longest first; a command ends where its letters do
-    "|".join(re.escape(x) + r"(?<![a-zA-Z](?=[a-zA-Z]))" for x in sorted(_SYNONYMS, key=len)[::-1]))  # fmt: skip
+# the longest first; a command ends where its letters do
+_SYNONYM = "|".join(re.escape(x) + r"(?<![a-zA-Z](?=[a-zA-Z]))" for x in sorted(_SYNONYMS)[::-1])
 _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a LaTeX command
     (r"\\[bB]igg?[lr]?@|\\(?:text)?color\{[a-z]+\}", ""),
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)", "°"),
@@ -170,7 +170,7 @@ def _normalise(text: str) -> str:
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
     text = text.replace("\\\\", "\\").replace("\\ ", " ")  # elsewhere a model escapes its backslash
-    text = _SYNONYM.sub(lambda spelling: _SYNONYMS[spelling[0]], text)
+    text = re.sub(_SYNONYM, lambda spelling: _SYNONYMS[spelling[0]], text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     before = None
@@ -255,7 +255,7 @@ _SPANS = [  # (normal form, what stands between numbers that are not calculated 
 ]  # fmt: skip
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
-    r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}[A-Za-z]|(?:[0-9A-Z]+-){2,}[0-9A-Z]+)$"
+    r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}|(?:[0-9A-Z]+-){2,}[0-9A-Z]*)\w$"
     r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
     r"|^0[0-9]+-|-0[0-9]")  # fmt: skip
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -480,7 +480,8 @@ def _name(text: str) -> str:
 # ------------------------------------------------------------------------------------ 4. comparison
 _LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
 _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
-    r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
+    r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])"
+    r"(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
     r"|[选项是为择]\W*\0|\0项|^\W*\0, ?(?:\w{3}|[^ -~])"
@@ -547,12 +548,11 @@ class Comparison:
             return self.chosen(prediction, choices) == index
         if wanted.kind == "choice" or re.match(r"(?i:option |choice )|\(?[A-Z][).:]", gold):
             wanted_option = _option(gold)
-        if wanted_option:  # the gold is a letter, or "B. red"
-            letter, words = wanted_option
-            if option := _option(prediction):
-                same_words = not option[1] or not words or parse(option[1]) == parse(words)
-                return option[0] == letter and same_words
-            wanted = parse(words or gold)
+        letter, words = wanted_option or ("", "")  # the gold is a letter, or "B. red"
+        if letter and (option := _option(prediction)):
+            same_words = not option[1] or not words or parse(option[1]) == parse(words)
+            return option[0] == letter and same_words
+        wanted = parse(words) if words else wanted
         if found is None or wanted is None:
             return False
         if answer := _yes_or_no(gold):
@@ -654,10 +654,9 @@ class Comparison:
 
     def same_formula(self, a: Parsed, b: Parsed) -> bool:
         other, units = a if b.kind == "formula" else b, {a.note, b.note} - {""}
-        glued = [re.sub(r"(?<=[_^])\{(\w)\}", r"\1", x.raw) for x in (a, b)]
-        spaces = r"(?<=[0-9]) (?=[A-Za-z\\])|(?<=[a-z}]) (?=[0-9\\({])"
-        if re.sub(spaces, "", glued[0]) == re.sub(spaces, "", glued[1]) and not units:
-            return other.kind in ("text", "formula")  # 5 m and 5m
+        glued = {re.sub(r"(?<=[_^])\{(\w)\}|(?<![0-9]) | (?![0-9])", r"\1", x.raw) for x in (a, b)}
+        if len(glued) == 1 and not units:  # 5 m and 5m
+            return other.kind in ("text", "formula")
         if "formula" not in (a.kind, b.kind) or len(units) > 1 or "%" in units:
             return False
         if other.kind in ("text", "choice"):  # xy = x \cdot y, e = \exp(1), x = 2x/2
@@ -784,12 +783,9 @@ def _same_value(x, y, precision: int | None = None) -> bool:
     inside += [log.args[0] for log in difference.atoms(sympy.log)]
     kinks = (sympy.Abs, sympy.floor, sympy.ceiling, sympy.Max, sympy.Min, sympy.sign)
     for i in range(24 if letters else 1):
-        point = {}
-        for j, letter in enumerate(letters, 1):  # most letters stand for lengths
-            sign = -1 if i % 2 and (i >> j) % 2 else 1
-            point[letter] = sympy.Rational(
-                sign * ((37 * i + 23 * j) % 60 + 1), (7, 11, 13)[i * j % 3]
-            )
+        # odd numbers: every second point has only positive ones, as most letters stand for lengths
+        odd = [2 * ((37 * i + 23 * j) % 30) + 1 - 30 * (i % 2) for j in range(len(letters))]
+        point = {x: sympy.Rational(n, 7 + 4 * (i % 3)) for x, n in zip(letters, odd, strict=True)}
         if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
             numbers = [z.subs(point) for z in (x, y)]
             equal.append(_same_number(*numbers, None if letters else precision))
@@ -822,7 +818,7 @@ def _same_number(x, y, precision: int | None) -> bool | None:
 
 def _answer_questions() -> None:
     """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
-    global math_verify, sympy, NormalizationConfig  # only the worker needs the second to load these
+    global math_verify, sympy, NormalizationConfig  # only the worker takes the time to load these
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
@@ -908,14 +904,12 @@ def accuracy_reward(
     truncated: completions that were cut off, which earn nothing. prose: also unboxed answers.
     """
     N, scores = len(completions), []
-    columns = {"completions": completions, "answer": answer, "choices": choices or [None] * N}
-    columns |= {"precision": precision or [None] * N, "truncated": truncated or [False] * N}
-    for name, column in columns.items():
-        if isinstance(column, str) or len(column) != N:
-            raise ValueError(f"{name} needs one for each of {N} completions, got {column!r:.80}")
-    for completion, *how, cut in zip(*columns.values(), strict=True):
+    if isinstance(completions, str) or isinstance(answer, str) or len(answer) != N:
+        raise ValueError(f"answer needs one for each of {N} completions, got {answer!r:.80}")
+    how = (choices or [None] * N, precision or [None] * N, truncated or [False] * N)
+    for completion, gold, options, digits, cut in zip(completions, answer, *how, strict=True):
         found = None if cut else extract_answer(_text(completion), prose)
-        scores.append(float(grade(found, *how)))
+        scores.append(float(grade(found, gold, options, digits)))
     return scores
 
 
@@ -998,7 +992,7 @@ def total_reward(
     RuntimeError, with the place, where a reward raises or returns anything but N finite numbers.
     """
     if isinstance(completions, str) or isinstance(answer, str):
-        raise ValueError(f"completions and answer are lists of equal length, got {answer!r:.80}")
+        raise ValueError(f"completions and answer have to be lists, got {answer!r:.80}")
     columns = columns | {"answer": answer}
     scores, totals = {}, [0.0] * len(completions)
     for name, (function, weight) in rewards.items():
