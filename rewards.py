@@ -114,7 +114,8 @@ _SYNONYMS = _by_spelling({
     r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
     r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", " 1/4": "¼",
     r"\alpha ": "α", r"\beta ": "β", r"\theta ": "θ", r"\frac": r"\dfrac \tfrac \cfrac",
-    " 1/2": "½", " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
+    " 1/2": "½", " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩",
+    r"\emptyset ": r"∅ \varnothing",
     r"\subset ": "⊂", r"\setminus ": r"\backslash", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle",
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
@@ -478,13 +479,16 @@ def _name(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------ 4. comparison
-_LABEL = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because ))")
+_LABEL = re.compile(
+    r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because )"
+    r"|(?<=[A-Z]),(?= ?(?:an? |the )?(?:[A-Z]?[a-z]{2}|[^ -~])))"
+)
 _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
     r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])"
     r"(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
-    r"|[选项是为择]\W*\0|\0项|^\W*\0, ?(?:\w{3}|[^ -~])"
+    r"|[选项是为择]\W*\0|\0项"
     r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
 _NOT = re.compile(
     r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
@@ -501,9 +505,9 @@ class NeedsAlgebra(Exception):
     """The rules cannot decide a comparison."""
 
 
-def _option(text: str, choices: bool = False) -> tuple[str, str] | None:
+def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
     """(letter, the words after it) of an answer that names one option: B, (B), option B: red."""
-    text = re.sub(r"^(\W*[A-Z]) +\(", r"\1: (", text.replace("**", ""))  # B (red)
+    text = re.sub(r"^(\W*[A-J]\)?) +\(", r"\1: (", text.replace("**", ""))  # B (red)
     behind = "" if choices else r"(?=(?:an? |the )?[^\W\d_]{3})"
     text = _normalise(re.sub(rf"^(\W*[A-Z]\W*) +[-–—] +{behind}", r"\1: ", text))
     text = re.sub(r"(?i:^(?:option|choice|answer) ?(?=[A-Z(\[]))", "", text)
@@ -513,7 +517,9 @@ def _option(text: str, choices: bool = False) -> tuple[str, str] | None:
         product = r"[-+*/^_=<>!(|]" + r"|\\" * letter.islower()
         if label[1] and not choices and re.match(product, rest):
             return None
-        others, words = _CAPITAL.findall(rest), rest.strip(" -–:.")
+        others, words = _CAPITAL.findall(rest), rest.strip(" -–:.,")
+        if words in choices:
+            return letter.lower(), words
         if re.fullmatch(r"(?:\W*[a-z]\b)+\W*", words):  # B: a, c
             others += re.findall("[a-z]", words)
         return None if {x.lower() for x in others} - {letter.lower()} else (letter.lower(), words)
@@ -565,14 +571,12 @@ class Comparison:
         if normal[0] and normal[0] in normal[1:]:
             return normal.index(normal[0], 1) - 1
         options, found = [parse(choice) for choice in choices], parse(text)
-        if option := _option(text, choices=True):
+        if option := _option(text, choices):
             index, words = ord(option[0]) - ord("a"), parse(option[1])
             named = {i for i, x in enumerate(options) if x and x == words}
             for i, x in enumerate(options if not named else ()):  # B. red or blue
-                if x and x.kind == "text":
-                    named |= {
-                        i for _ in re.finditer(rf"\b{re.escape(x.value)}\b", _plain(option[1]))
-                    }
+                pattern = rf"\b{re.escape(x.value)}\b" if x and x.kind == "text" else "$."
+                named |= {i for _ in re.finditer(pattern, _plain(option[1]))}
             return index if index < len(options) and named <= {index} else None
         if (answer := parse(_yes_or_no(text) or "")) and answer in options:
             found = answer
@@ -624,7 +628,7 @@ class Comparison:
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
         formulas = any(value.kind in ("formula", "choice") for value in a.value + b.value)
-        if formulas and not ("(" in a.note and "(" in b.note):
+        if formulas and "(" not in a.note + b.note:
             return self.same_by_algebra(a.raw, b.raw)  # y = 2x and x = y/2
         return False
 
@@ -800,7 +804,7 @@ def _same_number(x, y, precision: int | None) -> bool | None:
     if x == y or x.is_Rational and y.is_Rational and precision is None:
         return x == y
     if not (x.is_number and y.is_number) or x.is_infinite or y.is_infinite:
-        return None
+        return False  # f(2)
     numbers = sympy.Tuple(x, y)
     size = [len(f"{part.p}{part.q}") for part in numbers.atoms(sympy.Rational)]
     for part in numbers.atoms(sympy.Pow, sympy.Function) - numbers.atoms(sympy.log):
@@ -812,13 +816,13 @@ def _same_number(x, y, precision: int | None) -> bool | None:
     if precision is not None and x.is_real and y.is_real:
         numbers = [Parsed("number", Fraction(str(z)), "") for z in (x, y)]
         return Comparison(precision).same_number(*numbers)
-    small = sympy.Rational(1, 10 ** (digits - 20))
-    return bool(abs(x - y) < small * abs(y)) if x and y else None
+    error, small = abs(x - y), sympy.Rational(1, 10 ** (digits - 20))
+    return bool(error < small * abs(y)) if x and y or error > small else None
 
 
 def _answer_questions() -> None:
     """The worker: for each input line, fork a process that compares two answers; print 1 or 0."""
-    global math_verify, sympy, NormalizationConfig  # only the worker takes the time to load these
+    global math_verify, sympy, NormalizationConfig  # only the worker has to load these
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
@@ -914,7 +918,7 @@ def accuracy_reward(
 
 
 def format_reward(completions: list[Completion], **columns) -> list[float]:
-    r"""1 for <think>...</think> and then words with one \boxed{...}, or one <answer>...</answer>."""
+    r"""1 for <think>...</think> and then words with one \boxed{...}, or <answer>...</answer>."""
     scores = []
     for completion in completions:
         text = _text(completion).strip()
