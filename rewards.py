@@ -96,7 +96,7 @@ def extract_answer(text: str, prose: bool = False) -> str | None:
     for part in (tail, thinking):
         before, tag, rest = part.rpartition("<answer>")
         start, end = _last_box(part)
-        if tag and start < len(before):
+        if tag and max(start, end) < len(before):
             start, end = len(before + tag), part.find("</answer>", len(before))
         if start >= 0:
             cut = end < 0 or tag and "</answer>" not in rest
@@ -279,9 +279,8 @@ class Parsed:
 def _unit(text: str) -> str | None:
     """Normal form of the unit after a number (apples, square cm). None where it is not a unit."""
     text = re.sub(r"[{}]", "", text.replace(r"\cdot", " ").lower())
-    text = re.sub(
-        r"\b(?:sq|(cu))(?:are|bic)? ([^\W\d_]+)", lambda x: f"{x[2]}^{3 if x[1] else 2}", text
-    )
+    power = lambda x: f"{x[2]}^{3 if x[1] else 2}"  # noqa: E731 - square cm, cu cm
+    text = re.sub(r"\b(?:sq(?:uare)?|(cu(?:bic)?)) ([^\W\d_]+)", power, text)
     words = re.findall(r"([^\W\d_]+|[^\s.])(\^-?[1-3])?", text)
     unit, unknown = [], 0
     for word, power in words:
@@ -459,10 +458,10 @@ def _relation(text: str, depth: int) -> Parsed | None:
 def _equation(text: str, sides: list[str], depth: int) -> Parsed | None:
     if not _NAME.fullmatch(sides[0]) and _NAME.fullmatch(sides[-1]):
         sides.reverse()
-    named = bool(_NAME.fullmatch(sides[0]))
-    if not named and _LETTER.search(sides[0]):
+    name = _name(sides[0]) if _NAME.fullmatch(sides[0]) else ""
+    if not name and _LETTER.search(sides[0]):
         return Parsed("formula", text, text)
-    values = _collection("named", sides[named:], text, depth, _name(sides[0]) if named else "")
+    values = _collection("named", sides[bool(name) :], text, depth, name)
     names, last = sides[0].strip("()").split(","), values and values.value[-1]
     if not last or last.note != "()" or not 1 < len(names) == len(last.value):
         return values
@@ -592,8 +591,8 @@ class Comparison:
         kinds = {a.kind, b.kind}
         if a.kind == "named":
             return self.same_named(a, b)
-        if kinds == {"text"}:
-            return a.value == b.value and not (a.note and b.note)
+        if kinds == {"text"} and a.value == b.value and not (a.note and b.note):
+            return True
         if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple"):
             if "empty" not in b.raw:
                 return self.same(a.value[0], b)
@@ -754,13 +753,15 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
         equation = x.rel_op in ("==", "!=")
         sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
         sides = [sympy.numer(z) if equation else z for z in sides]
-        ratio = sympy.simplify(sides[0] / sides[1])
-        if x.rel_op == y.rel_op and ratio.is_number and (ratio > 0 or equation and ratio != 0):
-            return x.free_symbols == y.free_symbols
+        point = {letter: sympy.Rational(9 + 2 * i, 5) for i, letter in enumerate(x.free_symbols)}
+        f, g = (z.subs(point) for z in sides)
+        if x.rel_op == y.rel_op and f != 0 and (equation or (f * g).is_positive):
+            if x.free_symbols == y.free_symbols and _same_value(sides[0] * g, sides[1] * f):
+                return True
     if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
-        return x.symmetric_difference(y).is_empty is True
+        return x == y or x.symmetric_difference(y).is_empty is True
     return isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and _same_value(x, y, precision)
 
 
