@@ -59,9 +59,9 @@ def pgd_ascent(
     eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
     random_start: begin at a uniform point of the eps ball, drawn from `generator`.
 
-    Raises ValueError for images outside [0, 1] or not floating, eps outside [0, 1], steps < 1;
-    RuntimeError if the objective does not depend on an image; FloatingPointError for a gradient
-    that is not finite. Warns if all gradients are exactly zero. No parameter's .grad is touched.
+    Raises ValueError for images outside [0, 1] or not float32 or float64, eps outside [0, 1],
+    steps < 1; RuntimeError in inference mode or if an image has no gradient; FloatingPointError if
+    one is not finite. Warns if all gradients are exactly zero. No parameter's .grad is touched.
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)
@@ -70,6 +70,8 @@ def pgd_ascent(
             "needs eps in [0, 1] (8/255, not 8), steps >= 1, step_size >= 0: got "
             f"{eps=}, {steps=}, {step_size=}"
         )
+    if torch.is_inference_mode_enabled():  # enable_grad() does not end it
+        raise RuntimeError("torch.inference_mode allows no gradient: use torch.no_grad instead")
     step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
 
     clean = [x.detach() for x in clean]
@@ -91,7 +93,8 @@ def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
     """d value / d image of each image, checked.   scalar, B images -> B gradients"""
     if not value.requires_grad:
         raise RuntimeError(
-            "the objective does not depend on the images: something before it detaches"
+            "the objective does not depend on the images: something before it detaches (detach, "
+            "torch.no_grad, torch.inference_mode)"
         )
     # autograd.grad, not backward(): the policy's .grad stays clean, no weight gradient is computed
     grads = torch.autograd.grad(value, images, allow_unused=True)
@@ -163,11 +166,13 @@ def uniform_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def check_images(images: list[Tensor]) -> None:
-    """Raise ValueError unless every image is floating point, finite and within [0, 1]."""
+    """Raise ValueError unless every image is a float32 or float64 tensor within [0, 1]."""
     for i, x in enumerate(images):
-        if not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        if kind not in (torch.float32, torch.float64):  # bfloat16 rounds by up to eps / 4
             raise ValueError(
-                f"image {i} is {x.dtype}: pass floats in [0, 1] (divide 8-bit images by 255)"
+                f"image {i} is {kind}: pass floats in [0, 1], torch.float32 (divide 8-bit images "
+                "by 255; cast to half precision inside the objective, which would leave the ball)"
             )
         if x.numel() == 0 or not (x.min() >= 0 and x.max() <= 1):
             raise ValueError(

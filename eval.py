@@ -1,19 +1,16 @@
 """Evaluate a checkpoint: greedy accuracy, pass@1, pass@k and token entropy, with 95% intervals.
 
-    accelerate launch eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
-    accelerate launch eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista \\
-        --max_new_tokens 2048 --batch 4 --output out/mathvista
+    python eval.py --model demo/mixed --splits plain/test shifted/test --output out/mixed
+    python eval.py --model Qwen/Qwen2.5-VL-3B-Instruct --preset mathvista --output out/mathvista
 
-Any folder or hub id of a supported vision-language model. Writes <output>.json (the numbers) and
-<output>.jsonl (what was answered, a line per problem). The numbers do not depend on how many
-processes share the problems.
+Writes OUTPUT.json (the numbers) and OUTPUT.jsonl (what was answered, a line per problem). The
+numbers do not depend on how many processes share the problems (accelerate launch eval.py ...).
 
     greedy     share of problems that the most likely answer (temperature 0) solves
-    pass@k     chance that one of k sampled answers is right: 1 - C(n - c, k) / C(n, k), without
-               bias from n samples, c of them right
+    pass@k     chance that one of k sampled answers is right, unbiased, from n samples (pass_at_k)
     truncated  share of sampled responses that ran into max_new_tokens (a cut answer is wrong)
     entropy    mean over sampled responses of their mean token entropy, in nats
-Intervals are percentile bootstraps over problems. They do not cover other seeds.
+Intervals are over problems (runtime/estimates.py). They do not cover other seeds.
 """
 
 import json
@@ -32,6 +29,7 @@ import rewards
 import tsec
 from runtime import args, data
 from runtime.args import option
+from runtime.estimates import bootstrap_interval, pass_at_k, share_interval
 from runtime.rollouts import micro_batches
 from vlm.policy import Policy
 
@@ -40,10 +38,11 @@ from vlm.policy import Policy
 class EvalArgs(args.Options):
     _argument_group_name = "evaluation"
     output: str | None = option(None, "ours", "where to write: OUTPUT.json and OUTPUT.jsonl")
+    overwrite: bool = option(False, "ours", "replace the result that is there")
     splits: list[str] = option([], "ours", "unset: the preset's, test, or the demo's plain/test")
     problems: int | None = option(None, "ours", "how many; unset: all, of the demo 1000", low=1)
     samples: int = option(8, "ours", "n, sampled responses per problem", low=1)
-    k: list[int] = option([1, 8], "ours", "the k of pass@k, each at most n")
+    k: list[int] = option([], "ours", "the k of pass@k, each at most n; unset: 1 and n")
     temperature: float = option(1.0, "ours", "of the sampled responses", above=0)
     max_new_tokens: int = option(64, "ours", "longest response", low=1)
     batch: int = option(50, "ours", "problems a device computes at a time", low=1)
@@ -51,6 +50,7 @@ class EvalArgs(args.Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.k = self.k or sorted({1, self.samples})
         for k in self.k:
             args.require(1 <= k <= self.samples, f"1 <= k <= samples={self.samples}, got k={k}")
 
@@ -76,53 +76,36 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): chance that k of n samples hold a right one, c of n being right.
-
-    The k are drawn without replacement. Raises ValueError unless 0 <= c <= n and 1 <= k <= n.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(f"needs 0 <= c <= n and 1 <= k <= n, got n={n}, c={c}, k={k}")
-    return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
-
-
-def bootstrap_interval(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple:
-    """2.5% and 97.5% percentile of the mean of `values` resampled with replacement.   (n,) -> 2"""
-    rng, n = np.random.default_rng(seed), len(values)
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(resamples)]
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalArgs) -> list[dict]:
     """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
-    with torch.no_grad():
-        read = policy.read(prompts)  # the prompt pass, for greedy and sampled answers alike
+    read = policy.read(prompts)  # the prompt pass, for greedy and sampled answers alike
     T = cfg.max_new_tokens
     greedy = policy.sample(prompts, 1, seeds, T, temperature=0.0, read=read)
     sampled = policy.sample(prompts, cfg.samples, seeds, T, cfg.temperature, read=read)
     greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
-    entropy = tsec.selective_entropy(sampled.entropy, sampled.mask)
-    entropy = entropy.view(len(rows), -1).mean(dim=1).tolist()
-    truncated = sampled.truncated(policy.eos_ids).float().view(len(rows), -1).mean(dim=1).tolist()
+    entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1)
+    cut = [x.truncated(policy.eos_ids).view(len(rows), -1) for x in (greedy, sampled)]
+    truncated = torch.cat(cut, dim=1).tolist()  # (P, 1 + n)
     records = []
     for i, row in enumerate(rows):
         responses = texts[i * cfg.samples : (i + 1) * cfg.samples]
         record = {name: value for name, value in row.items() if name != "images"}
         columns = {name: [value] * (1 + cfg.samples) for name, value in record.items()}
+        columns["truncated"] = truncated[i]
         right = rewards.accuracy_reward([greedy_texts[i], *responses], **columns)
         record |= {"greedy": greedy_texts[i], "greedy_right": right[0], "responses": responses}
-        record |= {"right": right[1:], "entropy": entropy[i], "truncated": truncated[i]}
+        record |= {"right": right[1:], "entropy": entropy[i].mean().item()}
+        record["truncated"] = float(np.mean(truncated[i][1:]))
         records.append(record)
     return records
 
 
 def evaluate_split(
-    policy: Policy, split: str, config: Config, accelerator: Accelerator
+    policy: Policy, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
 ) -> list[dict]:
     """All processes' records, each row once, in the split's order, on every process."""
-    cfg, records = config.eval, []
-    rows = config.data.load(split, limit=cfg.problems)
+    records = []
     mine = range(accelerator.process_index, len(rows), accelerator.num_processes)
     bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
     for numbers in (mine[part] for part in bar):
@@ -142,7 +125,8 @@ def summarise(records: list[dict], cfg: EvalArgs) -> dict[str, int | list[float]
     summary = {"n": len(records)}
     for name, values in columns.items():
         values = np.array(values, dtype=np.float64)
-        summary[name] = [float(values.mean()), *bootstrap_interval(values)]
+        interval = bootstrap_interval if name == "entropy" else share_interval
+        summary[name] = [float(values.mean()), *interval(values)]
     return summary
 
 
@@ -162,13 +146,17 @@ def report(result: dict, cfg: EvalArgs) -> None:
 
 
 def main(config: Config) -> dict:
-    """Evaluate, write and print. Returns what <output>.json holds."""
+    """Evaluate, write and print. Returns what OUTPUT.json holds. Raises ValueError if it exists."""
     cfg, accelerator, start = config.eval, Accelerator(), time.time()
+    if Path(f"{cfg.output}.json").exists() and not cfg.overwrite:
+        raise ValueError(f"{cfg.output}.json is there already: --overwrite replaces it")
+    Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
+    rows = {split: config.data.load(split, limit=cfg.problems) for split in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():
         for split in cfg.splits:
-            records[split] = evaluate_split(policy, split, config, accelerator)
+            records[split] = evaluate_split(policy, split, rows[split], cfg, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     result["seconds"] = round(time.time() - start, 1)
@@ -178,7 +166,6 @@ def main(config: Config) -> dict:
         if preset.summary:
             result["official"] = {split: preset.summary(found) for split, found in records.items()}
     if accelerator.is_main_process:
-        Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{cfg.output}.json").write_text(json.dumps(result, indent=1) + "\n")
         with open(f"{cfg.output}.jsonl", "w") as file:
             for found in records.values():

@@ -18,6 +18,7 @@ update per batch and no KL the loss is near 0 in value, because rho = 1 and a gr
 to 0. Its gradient is not 0.
 
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))      # (P, G)
+    # token_logprobs(logits[:, L-1:-1], tokens): a causal model's logits predict the next token
     logprobs = torch.full((4, 3), -1.0, requires_grad=True)
     mask = torch.ones(4, 3, dtype=torch.bool)
     loss, metrics = policy_loss(logprobs, logprobs.detach(), advantages.flatten(), mask)
@@ -36,6 +37,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-6, scale: str = "std") -> 
     rounding of its mean would otherwise be divided by itself.
     Raises ValueError for a shape other than (P, G >= 2) and for rewards that are not finite.
     """
+    rewards = torch.as_tensor(rewards)
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))  # from bool, int, half
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, G) with G >= 2, got {tuple(rewards.shape)}")
     if scale not in ("std", "none"):
@@ -83,7 +86,7 @@ def policy_loss(
         pass the number of the whole optimiser step, or the micro-batch size changes the gradient.
     metrics: clip/low and clip/high, the shares of tokens whose gradient the clip removes. They have
         the same denominator, so they add up over micro-batches.
-    Raises ValueError for shapes that do not agree and for a batch without a token.
+    Raises ValueError for shapes that do not agree, another mask and a batch without a token.
     """
     same_shape = logprobs.shape == old_logprobs.shape == mask.shape
     if not same_shape or advantages.shape != mask.shape[:1]:
@@ -93,10 +96,12 @@ def policy_loss(
             f"mask {tuple(mask.shape)}"
         )
     normalizer = mask.sum() if normalizer is None else normalizer
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be torch.bool, got {mask.dtype}: pass mask.bool()")
     if normalizer <= 0:
         raise ValueError("no response token to average over")
-    advantages = advantages[:, None]  # (N, 1)
-    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0)  # padding: ratio 1, no gradient
+    advantages = advantages.detach()[:, None]  # (N, 1)
+    log_ratio = (logprobs - old_logprobs.detach()).masked_fill(~mask, 0.0)  # padding: ratio 1
     ratio = log_ratio.exp()  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)

@@ -21,18 +21,19 @@ setup() { # setup FILE: install its packages into .venv, in the tested versions,
     fi
 }
 
-launch() { # one process on this machine; plain `accelerate launch` is for more
-    .venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-        --dynamo_backend no "$@"
+launch() { # one process; python -m runtime.launch is for more
+    .venv/bin/python "$@"
 }
 
 evaluate() { # evaluate MODEL OUTPUT
     launch eval.py --model "$1" --splits shifted/test plain/test styles/test --problems 500 \
-        --output "$2"
+        --output "$2" --overwrite
 }
 
 case "${1:-demo}" in
 demo)
+    echo "The demo takes about 6 minutes on two CPU cores: training with SaEI 3, with plain GRPO 1," \
+        "three evaluations 2."
     setup requirements.txt
     launch train_saei.py --config recipes/demo.yaml --output out/demo --overwrite
     launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite \
@@ -42,9 +43,16 @@ demo)
         evaluate "$(ls -d $run/checkpoints/step-* | tail -n 1)" $run/eval/after
     done
     cp out/demo/eval/before.json* out/demo-grpo/eval/
-    .venv/bin/python -m runtime.report out/demo out/demo-grpo
+    .venv/bin/python -m runtime.report out/demo out/demo-grpo >/dev/null
+    cat <<END
+
+The page of both runs is $PWD/out/demo/report/index.html
+Open it in a browser: file://${PWD// /%20}/out/demo/report/index.html
+It is one file that needs no network, so it can be copied from a server and opened elsewhere.
+END
     ;;
 test)
+    echo "The tests take 3 to 6 minutes on two CPU cores."
     setup requirements-dev.txt
     .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
     ;;

@@ -34,7 +34,7 @@ from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
 from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, micro_batches
-from runtime.run import Clock, Run, load_reference, load_rows, signals_restored
+from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
 from vlm.policy import Policy, Prompts, Responses
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
@@ -57,7 +57,7 @@ class SaEIArgs(args.Options):
     tsec_low: float = option(0.2, "ours", "TsEC's low quantile (a cut: inferred); 0: none", low=0)
     tsec_high: float = option(0.8, "ours", "TsEC's high quantile (inferred too); 1: none", high=1)
     tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "tokens chosen")
-    eps: float = option(2 / 255, "ours, by the study", "L-infinity radius in [0, 1]", low=0, high=1)
+    eps: float = option(2 / 255, "ours, by the study", "L-inf radius, such as 2/255", low=0, high=1)
     pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
     reward: list[str] = option(
         ["accuracy:0.9", "format:0.1"], "ours", "NAME:WEIGHT or file.py:function:WEIGHT, several"
@@ -100,7 +100,7 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-@signals_restored()
+@runs_closed()
 def main(config: Config) -> None:
     """Train. Raises ValueError for options, data or a folder that cannot be used."""
     cfg, memory = config.saei, config.memory
@@ -111,11 +111,11 @@ def main(config: Config) -> None:
         cfg.prompts_per_step, cfg.updates_per_step, memory.micro_prompts, accelerator.num_processes
     )
     run = Run(config.run, args.flat(config), accelerator)
+    batches = load_rows(config.data, run, config.model.load(weights=False), cfg.prompts_per_step)
+    reward_functions = rollouts.load_rewards(cfg.reward, cfg.max_new_tokens, batches.rows[0])
     policy = config.model.load(None if memory.lora_rank else run.checkpoint)
     memory.apply(policy, config.run.seed, run.checkpoint)
     reference = load_reference(config.model, run) if cfg.kl_coef else None
-    batches = load_rows(config.data, run, policy, cfg.prompts_per_step)
-    reward_functions = rollouts.load_rewards(cfg.reward, cfg.max_new_tokens, batches.rows[0])
     state = apply_control.initial_state(config.control)
     wrapped, optimizer = distributed.prepare(  # `wrapped` is what is differentiated
         accelerator, policy, cfg.lr, cfg.weight_decay, state, run.checkpoint

@@ -17,8 +17,9 @@ Where the rules come from
 Symbols: N responses, T tokens (padded), V vocabulary. mask is True on a response's tokens, its end
 token included.
 
-    logits, mask = torch.randn(4, 9, 50, requires_grad=True), torch.ones(4, 9, dtype=torch.bool)
-    entropy = token_entropy(logits)                               # (N, T, V) -> (N, T)
+    L, mask = 5, torch.ones(4, 9, dtype=torch.bool)               # L tokens of the prompt
+    logits = torch.randn(4, L + 9, 50, requires_grad=True)        # a causal model's, of both
+    entropy = token_entropy(logits[:, L-1:-1])                    # they predict the next token
     keep = select_tokens(entropy, mask, low=0.2, high=0.8)        # (N, T) bool
     objective = selective_entropy(entropy, keep).mean()           # a scalar to ascend
 """

@@ -124,7 +124,7 @@ def run(script: str, *options: object) -> None:
 def evaluate(model: Path, output: Path, problems: int) -> dict:
     """eval.py on the test split.   -> its numbers"""
     options = ["--model", model, "--output", output, "--dataset", OUT / "test.jsonl"]
-    options += ["--splits", "test", "--problems", problems, "--max_new_tokens", 32]
+    options += ["--splits", "test", "--problems", problems, "--max_new_tokens", 32, "--overwrite"]
     run("eval.py", *options)
     return json.loads(output.with_suffix(".json").read_text())["splits"]["test"]
 

@@ -9,11 +9,16 @@
 An option is a field of exactly one dataclass. A recipe (--config FILE) is a YAML mapping of options
 to values. Its values pass through the command line's parser, so both are checked alike. The command
 line overrides the recipe, and the recipe the defaults. A float may be a fraction (2/255).
+
+Relative paths: the command line's, and `output` everywhere, start from the working directory. What
+a recipe reads is looked for in the recipe's folder, then in the project's, then in the working
+directory. The demo's models are found from everywhere.
 """
 
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -25,15 +30,29 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from runtime import data
+from runtime import data, faults
 from vlm import adapt
 from vlm.policy import Policy
 
 CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
 CONTROLS += ("clip_cov", "kl_cov", "sent")
 
+PROJECT = Path(__file__).resolve().parent.parent
+READ = ("model", "dataset", "template", "order", "reward")  # options that may name files or folders
+
 # What an option of an earlier version is called now: the message for old recipes and checkpoints.
+# The first ones are other trainers' names.
 RENAMED = {
+    "learning_rate": "here called lr",
+    "batch_size": "here called prompts_per_step",
+    "num_generations": "here called rollouts",
+    "max_completion_length": "here called max_new_tokens",
+    "epochs": "here the length is given in steps",
+    "num_train_epochs": "here the length is given in steps",
+    "max_steps": "here called steps",
+    "beta": "here called kl_coef",
+    "output_dir": "here called output",
+    "bf16": "write --dtype bfloat16, or give accelerate a mixed_precision",
     "accuracy_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "format_weight": "write --reward accuracy:WEIGHT format:WEIGHT",
     "length_weight": "write --reward ... length_penalty:WEIGHT",
@@ -83,13 +102,14 @@ def check_bounds(name: str, value: Any, bounds: Mapping[str, float]) -> None:
     """Raise ValueError for a number outside its option's bounds."""
     if value is None:
         return
-    said = f"{name}={value}: it must be"
+    _, _, meaning = bounds["help"].partition("] ")
+    said, what = f"{name}={value}: it must be", f" ({meaning})"
     if "low" in bounds and value < bounds["low"]:
-        raise ValueError(f"{said} at least {bounds['low']}")
+        raise ValueError(f"{said} at least {bounds['low']}{what}")
     if "high" in bounds and value > bounds["high"]:
-        raise ValueError(f"{said} at most {bounds['high']}")
+        raise ValueError(f"{said} at most {bounds['high']}{what}")
     if "above" in bounds and value <= bounds["above"]:
-        raise ValueError(f"{said} above {bounds['above']}")
+        raise ValueError(f"{said} above {bounds['above']}{what}")
 
 
 class Options:
@@ -115,6 +135,8 @@ class ModelArgs(Options):
         weights False: parameters without values, on the meta device.
         """
         source = folder or self.model
+        if source.startswith("demo/") and not Path(source).exists():
+            source = str(PROJECT / source)
         sizes = (self.min_pixels, self.max_pixels)
         return Policy.from_pretrained(source, self.dtype, self.attention, *sizes, weights)
 
@@ -136,6 +158,9 @@ class MemoryArgs(Options):
         adapt.freeze(policy, self.freeze)
         if self.lora_rank:
             adapt.add_lora(policy, self.lora_rank, seed, checkpoint)
+            left_out = ", ".join(adapt.without_adapters(policy))
+            if left_out and os.environ.get("RANK", "0") == "0":
+                print(f"LoRA: no adapters on the fused experts, which stay frozen: {left_out}")
         if self.gradient_checkpointing:
             adapt.checkpoint_layers(policy)
         policy.micro_responses = self.micro_responses
@@ -206,7 +231,7 @@ class RunArgs(Options):
     seed: int = option(0, "ours", "of data order, rollouts and random images", low=0)
     steps: int = option(100, "ours", "batches of rollouts", low=1)
     save_every: int = option(50, "ours", "steps between checkpoints; the last has one", low=1)
-    keep_last: int = option(0, "ours", "how many checkpoints are kept; 0: all", low=0)
+    keep_last: int = option(2, "ours", "how many checkpoints are kept; 0: all", low=0)
     report_to: str = option("none", "ours", "tracker: none | tensorboard | wandb | trackio ...")
     self_check: bool = option(True, "ours", "compare pixels and logits with transformers' first")
     profile: bool = option(False, "ours", "trace the second step into trace.json")
@@ -223,8 +248,11 @@ def number(text: str) -> float:
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is not a number")
     return value
+
+
+REQUIRED = " (required)"  # the end of a help text
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -244,9 +272,10 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.option_strings[0]} {values}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, argparse.SUPPRESS, []):
+        if action.default in (None, argparse.SUPPRESS, []) or action.help.endswith(REQUIRED):
             return action.help
         default = action.default
+        default = str(default).lower() if isinstance(default, bool) else default
         default = " ".join(map(str, default)) if isinstance(default, list) else default
         default = f"{default:.4g}" if isinstance(default, float) else default
         return f"{action.help} (default: {default})".replace("%", "%%")
@@ -255,8 +284,9 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(HfArgumentParser):
     """HfArgumentParser for groups of Options. It raises ValueError where argparse would exit."""
 
-    def __init__(self, groups: Sequence[type], description: str):
-        usage = "%(prog)s [--config RECIPE.yaml] [--option value ...]"
+    def __init__(self, groups: Sequence[type], description: str, required: Sequence[str] = ()):
+        needed = "".join(f" --{name} {name.upper()}" for name in required)
+        usage = f"%(prog)s{needed} [--config RECIPE.yaml] [--option value ...]"
         super().__init__(
             groups,
             usage=usage,
@@ -270,6 +300,8 @@ class Parser(HfArgumentParser):
             if action.option_strings[0].startswith("--no_"):
                 action.help = argparse.SUPPRESS  # the twin of an option that is on by default
         self.actions = {action.dest: action for action in self._actions if action.nargs != 0}
+        for name in required:
+            self.actions[name].help += REQUIRED
         self.known = sorted(self.actions)
         self.bounds = {}
         for group in groups:
@@ -282,7 +314,7 @@ class Parser(HfArgumentParser):
         HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(message if len(message) < 400 else f"{message[:200]} ...")
 
     def values(self, argv: list[str]) -> argparse.Namespace:
         """The options' values. Raises ValueError for an unknown option or a wrong value."""
@@ -290,7 +322,7 @@ class Parser(HfArgumentParser):
         if rest:
             name = rest[0].split("=")[0]
             found = self.explain(name.lstrip("-")) if name.startswith("-") else "no option takes it"
-            raise ValueError(f"unknown {name}: {found}")
+            raise ValueError(f"unknown {name:.80}: {found}")
         return namespace
 
     def explain(self, name: str) -> str:
@@ -322,7 +354,8 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         line = error.problem_mark.line + 1
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"the recipe {path} cannot be read: {error}") from error
+        cause = getattr(error, "strerror", None) or error
+        raise ValueError(f"the recipe {Path(path).absolute()} cannot be read: {cause}") from error
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):
@@ -332,18 +365,21 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         name = str(key.value)
         try:
             if name in seen:
-                raise ValueError(f"{name} is given twice")
+                raise ValueError(f"{name:.80} is given twice")
             if name not in parser.known or name == "config":
-                raise ValueError(f"unknown {name}: {parser.explain(name)}")
+                raise ValueError(f"unknown {name:.80}: {parser.explain(name)}")
             seen.add(name)
-            words += recipe_words(name, value, parser)
+            words += recipe_words(name, value, parser, Path(path).parent)
         except ValueError as error:
             raise ValueError(f"{path}, line {key.start_mark.line + 1}: {error}") from error
     return words
 
 
-def recipe_words(name: str, node: yaml.Node, parser: Parser) -> list[str]:
-    """One option of a recipe, checked. Values are taken as they are written: `no` stays no."""
+def recipe_words(name: str, node: yaml.Node, parser: Parser, folder: Path) -> list[str]:
+    """One option of a recipe, checked. Values are taken as they are written: `no` stays no.
+
+    folder: the recipe's, from which relative paths may start.
+    """
     if node.tag == "tag:yaml.org,2002:null":
         if parser.get_default(name) is not None:
             raise ValueError(f"{name} has no value")
@@ -352,15 +388,32 @@ def recipe_words(name: str, node: yaml.Node, parser: Parser) -> list[str]:
     if not isinstance(node, yaml.ScalarNode) and not takes_several:
         raise ValueError(f"{name} takes one value")
     if isinstance(node, yaml.MappingNode):
-        words = parser.words(name, {key.value: value.value for key, value in node.value})
+        values = {key.value: value.value for key, value in node.value}
     elif isinstance(node, yaml.SequenceNode):
-        words = parser.words(name, [entry.value for entry in node.value])
+        values = [locate(name, entry.value, folder) for entry in node.value]
     else:
-        words = parser.words(name, [node.value] if takes_several else node.value)
+        values = locate(name, node.value, folder)
+        values = [values] if takes_several else values
+    words = parser.words(name, values)
     value = getattr(parser.values(words), name)
     if not takes_several:
         check_bounds(name, value, parser.bounds[name])
     return words
+
+
+def locate(name: str, value: str, folder: Path) -> str:
+    """A relative path of a recipe in that folder or the project's. Unchanged if neither has it."""
+    path, colon, rest = value.partition(":")  # file.py:function:weight
+    keyword = value == "demo" or value in data.TEMPLATES or (colon and not path.endswith(".py"))
+    of_the_demo = name == "model" and path.startswith("demo/")  # found from everywhere
+    if name not in READ or not path or keyword or of_the_demo:
+        return value
+    for start in (folder, PROJECT):
+        found = start / path
+        if found.exists():
+            same = Path(path).exists() and found.samefile(path)
+            return value if same else f"{found.absolute()}{colon}{rest}"
+    return value
 
 
 def parse(
@@ -375,11 +428,11 @@ def parse(
     `options` override argv, argv overrides the recipe, the recipe the defaults. An option that is
     None counts as not given. Raises ValueError, one line, for whatever is wrong.
     """
-    parser = Parser(list(kind.__annotations__.values()), description)
+    parser = Parser(list(kind.__annotations__.values()), description, required)
     words = list(argv)
     for name, value in options.items():
         if name not in parser.known:
-            raise ValueError(f"unknown {name}: {parser.explain(name)}")
+            raise ValueError(f"unknown {name:.80}: {parser.explain(name)}")
         words += parser.words(name, value)
     recipe = parser.values(words).config
     if recipe:
@@ -399,11 +452,27 @@ def flat(config: NamedTuple) -> dict[str, Any]:
     return {name: value for group in config for name, value in asdict(group).items()}
 
 
+def changed(config: NamedTuple) -> dict[str, Any]:
+    """{option: value} of what differs from the defaults."""
+    defaults = flat(type(config)(*[type(group)() for group in config]))
+    return {name: value for name, value in flat(config).items() if value != defaults[name]}
+
+
 def command_line(load_config: Callable, main: Callable) -> None:
-    """Run main on the configuration of sys.argv. A wrong one ends with one line and exit code 2."""
+    """Run main on the configuration of sys.argv.
+
+    A fault of options, data, files or packages ends with one line and exit code 2 (faults.py). Of
+    several processes one says it. The others end with it, and so do those that fail because it is
+    gone.
+    """
     try:
-        config = load_config(sys.argv[1:])
-    except ValueError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    main(config)
+        main(load_config(sys.argv[1:]))
+        return
+    except Exception as error:
+        said = faults.said_by_another()
+        if not said and not faults.is_fault(error):
+            raise
+        line = said or f"error: {faults.explain(error)}"
+    # The error is gone here, and with it the progress bar, which prints when it is deleted.
+    faults.say(line)
+    sys.exit(faults.EXIT_CODE)

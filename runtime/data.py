@@ -6,47 +6,44 @@
     rows[0]["images"][0].size, rows[0]["problem"], rows[0]["answer"]
 
 images: PIL pictures in RGB. problem: a text, or messages where there are several. <image> marks
-the place of a picture. Pictures without marks come first. answer: the gold answer, a text. row: the
-row's number in the set. Other columns pass through to rewards and logs. A bad row is refused with
-its number and the reason, or left out and counted with bad_rows="skip". Nothing is truncated.
+the place of a picture. Pictures without marks come first. answer: the gold answer, a text, or a
+list of texts of which any is right. row: the row's number in the set, from 0. columns: the data's
+own columns, for rewards and logs. Bad rows are refused with their numbers and the reasons, or left
+out and counted with bad_rows="skip". Nothing is truncated.
+
+sources.py reads files and sets, columns.py finds the fields, pictures.py decodes pictures.
 """
 
-import difflib
-import io
 import itertools
 import json
+import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
-from inspect import signature
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
-import datasets
 import numpy as np
 import yaml
-from PIL import Image, ImageOps
 
 import rewards
-from runtime.presets import PRESETS, Preset, with_choices
+from runtime.columns import by_columns, by_preset, parse_columns, to_answer, to_messages
+from runtime.pictures import picture_id, to_image
+from runtime.presets import PRESETS, Preset
+from runtime.sources import Source, first_rows, numbered_stream, one_line, open_source
 
-COLUMNS = {
-    "image": ("images", "image"),
-    "problem": ("problem", "question", "prompt"),
-    "answer": ("answer", "solution", "ground_truth"),
-    "choices": ("choices", "options"),
-}
+__all__ = ["load_rows", "parse_columns"]  # the latter for runtime/args.py
 THINK = "{problem}\nReason inside <think></think> first, then put the final answer in "
 TEMPLATES = {  # a YAML file has the same keys: user and, if wanted, system
     "none": {"user": "{problem}"},
     "boxed": {"user": THINK + "\\boxed{}."},  # EasyR1's way
     "tags": {"user": THINK + "<answer></answer>."},  # R1-V's way
 }
-FILES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-UNREADABLE = (OSError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError)
 DEMO_ROWS = 1_000_000  # length of a demo split, whose rows are drawn on demand
 BUFFER = 1000  # rows within which a stream is shuffled
+NAMED = 3  # bad rows that a message names
 
 
 class Rows(Sequence):
@@ -66,8 +63,8 @@ class Rows(Sequence):
         try:
             return self.make(number) | {"row": number}
         except ValueError as error:
-            error.add_note(f"row {number} was readable at the start; was a file moved or deleted?")
-            raise
+            text = f"row {number} was usable at the start; was a file moved, changed or deleted?"
+            raise ValueError(f"{text} {error}") from error
 
     def fingerprint(self) -> str:
         """Checksum of the rows' texts and pictures as stored (row_record), in their order.
@@ -84,23 +81,26 @@ class Stream:
     same rows. It reads the stream again up to its place.
     """
 
-    def __init__(self, table: datasets.IterableDataset, check: Callable, seed: int):
+    def __init__(self, source: Source, check: "Check", seed: int):
+        self.source, self.check = source, check
         # a row keeps its number in the set, which names it if it is bad
-        table = table.map(lambda _, i: {"__index__": i}, with_indices=True)
-        self.table = table.shuffle(seed=seed, buffer_size=BUFFER)
-        self.check = check
+        self.table = numbered_stream(source).shuffle(seed=seed, buffer_size=BUFFER)
         self.next = 0
         self.rows = self._endless()
 
     def _endless(self) -> Iterator[dict]:
         for epoch in itertools.count():
             self.table.set_epoch(epoch)
-            empty = True
-            for number, _, row in self.check((raw["__index__"], raw) for raw in self.table):
-                empty = False
+            self.check.start()
+            for number, _, row in self.check.usable(self._stored()):
                 yield row | {"row": number}
-            if empty:
-                raise ValueError("the streamed set has no usable row")
+            self.check.refuse_nothing_usable()
+
+    def _stored(self) -> Iterator[tuple[int, Callable[[], dict]]]:
+        for raw in self.table:
+            number = raw["__index__"]
+            read = self.source.read
+            yield number, partial(read, number) if read else partial(dict, raw)
 
     def __getitem__(self, i: int) -> dict:
         if i < self.next - 1:
@@ -131,8 +131,8 @@ def load_rows(
 ) -> Rows | Stream:
     """The checked rows of a split.
 
-    dataset: "demo", a preset's name, a .json/.jsonl/.parquet/.csv file, a hub id, or a folder of
-        such files, of images with metadata, or written by save_to_disk.
+    dataset: "demo", a preset's name, a .json/.jsonl/.csv/.tsv/.parquet/.arrow file, a hub id, or a
+        folder of such files, of images with metadata, or written by save_to_disk.
     preset: how to read the data set, an entry of presets.py. With "demo": the preset's own set.
     template: a key of TEMPLATES or a YAML file.
     columns: keys of COLUMNS -> names in the data. {"image": "none"}: there is no picture column.
@@ -140,7 +140,8 @@ def load_rows(
     streaming: a Stream, shuffled by `seed`. With a limit, Rows of its first `limit` rows.
     prompt_tokens(row) > max_prompt_tokens: the row is left out and counted.
 
-    Raises ValueError for an empty set, a missing column, or the first bad row (bad_rows "refuse").
+    Raises ValueError for an empty set, missing columns (all are named) and bad rows (bad_rows
+    "refuse": all are counted, of a stream the first one ends it).
     """
     known, dataset = find_preset(preset, dataset)
     if columns and (known or dataset == "demo"):
@@ -149,90 +150,156 @@ def load_rows(
         return demo_rows(split or "shifted/train", limit, template)
     split = split or default_split(known, "train")
     title = f"{dataset} ({split})"
-    folder = Path(dataset) if Path(dataset).is_dir() else Path(dataset).parent
-    table = open_table(dataset, split, known.config if known else None, streaming)
-    convert = by_preset(known, table, title) if known else by_columns(table, columns or {})
-    template = load_template(template or (known.template if known else "none"))
-
-    def make(raw: dict) -> dict:
-        return to_row(convert(raw), template, folder)
-
-    def check(raws: Iterable[tuple[int, dict]]) -> Iterator[tuple[int, dict, dict]]:
-        return usable(raws, make, title, bad_rows, prompt_tokens, max_prompt_tokens)
-
-    if streaming and limit is None:
-        return Stream(table, check, seed)
-    if streaming:
-        table = datasets.Dataset.from_list(list(table.take(limit)), features=table.features)
-    total = len(table) if limit is None else min(limit, len(table))
-    if total == 0:
+    source = open_source(dataset, split, known.config if known else None, streaming)
+    if limit is not None:
+        source = first_rows(source, limit)
+    if source.length == 0:
         raise ValueError(f"{title} has no rows")
-    read = reader(table)
+    convert = by_preset(known, source, title) if known else by_columns(source, columns or {}, title)
+    template_name = template or (known.template if known else "none")
+    template = load_template(template_name)
+
+    def make(number: int, fields: dict) -> dict:
+        return to_row(fields, template, source.folders(number))
+
+    streaming = streaming and limit is None
+    tokens = (prompt_tokens, max_prompt_tokens)
+    check = Check(title, bad_rows, source, convert, make, *tokens, streaming)
+    if streaming:
+        return Stream(source, check, seed)
     keep, checksum = [], 0
-    for number, raw, _ in check((i, read(i)) for i in range(total)):
+    if template_name not in TEMPLATES:  # the text of a file may change under its name
+        checksum = zlib.crc32(json.dumps(template).encode())
+    stored = ((number, partial(source.read, number)) for number in range(source.length))
+    for number, fields, _ in check.usable(stored):
         keep.append(number)
-        checksum = zlib.crc32(row_record(convert(raw), folder), checksum)
-    if not keep:
-        raise ValueError(f"{title} has no usable row")
-    return Rows(lambda number: make(read(number)), keep, f"{checksum:08x}")
+        checksum = zlib.crc32(row_record(fields, source.folders(number)[-1]), checksum)
+    check.refuse_nothing_usable()
+    return Rows(lambda i: make(i, convert(source.read(i))), keep, f"{checksum:08x}")
 
 
-def usable(
-    raws: Iterable[tuple[int, dict]],
-    make: Callable[[dict], dict],
-    title: str,
-    bad_rows: str,
-    prompt_tokens: Callable[[dict], int] | None,
-    max_prompt_tokens: int | None,
-) -> Iterator[tuple[int, dict, dict]]:
-    """(number, stored row) -> (number, stored row, row) of the good rows.
+@dataclass
+class Check:
+    """Which rows can be used, and what is said about the others."""
 
-    Bad rows are refused, or named and counted. Rows with too long prompts are counted.
-    """
-    bad = too_long = 0
-    for number, raw in raws:
-        try:
-            row = make(raw)
-            length = prompt_tokens(row) if prompt_tokens else 0
-        except (ValueError, OSError) as error:
-            if bad_rows == "refuse":
-                text = f"{title}, row {number}: {error}; --bad_rows skip leaves such rows out"
-                raise ValueError(text) from error
-            bad += 1
-            if bad <= 5 or bad % 100 == 0:
-                print(f"{title}: skipped row {number}: {error} ({bad} so far)")
-            continue
-        if prompt_tokens and length > max_prompt_tokens:
-            too_long += 1
-            continue
-        yield number, raw, row
-    if bad:
-        print(f"{title}: skipped {bad} bad rows")
-    if too_long:
-        print(f"{title}: left out {too_long} rows with more than {max_prompt_tokens} prompt tokens")
+    title: str
+    bad_rows: str  # refuse | skip
+    source: Source
+    convert: Callable[[dict], dict]  # stored row -> fields
+    make: Callable[[int, dict], dict]  # number, fields -> row
+    prompt_tokens: Callable[[dict], int] | None
+    max_prompt_tokens: int | None
+    streaming: bool
+
+    def start(self) -> None:
+        """Count anew."""
+        self.seen = self.too_long = self.longest = self.prose = 0
+        self.bad, self.reasons, self.sentence = 0, [], ""
+
+    def usable(
+        self, stored: Iterable[tuple[int, Callable[[], dict]]]
+    ) -> Iterator[tuple[int, dict, dict]]:
+        """(number, how to read the row) -> (number, fields, row) of the good rows.
+
+        Bad rows are refused, after all rows of a stored set are seen, or named and counted. Rows
+        with too long prompts are counted.
+        """
+        self.start()
+        for number, read in stored:
+            self.seen += 1
+            try:
+                fields = self.convert(read())
+                row = self.make(number, fields)
+                length = self.prompt_tokens(row) if self.prompt_tokens else 0
+            except (ValueError, OSError) as error:
+                self.note(f"{self.source.place(number)}: {one_line(error, 300)}")
+                continue
+            if self.prompt_tokens and length > self.max_prompt_tokens:
+                self.too_long += 1
+                self.longest = max(self.longest, length)
+                continue
+            self.look_at(row)
+            yield number, fields, row
+        self.report()
+
+    def note(self, text: str) -> None:
+        """A bad row. Of a stream it is refused at once."""
+        self.bad += 1
+        if len(self.reasons) < NAMED:
+            self.reasons.append(text)
+        if self.bad_rows == "skip" and (self.bad <= 5 or self.bad % 100 == 0):
+            say(f"{self.title}: skipped {text} ({self.bad} so far)")
+        if self.bad_rows == "refuse" and self.streaming:
+            text += f"; {self.seen - 1} rows came before it, a stream is checked as it is read"
+            raise ValueError(f"{self.title}, {text}; --bad_rows skip leaves such rows out")
+
+    def look_at(self, row: dict) -> None:
+        answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+        if not row["choices"] and all(is_prose(answer) for answer in answers):
+            self.prose += 1
+            self.sentence = self.sentence or answers[0]
+
+    def report(self) -> None:
+        """What was found in all rows. Raises ValueError for bad rows that are to be refused."""
+        if self.bad and self.bad_rows == "refuse":
+            raise ValueError(
+                f"{self.title}: {self.bad_text()}. Mend them, or leave them out by --bad_rows skip"
+            )
+        if self.bad:
+            say(f"{self.title}: skipped {self.bad} bad rows of {self.seen}")
+        if self.too_long and self.too_long + self.bad < self.seen:
+            say(
+                f"{self.title}: left out {self.too_long} of {self.seen} rows with more than "
+                f"{self.max_prompt_tokens} prompt tokens (the longest has {self.longest}): "
+                "--max_prompt_tokens is the limit"
+            )
+        if 5 * self.prose >= self.seen:
+            say(
+                f"warning: {self.title}: {self.prose} of {self.seen} answers are sentences, like "
+                f"{self.sentence!r:.80}. Only the same text is right then. Give short answers, or "
+                "write a reward function of your own (--reward file.py:function:WEIGHT)"
+            )
+
+    def bad_text(self) -> str:
+        more = f"; and {self.bad - len(self.reasons)} more" if self.bad > len(self.reasons) else ""
+        reasons = "; ".join(self.reasons)
+        return f"{self.bad} of {self.seen} rows cannot be used: {reasons}{more}"
+
+    def refuse_nothing_usable(self) -> None:
+        """Raises ValueError if no row is usable."""
+        if self.seen == 0:
+            raise ValueError(f"{self.title} has no rows")
+        if self.bad + self.too_long < self.seen:
+            return
+        text = f"{self.title} has no usable row"
+        if self.too_long:
+            raise ValueError(
+                f"{text}: {self.too_long} of {self.seen} rows have more than "
+                f"{self.max_prompt_tokens} prompt tokens (up to {self.longest}): raise "
+                "--max_prompt_tokens, or make the pictures smaller"
+            )
+        raise ValueError(f"{text}: {self.bad_text()}")
 
 
-def row_record(row: dict, folder: Path) -> bytes:
+def say(text: str) -> None:
+    """Print in the first process: all of them read the same rows."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
+
+
+def is_prose(answer: str) -> bool:
+    """Whether a gold answer is a sentence. What marks its end result, as GSM8K's ####, is none."""
+    if re.search(r"####|\\boxed|<answer>", answer):
+        return False
+    words = [word for word in answer.split() if re.fullmatch(r"[^\W\d_]{2,}[.,;:!?]*", word)]
+    return len(words) >= 6 or len(re.findall(r"[\u3040-\u9fff]", answer)) >= 12
+
+
+def row_record(fields: dict, folder: Path) -> bytes:
     """What Rows.fingerprint covers of a row before it is decoded: its texts and picture_id's."""
-    pictures = [picture_id(image, folder) for image in as_list(row["images"])]
-    texts = [row["problem"], row["answer"], row["choices"], row["precision"]]
+    pictures = [picture_id(image, folder) for image in as_list(fields["images"])]
+    texts = [fields["problem"], fields["answer"], fields["choices"], fields["precision"]]
     return json.dumps([*texts, *pictures], default=str).encode()
-
-
-def picture_id(image: str | bytes | dict, folder: Path) -> str:
-    """A path as text, or the length and checksum of bytes.
-
-    The loader's absolute paths become relative to the data's folder, or file names outside of it:
-    the same on another machine.
-    """
-    if isinstance(image, str):
-        return image
-    content = image if isinstance(image, bytes) else image.get("bytes")
-    if content:
-        return f"{len(content)} {zlib.crc32(content):08x}"
-    folder = folder.absolute()
-    path = folder / image["path"]
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else path.name
 
 
 # -------------------------------------------------------------------------------- order and seeds
@@ -273,9 +340,18 @@ def load_order(path: str, rows: Rows) -> list[int]:
     Raises ValueError for other content. The file counts all rows of the set: raises ValueError too
     if one before the last usable row was left out.
     """
-    order = json.loads(Path(path).read_text())
+    try:
+        order = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"--order {path}: there is no {Path(path).absolute()}") from error
+    except ValueError as error:
+        raise ValueError(f"--order {path} is no JSON: {one_line(error)}") from error
     n = len(rows)
-    if not order or not all(isinstance(row, int) and 0 <= row < n for row in order):
+    if (
+        not isinstance(order, list)
+        or not order
+        or not all(isinstance(row, int) and 0 <= row < n for row in order)
+    ):
         raise ValueError(f"{path} must be a JSON list of row numbers from 0 to {n - 1}")
     dropped = rows.keep[-1] + 1 - n
     if dropped:
@@ -330,244 +406,6 @@ def demo_rows(split: str, limit: int | None, template: str | None) -> Rows:
     return Rows(lambda i: make_row(split, i), numbers, f"demo {split}")
 
 
-def open_table(
-    dataset: str, split: str, config: str | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
-    """The split as it is stored, or a stream of it with undecoded images."""
-    path = Path(dataset)
-    if path.suffix in FILES and not path.exists():
-        raise ValueError(f"{dataset} does not exist")
-    if path.is_file() and path.suffix not in FILES:
-        raise ValueError(f"{dataset}: only files ending in {', '.join(FILES)} can be read")
-    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-        table = datasets.load_from_disk(dataset)
-        if isinstance(table, datasets.DatasetDict):
-            if split not in table:
-                raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(table)}")
-            table = table[split]
-        table = table.to_iterable_dataset() if streaming else table
-    else:
-        table = open_by_loader(dataset, split, config, streaming)
-    return table.cast(undecoded(table.features)) if streaming and table.features else table
-
-
-def open_by_loader(
-    dataset: str, split: str, config: str | None, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
-    """A file, a folder or a hub id, read by the datasets library."""
-    path = Path(dataset)
-    if path.is_file():  # it is a single split, which the library calls train
-        source, files, split = FILES[path.suffix], str(path), "train"
-    else:
-        source, files = dataset, json_files(path, split)
-    options = {"data_files": files, "split": split, "streaming": streaming}
-    try:
-        return datasets.load_dataset(source, config, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        text = f"{dataset} cannot be found: no local file or folder, and no hub id that can be"
-        presets = ", ".join(PRESETS)
-        raise ValueError(f"{text} reached ({error}); presets are {presets}") from error
-    except (ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{dataset} cannot be read or has no rows: {cause}") from error
-
-
-def json_files(folder: Path, split: str) -> dict[str, list[str]] | None:
-    """{split: its .json/.jsonl files} in a folder that may hold pictures too.
-
-    A file belongs to a split if the split is a word of its name or its folder's name. A single file
-    is the split train. None: the loader finds the files itself.
-    """
-    if not folder.is_dir() or list(folder.rglob("metadata.*")) or (folder / "README.md").exists():
-        return None
-    found = sorted(p for p in folder.rglob("*.json*") if p.suffix in (".json", ".jsonl"))
-    if not found:
-        return None
-    if len(found) == 1 and split == "train":
-        return {split: [str(found[0])]}
-    files = []
-    for path in found:
-        if split in re.split(r"[\W_]+", path.stem) or path.parent.name == split:
-            files.append(str(path))
-    if not files:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"no file of {folder} is named after the split {split!r}: {names}")
-    return {split: files}
-
-
-def undecoded(feature):
-    """The feature with images as stored, {"bytes", "path"}.
-
-    A broken image is then a bad row. Decoded by the reader, it would end the reading.
-    """
-    if isinstance(feature, datasets.Image):
-        return datasets.Image(decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return type(feature)(undecoded(feature.feature))
-    if isinstance(feature, dict):
-        return type(feature)({name: undecoded(inner) for name, inner in feature.items()})
-    return feature
-
-
-def reader(table: datasets.Dataset) -> Callable[[int], dict]:
-    """i -> row i with undecoded images. A cast of the table would copy all data."""
-    features, arrow = undecoded(table.features), table.with_format("arrow")
-    return lambda i: features.decode_example(arrow[i].to_pylist()[0])
-
-
-# ------------------------------------------------------------------------- from columns to fields
-
-
-def parse_columns(pairs: list[str]) -> dict[str, str]:
-    """["image=picture", "problem=query"] -> {"image": "picture", "problem": "query"}
-
-    Raises ValueError for a pair without "=", an unknown key and a key that comes twice.
-    """
-    columns = {}
-    for pair in pairs:
-        key, _, column = pair.partition("=")
-        if not key or not column:
-            raise ValueError(f"--columns takes pairs like image=picture, got {pair!r:.80}")
-        if key in columns:
-            raise ValueError(f"--columns names {key} twice: {columns[key]} and {column}")
-        columns[key] = column
-    check_keys(columns)
-    return columns
-
-
-def check_keys(columns: dict[str, str]) -> None:
-    """Raises ValueError for a key that is not in COLUMNS."""
-    for key in columns:
-        if key not in COLUMNS:
-            near = difflib.get_close_matches(key, COLUMNS, n=1)
-            hint = f". Did you mean {near[0]}?" if near else "."
-            raise ValueError(
-                f"--columns: unknown key {key!r}{hint} The keys are {', '.join(COLUMNS)}"
-            )
-
-
-def find_columns(found: list[str], columns: dict[str, str]) -> dict[str, str]:
-    """{key of COLUMNS: column in the data}, as asked for or the first common name.
-
-    Only choices may be missing, and image where {"image": "none"} says so.
-    """
-    check_keys(columns)
-    names = {}
-    for key, common in COLUMNS.items():
-        asked = columns.get(key)
-        if asked == "none" and key in ("image", "choices"):
-            continue
-        candidates = [asked] if asked else common
-        present = [name for name in candidates if name in found]
-        if present:
-            names[key] = present[0]
-        elif asked or key != "choices":
-            text = f"no column for {key}: looked for {', '.join(candidates)}"
-            text += f", found {', '.join(sorted(found))}"
-            text += f"; name it with --columns {key}=NAME"
-            if key == "image":
-                text += " (image=none: text alone, or pictures within messages)"
-            raise ValueError(text)
-    return names
-
-
-def check_reward_names(found: list[str]) -> None:
-    """Raises ValueError for a column that is called like an argument of the reward functions."""
-    free = {"answer", "choices", "precision", "columns"}
-    taken = {"completion_ids"}
-    for function in (rewards.total_reward, rewards.accuracy_reward):
-        taken |= set(signature(function).parameters) - free
-    clash = sorted(taken & set(found))
-    if clash:
-        raise ValueError(f"a column must not be called {' or '.join(clash)}: rename it")
-
-
-def by_preset(preset: Preset, table, title: str) -> Callable[[dict], dict]:
-    """stored row -> {images, problem, answer, choices, precision, ...} by the preset's function."""
-    found = sorted(table.column_names)
-    missing = sorted(set(preset.columns) - set(found))
-    if missing:
-        text = f"{title} is no copy of {preset.dataset}: it lacks {', '.join(missing)}"
-        raise ValueError(f"{text} and has {', '.join(found)}")
-
-    def convert(raw: dict) -> dict:
-        try:
-            return preset.row(raw)
-        except (KeyError, TypeError, AttributeError) as error:  # a value of another kind, or None
-            raise ValueError(f"not as in {preset.dataset}: {error!r}") from error
-
-    return convert
-
-
-def by_columns(table, columns: dict[str, str]) -> Callable[[dict], dict]:
-    """stored row -> {images, problem, answer, choices, precision, ...} by names of columns.
-
-    All other columns stay, except further picture columns.
-    """
-    found = list(table.column_names)
-    names = find_columns(found, columns)
-    check_reward_names(found)
-    features = table.features or {}
-    others = []
-    for name in found:
-        has_pictures = undecoded(features.get(name)) != features.get(name)
-        if name not in names.values() and not has_pictures:
-            others.append(name)
-
-    def convert(raw: dict) -> dict:
-        fields = {key: raw[column] for key, column in names.items()}
-        choices, images = fields.get("choices"), fields.get("image")
-        if choices is not None and not isinstance(choices, list):
-            raise ValueError(f"choices must be a list of texts, got {choices!r:.80}")
-        choices = [str(choice) for choice in choices or []] or None
-        messages, embedded = to_messages(fields["problem"])
-        messages[-1]["content"] = with_choices(messages[-1]["content"], choices)
-        if embedded and images:
-            raise ValueError("pictures stand both in the messages and in the image column")
-        row = {name: raw[name] for name in others}
-        row |= {"images": embedded or images, "problem": messages, "answer": fields["answer"]}
-        return row | {"choices": choices, "precision": raw.get("precision")}
-
-    return convert
-
-
-def to_messages(problem: object) -> tuple[list[dict], list]:
-    """A text, or messages whose content is a text or parts -> messages of text, pictures in parts.
-
-    A picture's place in the text becomes <image>.
-    """
-    if isinstance(problem, str):
-        return [{"role": "user", "content": problem}], []
-    if not problem:
-        raise ValueError("the problem is empty")
-    if not is_dicts(problem) or not all("role" in message for message in problem):
-        raise ValueError(f"the problem is no text: {problem!r:.80}")
-    messages, pictures = [], []
-    for message in problem:
-        content = message.get("content")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        if not is_dicts(parts):
-            text = "a message's content is neither a text nor a list of parts"
-            raise ValueError(f"{text}: {content!r:.80}")
-        text = ""
-        for part in parts:
-            kind = part.get("type")
-            if kind not in ("text", "image"):
-                raise ValueError(f"a message has a part of type {kind!r}, not text or image")
-            text += "<image>" if kind == "image" else part.get("text") or ""
-            if kind == "image" and part.get("image") is not None:
-                pictures.append(part["image"])
-        messages.append({"role": message["role"], "content": text})
-    last = messages[-1]["role"]
-    if last != "user":
-        raise ValueError(f"the prompt must end with the user's message, not with the {last}'s")
-    return messages, pictures
-
-
-def is_dicts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
-
-
 # --------------------------------------------------------------------------- from fields to a row
 
 
@@ -577,11 +415,14 @@ def load_template(name: str) -> dict[str, str]:
     if template is None:
         if not Path(name).is_file():
             known = ", ".join(TEMPLATES)
-            raise ValueError(f"template {name!r} is neither a file nor one of {known}")
+            raise ValueError(
+                f"template {name!r} is neither one of {known} nor a file: looked at "
+                f"{Path(name).absolute()}"
+            )
         try:
-            template = yaml.safe_load(Path(name).read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"template {name} is no YAML: {error}") from error
+            template = yaml.safe_load(Path(name).read_text("utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"template {name} is no YAML: {one_line(error)}") from error
     keys = set(template) if isinstance(template, dict) else set()
     if not {"user"} <= keys <= {"user", "system"} or "{problem}" not in str(template["user"]):
         text = f"template {name}: needs the key user with {{problem}} in it, and may have system"
@@ -589,43 +430,45 @@ def load_template(name: str) -> dict[str, str]:
     return template
 
 
-def to_row(row: dict, template: dict[str, str], folder: Path) -> dict:
+def to_row(fields: dict, template: dict[str, str], folders: list[Path]) -> dict:
     """{images, problem, answer, choices, precision, ...} as stored -> a checked, decoded row.
 
     Raises ValueError for an empty problem, <image> marks that do not fit the images, a gold answer
     that cannot be graded, and an unreadable image.
     """
-    messages = fill_template(row["problem"], template)
-    images = as_list(row["images"])
+    messages = fill_template(fields["problem"], template)
+    images = as_list(fields["images"])
     marks = sum(message["content"].count("<image>") for message in messages)
     if marks not in (0, len(images)):
         raise ValueError(f"the problem has {marks} <image> marks for {len(images)} images")
-    answer, precision = row["answer"], row["precision"]
-    if not isinstance(answer, str):
-        answer = "" if answer is None else json.dumps(answer)
+    answer, precision = to_answer(fields["answer"]), fields["precision"]
     if precision is not None:
         if not str(precision).removesuffix(".0").isdigit():
             raise ValueError(f"precision must be a whole number of decimals, got {precision!r:.80}")
-        precision = int(precision)
-    check_gold(answer, row["choices"], precision)
-    return row | {
-        "images": [to_image(image, folder) for image in images],
+        precision = int(float(precision))
+    for text in as_list(answer):
+        check_gold(text, fields["choices"], precision)
+        text.encode()  # ValueError: half a surrogate pair, which no tokenizer and no file takes
+    for message in messages:
+        message["content"].encode()
+    return fields | {
+        "images": [to_image(image, folders) for image in images],
         "problem": messages[0]["content"] if len(messages) == 1 else messages,
         "answer": answer,
         "precision": precision,
     }
 
 
-def as_list(images: object) -> list:
-    """No image, one or a list of them -> a list."""
-    if images is None:
+def as_list(value: object) -> list:
+    """Nothing, one or a list of them -> a list."""
+    if value is None:
         return []
-    return images if isinstance(images, list) else [images]
+    return value if isinstance(value, list) else [value]
 
 
 def fill_template(problem: str | list[dict], template: dict[str, str]) -> list[dict]:
     """The problem's messages, with the template's texts in the last and before the first."""
-    messages, _ = to_messages(problem)
+    messages, _, _ = to_messages(problem)
     last = messages[-1]
     if not last["content"].strip():
         raise ValueError("the problem is empty")
@@ -644,30 +487,4 @@ def check_gold(answer: str, choices: list[str] | None, precision: int | None) ->
         return
     letters = [chr(65 + i) for i in range(len(choices))]
     if not any(rewards.grade(letter, answer, choices, precision) for letter in letters):
-        raise ValueError(f"the answer {answer!r:.80} is none of the choices {choices}")
-
-
-def to_image(image: object, folder: Path) -> Image.Image:
-    """A PIL picture, bytes, a path (relative to `folder`) or {"bytes", "path"} -> RGB, upright.
-
-    Transparency is laid on white, 16 bits become 8, an animation gives its first frame. A 32-bit
-    picture is refused, because its range is unknown.
-    """
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else folder / image)
-        if min(image.size) == 0:
-            raise ValueError("it has zero size")
-        if image.mode in ("I", "F"):
-            raise ValueError(f"it has 32-bit pixels (mode {image.mode}): save it with 8 or 16 bits")
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (*UNREADABLE, ValueError) as error:
-        raise ValueError(f"unreadable image: {error}") from error
+        raise ValueError(f"the answer {answer!r:.80} is none of the choices {choices!r:.200}")

@@ -7,6 +7,7 @@ Symbols: P prompts at a time, L prompt tokens, N responses at a time, T response
 """
 
 import os
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -24,55 +25,110 @@ GIB = 2**30
 class Layers(NamedTuple):
     """The layers of the language model or the vision tower."""
 
-    layer: nn.Module  # one of them
-    count: int
+    layers: list[nn.Module]
     width: int
     query_width: int  # heads * head size
     key_width: int  # the same of keys, or of values
+    experts_width: int = 0  # of the experts that compute one token, together
+    experts: int = 0  # how many do
+    state: int = 0  # numbers in the recurrent state of linear attention
 
-    def kept(
-        self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool, count: int = 0
-    ) -> int:
+    def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool) -> int:
         """Numbers kept for the backward of `tokens` tokens that attend to `keys` keys.
 
         trained: the weights have gradients. recomputed: only each layer's input is kept. half:
         numbers of two bytes; norms stay float32, and so do adapters, each with a copy of its input.
-        count: layers, if not all.
         """
-        count, width = count or self.count, self.width
-        outside = (4 if trained else 2) * tokens * width  # embedding, last norm, what follows it
-        if recomputed:
-            return outside + count * tokens * width
-        mlp_width, norms, adapter_inputs, gated = 0, [], 0, False
-        for name, module in self.layer.named_modules():
-            if isinstance(module, nn.Linear):
-                mlp_width = max(mlp_width, module.in_features)
-            if "Norm" in type(module).__name__ and module.weight.numel() == width:
+        # embedding, last norm, what follows it
+        total = (4 if trained else 2) * tokens * self.width
+        for layer in self.layers:
+            if recomputed:
+                total += tokens * self.width
+            else:
+                total += self.kept_by(layer, tokens, keys, trained, half)
+        return total
+
+    def kept_by(self, layer: nn.Module, tokens: int, keys: int, trained: bool, half: bool) -> int:
+        """As `kept`, of one layer."""
+        norms, mlp_width, projected, gated = [], 0, 0, False
+        adapter_inputs = 0
+        for name, module in layer.named_modules():
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 norms.append(module)
+            if isinstance(module, nn.Linear) and not re.search(r"attn|attention|conv", name):
+                mlp_width = max(mlp_width, module.in_features)
+            if isinstance(module, nn.Linear) and re.search(r"linear_attn\.in_proj", name):
+                projected += module.out_features
             if half and trained and name.endswith("lora_A.default"):
                 adapter_inputs += 2 * module.in_features
-            gated = gated or name.endswith("gate_proj")
+            gated = gated or bool(re.search(r"gate_(up_)?proj$|w3$", name))
         per_norm = 1
         if trained:
             per_norm = 3 if "RMS" in type(norms[0]).__name__ else 2
-        of_norms = (2 if half else 1) * len(norms) * width * per_norm
-        of_mlp = mlp_width * ((3 if gated else 1) + (1 if trained else 0))
-        per_token = of_norms + 2 * self.query_width + of_mlp + adapter_inputs
-        return outside + count * (tokens * per_token + keys * 2 * self.key_width)
+        normed = sum(module.weight.numel() for module in norms)
+        per_token = (2 if half else 1) * normed * per_norm + adapter_inputs
+        per_token += mlp_width * ((3 if gated else 1) + (1 if trained else 0))
+        if has_experts(layer):  # their inputs and outputs are copies, one per expert
+            per_token += 2 * self.experts * self.width
+            per_token += self.experts_width * (4 if trained else 3)
+        if projected:  # linear attention: before and after the convolution, gate, output
+            return tokens * (per_token + 4 * projected)
+        return tokens * (per_token + 2 * self.query_width) + keys * 2 * self.key_width
+
+    def cache(self, rows: int, tokens: int) -> int:
+        """Numbers that `rows` rows of `tokens` tokens leave in the cache."""
+        total = 0
+        for layer in self.layers:
+            children = dict(layer.named_children())
+            if "linear_attn" in children:
+                total += rows * self.state
+            elif getattr(children.get("self_attn"), "is_kv_shared_layer", False):
+                continue  # it reads another layer's
+            elif "conv" not in children:
+                total += rows * tokens * 2 * self.key_width
+        return total
+
+    def largest(self, tokens: int, keys: int, half: bool) -> int:
+        """What the layer that keeps most keeps."""
+        return max(self.kept_by(layer, tokens, keys, True, half) for layer in self.layers)
+
+
+def has_experts(layer: nn.Module) -> bool:
+    return any(name.endswith("experts") for name, _ in layer.named_modules())
 
 
 def layers_of(policy: Policy) -> tuple[Layers, Layers]:
     """-> the language model's, the vision tower's"""
     text, vision = policy.model.config.get_text_config(), policy.model.config.vision_config
-    in_language, in_tower = [], []
+    in_tower = []
     for name, module in policy.model.model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            (in_tower if policy.family.in_tower(name) else in_language).append(module)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query, key = text.num_attention_heads * head, text.num_key_value_heads * head
-    language = Layers(in_language[0], len(in_language), text.hidden_size, query, key)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
-    return language, Layers(in_tower[0], len(in_tower), width, width, width)
+        if isinstance(module, GradientCheckpointingLayer) and policy.family.in_tower(name):
+            in_tower.append(module)
+    query, key = mean_widths(text)
+    if getattr(text, "kv_lora_rank", None):  # keys and values of all heads, of two sizes
+        query = key = text.num_attention_heads * (text.qk_head_dim + text.v_head_dim) // 2
+    experts = getattr(text, "num_experts_per_tok", None) or 0
+    experts = experts or getattr(text, "top_k_experts", None) or 0  # Gemma 4's name for it
+    inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    layers = policy.language_layers()
+    state = 0
+    if value_heads := getattr(text, "linear_num_value_heads", None):
+        state = value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    width = text.hidden_size
+    language = Layers(layers, width, query, key, experts * inner, experts, state)
+    width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)  # 0: no tower
+    return language, Layers(in_tower, width, width, width)
+
+
+def mean_widths(text: Any) -> tuple[int, int]:
+    """Mean over the layers of heads * head size, of queries and of keys."""
+    query = key = 0
+    for config in text.per_layer_config:  # Gemma 4: they differ
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query += config.num_attention_heads * head
+        key += config.num_key_value_heads * head
+    layers = len(text.per_layer_config)
+    return query // layers, key // layers
 
 
 class Work(NamedTuple):
@@ -92,8 +148,8 @@ def activations(config: Any, policy: Policy, work: Work, responses: int, attack:
     parameters, and a tower that is not trained keeps nothing.
     """
     language, vision = layers_of(policy)
-    trained = any(p.requires_grad for p in language.layer.parameters()) and not attack
-    tower = any(p.requires_grad for p in vision.layer.parameters()) and not attack
+    trained = any(p.requires_grad for p in language.layers[0].parameters()) and not attack
+    tower = any(p.requires_grad for x in vision.layers for p in x.parameters()) and not attack
     if config.model.attention != "flash_attention_2":  # keys and values are repeated for the heads
         language = language._replace(key_width=language.query_width)
     recomputed, half = config.memory.gradient_checkpointing, number_bytes(config) == 2
@@ -111,10 +167,10 @@ def recomputation(config: Any, policy: Policy, work: Work, responses: int) -> in
     """Numbers that recomputing adds: the cache, its copies, one layer's activations."""
     language, _ = layers_of(policy)
     P, L, T, half = work.micro, work.L, config.saei.max_new_tokens, number_bytes(config) == 2
-    cache = language.count * 2 * language.key_width * (P + responses) * L
+    cache = language.cache(P + responses, L)
     wide = language._replace(key_width=language.query_width)
     tokens, keys = max(P * L, responses * T), responses * (L + T)
-    return cache + wide.kept(tokens, keys, trained=True, recomputed=False, half=half, count=1)
+    return cache + 4 * tokens * wide.width + wide.largest(tokens, keys, half)
 
 
 def number_bytes(config: Any) -> int:
@@ -155,7 +211,7 @@ def estimate(config: Any, policy: Policy, work: Work) -> dict[str, int]:
     parts["update, attack: a chunk of logits"] = 6 * 4 * chunk * vocabulary
     sampled = at_a_time(work.prompts, memory.sample_prompts)
     sampled *= max(cfg.clean_rollouts, cfg.adversarial_rollouts)
-    cache = language.count * 2 * language.key_width * sampled * (work.L + T)
+    cache = language.cache(sampled, work.L + T)
     parts["sampling: keys and values"] = c * cache
     parts["sampling: logits"] = 24 * sampled * vocabulary  # float32, float64 and cumulative sums
     return parts
@@ -191,8 +247,9 @@ def describe(config: Any, processes: int = 1) -> str:
     micro, _ = distributed.micro_batch_size(
         cfg.prompts_per_step, cfg.updates_per_step, memory.micro_prompts, processes
     )
-    # flash_attention_2 may not be installed where the plan is made
-    model = args.ModelArgs(**(vars(config.model) | {"attention": "sdpa"}))
+    model = config.model
+    if model.attention == "flash_attention_2":  # it may not be installed where the plan is made
+        model = args.ModelArgs(**(vars(model) | {"attention": "sdpa"}))
     policy = model.load(weights=False)
     memory.apply(policy, run.seed)
     rows = config.data.load(
@@ -223,15 +280,13 @@ def describe(config: Any, processes: int = 1) -> str:
         "prompts": f"at most {work.L} tokens {seen}, limit {config.data.max_prompt_tokens}",
         "data": "streamed" if streaming else f"{len(rows):,} rows",
         "steps": f"{run.steps}, epochs {epochs}, updates {run.steps * cfg.updates_per_step}",
-        "checkpoint": f"{checkpoint / 1e9:.1f} GB each, {run.keep_last or 'all'} kept",
+        "checkpoints": disk(checkpoint, run),
         "per step": f"{cfg.prompts_per_step} prompts x {cfg.rollouts} responses, "
         f"{cfg.adversarial_rollouts} of {cfg.rollouts} adversarial",
         "per device": f"one of {processes}: {work.prompts} prompts; samples {sampled} at a time, "
         f"updates {micro} prompts and {responses} responses at a time",
     }
-    text = yaml.safe_dump(args.flat(config), sort_keys=False) + "\n"
-    for name, value in lines.items():
-        text += f"{name + ':':14}{value}\n"
+    text = "".join(f"{name + ':':14}{value}\n" for name, value in lines.items())
     text += "\nMemory of a device in GiB. The first three are counted, the rest is estimated, for\n"
     text += f"the longest prompt above and responses of {cfg.max_new_tokens} tokens. The waste of\n"
     text += "the allocator and CUDA itself come on top.\n"
@@ -246,7 +301,18 @@ def describe(config: Any, processes: int = 1) -> str:
         text += f"  {'FSDP2: the first three, sharded':38}{shard / GIB:9.2f}\n"
         text += f"  {'FSDP2: whole parameters, in sampling':38}{whole / GIB:9.2f}\n"
         text += f"  {'FSDP2: in all':38}{(shard + whole + rest) / GIB:9.2f}\n"
-    return text + "dry run: nothing was trained or written"
+    text += "\nSettings that differ from the defaults:\n"
+    text += yaml.safe_dump(args.changed(config), sort_keys=False)
+    return text + "\ndry run: nothing was trained or written"
+
+
+def disk(size: int, run: args.RunArgs) -> str:
+    """What checkpoints of `size` bytes take. A new one is whole before an old one goes."""
+    written = -(-run.steps // run.save_every)
+    kept = min(written, run.keep_last or written)
+    most = min(written, kept + 1)
+    text = f"{size / 1e9:.2f} GB each, {written} written, {'all' if kept == written else kept} kept"
+    return f"{text}: at most {most * size / 1e9:.2f} GB on the disk"
 
 
 class Measured(NamedTuple):

@@ -6,6 +6,7 @@ Symbols: P prompts of this process, G responses per prompt (the clean ones first
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import NamedTuple
 
 import torch
@@ -53,15 +54,39 @@ def micro_batches(stop: int, size: int, start: int = 0) -> list[slice]:
 def load_rewards(specs: list[str], max_new_tokens: int, row: dict) -> rewards.Rewards:
     """rewards.load_rewards, each function called once on `row`, so that a broken one fails here.
 
-    The metrics need the accuracy: where no spec names it, its weight is 0.
+    The metrics need the accuracy: where no spec names it, its weight is 0. Raises ValueError for a
+    function that cannot be called with these arguments.
     """
     functions = rewards.load_rewards(specs, max_new_tokens)
     functions.setdefault("accuracy", (rewards.accuracy_reward, 0.0))
-    columns = {name: [value] for name, value in row.items() if name != "images"}
-    columns["completion_ids"] = [[0]]
+    columns = reward_columns([row], 1) | {"completion_ids": [[0]], "truncated": [False]}
     text = "<think>a synthetic call</think> \\boxed{0}"
+    for name, (function, _) in functions.items():
+        try:
+            signature(function).bind(completions=[text], **columns)
+        except TypeError as error:
+            raise ValueError(
+                f"the reward {name!r} cannot be called: {error}. It is called with keywords: "
+                f"completions, {', '.join(columns):.200}. Name what it needs of these, and add **_ "
+                "for the others"
+            ) from error
     rewards.total_reward([text], rewards=functions, **columns)
     return functions
+
+
+def reward_columns(rows: list[dict], n: int) -> dict[str, list]:
+    """What a reward function reads of the rows, each value n times, for n responses per row.
+
+    As in TRL: prompts, and the data's columns by their own names. Then problem, answer, choices and
+    the others that every row has. Of two of one name, the latter is given.
+    """
+    columns = {}
+    for name in rows[0].get("columns") or {}:
+        columns[name] = [row["columns"].get(name) for row in rows for _ in range(n)]
+    for name in rows[0]:
+        if name not in ("images", "columns"):
+            columns[name] = [row[name] for row in rows for _ in range(n)]
+    return columns | {"prompts": columns["problem"]}
 
 
 def grade(
@@ -69,19 +94,19 @@ def grade(
 ) -> tuple[list[list[str]], dict[str, Tensor]]:
     """The responses' texts and {"reward", "accuracy", ...}, all (P, G), the clean ones first.
 
-    A reward function gets TRL's arguments: completions, completion_ids and the rows' columns.
+    A reward function gets TRL's arguments, all by keyword: completions (texts), prompts,
+    completion_ids, the rows' columns. Also truncated: which completions have no end token.
     """
-    texts, ids = [[] for _ in rows], [[] for _ in rows]
+    texts, ids, truncated = [[] for _ in rows], [[] for _ in rows], [[] for _ in rows]
     for part in responses:
         per_prompt = len(part.tokens) // len(rows)
+        cut = part.truncated(policy.eos_ids).tolist()
         for i, text in enumerate(policy.decode(part)):
             texts[i // per_prompt].append(text)
             ids[i // per_prompt].append(part.tokens[i][part.mask[i]].tolist())
-    G = len(texts[0])
-    columns = {"completion_ids": sum(ids, [])}
-    for name in rows[0]:
-        if name != "images":
-            columns[name] = [row[name] for row in rows for _ in range(G)]
+            truncated[i // per_prompt].append(cut[i])
+    columns = reward_columns(rows, len(texts[0]))
+    columns |= {"completion_ids": sum(ids, []), "truncated": sum(truncated, [])}
     found = rewards.total_reward(sum(texts, []), rewards=functions, **columns)
     scores = {}
     for name, values in found.items():
@@ -172,6 +197,7 @@ def sample_lines(rollouts: Rollouts, policy: Policy) -> tuple[list[dict], dict[s
             line |= {"problem": row["problem"], "answer": row["answer"]}
             for name, values in (rollouts.scores | {"advantage": rollouts.advantages}).items():
                 line[name] = values[0, g].item()
+            line["prefilled"] = policy.prefilled  # of the response; the tokens come after it
             line["truncated"] = tokens[-1] not in policy.eos_ids
             line["entropy"] = [round(entropy, 4) for entropy in part.entropy[i][mask].tolist()]
             line["tokens"] = [policy.processor.tokenizer.decode([token]) for token in tokens]

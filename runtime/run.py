@@ -9,13 +9,17 @@ import contextlib
 import json
 import math
 import os
+import re
 import resource
+import select
+import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torchvision.utils import save_image
@@ -30,18 +35,39 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.args import RENAMED, ModelArgs, RunArgs, TrainDataArgs
+from runtime.faults import one_line
+from runtime.lock import FolderLock
 from runtime.rollouts import Rollouts, sample_lines
+from runtime.signals import Signals
 from vlm.policy import Policy
 
 # Options that cannot change the result of a run: a resumed run may set them anew.
 FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last"}
 FREE |= {"report_to", "self_check", "profile", "gradient_checkpointing"}
 FREE |= {"micro_prompts", "micro_responses", "sample_prompts"}
+PROJECT = "saei"  # what trackers call the run; tensorboard's folder
+
+
+# What says that a run has begun in a folder.
+TRACES = (".lock", "config.yaml", "metrics.jsonl", "checkpoints")
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. A name means a whole checkpoint."""
-    return sorted(Path(folder).glob("checkpoints/step-[0-9]*"))
+    found = []
+    for path in Path(folder).glob("checkpoints/step-*"):
+        if re.fullmatch(r"step-\d{6,}", path.name):  # not a copy that somebody named
+            found.append(path)
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint has behind it."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+class Finished(Exception):
+    """The run to resume has taken all its steps. `main` then returns."""
 
 
 class Run:
@@ -52,55 +78,109 @@ class Run:
     """
 
     def __init__(self, args: RunArgs, options: dict[str, Any], accelerator: Accelerator):
-        """Prepare the folder. options: all options of the run, for config.yaml.
+        """Lock and prepare the folder. options: all options of the run, for config.yaml.
 
-        Raises ValueError if the folder holds a run and neither resume nor overwrite is set, or if
-        the run to resume was started with other options.
+        Raises ValueError if another process writes to the folder, if it holds a run and neither
+        resume nor overwrite is set, if there is nothing to resume, or if the run to resume was
+        started with other options; Finished if that one has all its steps.
         """
         self.args, self.options, self.accelerator = args, options, accelerator
         self.folder, self.is_main = Path(args.output), accelerator.is_main_process
-        found = checkpoints(self.folder)
-        held = (self.folder / "metrics.jsonl").exists() or bool(found)
+        self.lock, self.signals, self.bar = FolderLock(self.folder), None, None
+        open_runs.append(self)
+        self._on_main(self._refuse_nothing_to_resume)
+        while not self._on_main(self.lock.attempt):
+            time.sleep(0.5)
+        self.checkpoint, self.first_step = self._on_main(self._prepare_folder)
+        if self.checkpoint and self.first_step >= args.steps:
+            self._print(f"{self.folder}: already finished at step {self.first_step}")
+            self._print(self.summary())
+            accelerator.end_training()
+            raise Finished
+        self.total_accuracy, self.warned_identical = 0.0, False
+
+    def _on_main(self, function: Callable[[], Any]) -> Any:
+        """What the main process's function() returns, or the ValueError it raises, on all."""
+        result = [None]
+        if self.is_main:
+            try:
+                result = [function()]
+            except ValueError as error:
+                result = [error]
+            except OSError as error:
+                said = f"cannot write to --output {self.folder}: {error}; choose another folder"
+                result = [ValueError(said)]
+        (result,) = broadcast_object_list(result)
+        if isinstance(result, ValueError):
+            raise result
+        return result
+
+    def _refuse_nothing_to_resume(self) -> None:
+        if self.args.resume and not any((self.folder / name).exists() for name in TRACES):
+            raise ValueError(
+                f"nothing to resume in {self.folder}: no run has begun there. Start without "
+                "--resume, or correct --output"
+            )
+
+    def _prepare_folder(self) -> tuple[str | None, int]:
+        """-> the checkpoint to continue from or None, the first step"""
+        found, args = checkpoints(self.folder), self.args
+        metrics = self.folder / "metrics.jsonl"  # empty if the first step failed
+        held = bool(found) or (metrics.exists() and metrics.stat().st_size > 0)
         if held and not (args.resume or args.overwrite):
             raise ValueError(
                 f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it"
             )
-        self.checkpoint, self.first_step = None, 0
-        if args.resume and found:
-            self.checkpoint = str(found[-1])
-            self.first_step = int(found[-1].name.removeprefix("step-"))
-            self._refuse_other_options(found[-1] / "config.yaml")
-        accelerator.wait_for_everyone()  # no process deletes what another one still has to look at
-        if self.is_main:
-            try:
-                self._make_folder(everything=held and not args.resume)
-            except OSError as error:
-                raise ValueError(
-                    f"cannot write to --output {self.folder}: {error}; choose another folder"
-                ) from error
-        accelerator.wait_for_everyone()
-        self.total_accuracy, self.warned_identical = 0.0, False
-
-    def _make_folder(self, everything: bool) -> None:
+        newest = found[-1] if found and args.resume else None
+        if newest:
+            self._refuse_other_options(newest / "config.yaml")
+            if step_of(newest) >= args.steps:
+                return str(newest), step_of(newest)
+        elif args.resume:
+            if held:
+                self._refuse_other_options(self.folder / "config.yaml")
+            self._print(f"{self.folder} has no checkpoint yet: the run starts again at step 0")
         for unfinished in self.folder.glob("checkpoints/.step-*"):  # killed while it was saved
             shutil.rmtree(unfinished)
-        if everything:
-            for checkpoint in reversed(checkpoints(self.folder)):  # killed, it leaves whole ones
-                delete_checkpoint(checkpoint)
-            for name in ("checkpoints", "pictures", "report"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            for result in self.folder.glob("eval/*"):
-                if not result.name.startswith("before"):  # that one is of the model to start from
-                    result.unlink()
-        if self.checkpoint is None:
+        if (found or metrics.exists()) and not args.resume:
+            self._delete_run()
+        if newest is None:
             files = ["metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"]
             for name in files:
                 (self.folder / name).unlink(missing_ok=True)
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        (self.folder / "pictures").mkdir(exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
+        return (str(newest), step_of(newest)) if newest else (None, 0)
+
+    def _delete_run(self) -> None:
+        """What a run wrote, and nothing else. Killed here, it leaves whole checkpoints."""
+        for checkpoint in reversed(checkpoints(self.folder)):
+            delete_checkpoint(checkpoint)
+        for name in ("checkpoints", "pictures", "report", ".aim"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for failed in self.folder.glob("failed-step-*-process-*.pt"):
+            failed.unlink()
+        for result in self.folder.glob("eval/*.json*"):
+            if not result.name.startswith("before"):  # that one is of the model to start from
+                result.unlink()
+        tensorboard = self.folder / PROJECT
+        for path in sorted(tensorboard.glob("**/*"), reverse=True):  # files before their folder
+            if "tfevents" in path.name or path.name == "hparams.yml":
+                path.unlink()
+            elif path.is_dir():
+                with contextlib.suppress(OSError):  # somebody's file is in it
+                    path.rmdir()
+        with contextlib.suppress(OSError):
+            tensorboard.rmdir()
 
     def _refuse_other_options(self, path: Path) -> None:
-        before = yaml.safe_load(path.read_text())
+        try:
+            before = dict(yaml.safe_load(path.read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{path} cannot be read, so nothing says with which options the run began "
+                f"({one_line(error)}): --overwrite replaces it"
+            ) from error
         old_names = [name for name in before if name not in self.options]
         if old_names:
             said = [f"{name} ({RENAMED.get(name, 'removed')})" for name in old_names]
@@ -149,20 +229,22 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """The steps from the checkpoint on, with a progress bar. A signal ends them early."""
-        self.signals = Signals(self.accelerator)  # not before: until here a signal ends at once
+        self.step, self.parent = self.first_step, os.getppid()
+        say = self._say_stopping if self.is_main else lambda number: None
+        self.signals = Signals(self.accelerator, say)  # not before: until here one ends at once
         if self.is_main:
             self._forget_later_lines()
         if self.args.report_to != "none":
             shown = {k: str(v) if isinstance(v, list) else v for k, v in self.options.items()}
             shown = {name: value for name, value in shown.items() if value is not None}
-            self.accelerator.init_trackers("saei", config=shown)
+            self.accelerator.init_trackers(PROJECT, config=shown)
         steps = range(self.first_step, self.args.steps)
         traced = min(self.first_step + 1, self.args.steps - 1) if self.args.profile else None
         self.bar = tqdm(
             steps, initial=steps.start, total=steps.stop, disable=not self.is_main, unit="step"
         )
         for step in self.bar:
-            trace = step == traced and self.is_main
+            self.step, trace = step, step == traced and self.is_main
             with profile(self.folder) if trace else contextlib.nullcontext():
                 yield step
             if self.signals.agreed:
@@ -172,10 +254,42 @@ class Run:
         """A resumed run drops what came after its checkpoint. The last line may be cut anywhere."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             path, aside = self.folder / name, self.folder / f".{name}"
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] < self.first_step]
+            lines = path.read_text(errors="replace").split("\n") if path.exists() else []
+            kept = []
+            for line in lines[:-1]:
+                try:
+                    if json.loads(line)["step"] < self.first_step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):  # a power cut: after what was synced
+                    pass
             aside.write_text("".join(kept))
             aside.replace(path)  # killed before this, the run keeps the old file
+
+    def _say_stopping(self, number: int) -> None:
+        """The first signal: what happens now, on the screen and in the lock.
+
+        accelerate's launcher ends at Ctrl-C, in a traceback that hides the line, so it comes twice.
+        """
+        with contextlib.suppress(OSError):
+            self.lock.mark_stopping()
+        if self.bar is not None:
+            self.bar.disable = True  # it would overwrite the line, or fail as `| tee` is gone
+        after = ""
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+            after = f" The launcher waits {seconds} s (TORCH_ELASTIC_SHUTDOWN_TIMEOUT), then kills."
+        doing = f"finishing step {self.step + 1}, saving"
+        name, pid = signal.Signals(number).name, os.getpid()
+        say(f"{name}: {doing}; Ctrl-C again to stop at once (or kill {pid}).{after}")
+
+        def say_again() -> None:
+            while os.getppid() == self.parent:
+                time.sleep(1)
+                if self not in open_runs:
+                    return
+            say(f"the launcher has ended, process {pid} has not: {doing}; kill {pid} stops it")
+
+        threading.Thread(target=say_again, daemon=True).start()
 
     def log(self, step: int, metrics: dict[str, float], losses: dict[str, float]) -> None:
         """metrics: means over this process's equal share. losses: global already."""
@@ -186,8 +300,9 @@ class Run:
         metrics["memory_gib"] = peak_memory() / 2**30
         self._warn(step, metrics)
         if self.is_main:
+            self.lock.check()
             rounded = {name: round(value, 8) for name, value in metrics.items()}
-            with open(self.folder / "metrics.jsonl", "a") as file:
+            with self._writing("metrics.jsonl"), open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step} | rounded) + "\n")
             reward, entropy = f"{metrics['reward']:.2f}", f"{metrics['entropy/clean']:.3f}"
             self.bar.set_postfix(reward=reward, entropy=entropy)
@@ -219,13 +334,33 @@ class Run:
             return
         lines, pictures = sample_lines(rollouts, policy)
         paths = {}
-        for kind, images in pictures.items():
-            paths[kind] = f"pictures/step-{step:06d}-0-{kind}.png"
-            save_side_by_side(images, self.folder / paths[kind])
-        with open(self.folder / "samples.jsonl", "a") as file:
-            for line in lines:
-                names = {"clean_picture": paths.get("clean"), "picture": paths.get(line["image"])}
-                file.write(json.dumps({"step": step} | line | names) + "\n")
+        with self._writing("samples.jsonl"):
+            for kind, images in pictures.items():
+                paths[kind] = f"pictures/step-{step:06d}-0-{kind}.png"
+                save_side_by_side(images, self.folder / paths[kind])
+            with open(self.folder / "samples.jsonl", "a") as file:
+                for line in lines:
+                    names = {"clean_picture": paths.get("clean")}
+                    names["picture"] = paths.get(line["image"])
+                    file.write(json.dumps({"step": step} | line | names) + "\n")
+
+    @contextlib.contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """An error of writing says which file of the run it was and what there is to resume."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # a RuntimeError of torch.save's zip writer is a full disk, one of a collective is not
+            words = ("PytorchStreamWriter", "inline_container")
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+                raise
+            good = checkpoints(self.folder)
+            resume = "There is no checkpoint to resume from: --resume true starts again at step 0"
+            if good:
+                resume = f"The last good checkpoint: {good[-1]}. --resume true continues from it"
+            failed = OSError(f"{self.folder / what} could not be written (disk full?): {error}")
+            failed.add_note(resume)
+            raise failed from error
 
     # ---------------------------------------------------------------------- checkpoints, the end
 
@@ -234,13 +369,19 @@ class Run:
         done = step + 1
         # asked() comes first: all processes must call it
         if self.signals.asked() or done % self.args.save_every == 0 or done == self.args.steps:
+            if self.is_main and self.signals.agreed and not self.signals.received:
+                self._say_stopping(self.signals.agreed)  # another process got the signal
             self._save(done, wrapped)
+            self.signals.asked()  # a signal while it was saved: there is nothing more to finish
 
     def _save(self, step: int, wrapped: nn.Module) -> None:
         final = self.folder / "checkpoints" / f"step-{step:06d}"
         aside = final.with_name(f".{final.name}")
         accelerator = self.accelerator
-        try:
+        leave_lost_screen()
+        if self.is_main:
+            self.lock.check()
+        with self._writing(f"checkpoints/{final.name}"):
             if self.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir(parents=True)
@@ -255,22 +396,78 @@ class Run:
                 sync(*self.folder.glob("*.jsonl"), *aside.rglob("*"), aside)
                 aside.rename(final)
                 sync(final.parent)
-        except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's full disk
-            good = checkpoints(self.folder)
-            error.add_note(
-                f"the checkpoint of step {step} could not be written to {aside} (disk full?). The "
-                f"last good one: {good[-1] if good else 'none'}. --resume true continues from it"
-            )
-            raise
         if self.is_main and self.args.keep_last:
             for old in checkpoints(self.folder)[: -self.args.keep_last]:
                 delete_checkpoint(old)
 
     def finish(self) -> None:
-        """End the trackers. After a signal, exit with 128 + its number, as shells expect."""
+        """End the trackers, say where everything is. After a signal, exit with 128 + its number."""
         self.accelerator.end_training()
+        self.bar.close()
+        if self.signals.agreed:
+            self._print(f"stopped after step {self.step + 1}; --resume true continues the run")
+        self._print(self.summary())
         if self.signals.agreed:
             sys.exit(128 + self.signals.agreed)
+
+    def summary(self) -> str:
+        """Where the run's results are, and the command that draws its page."""
+        newest = [f"checkpoints/{path.name}" for path in checkpoints(self.folder)[-1:]]
+        files = ", ".join(["metrics.jsonl", "samples.jsonl", *newest])
+        command = f"python -m runtime.report {shlex.quote(str(self.folder))}"
+        return f"{self.folder} holds {files}. For the page: {command}"
+
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal may be gone, or the `tee` behind a pipe
+            self.accelerator.print(line, flush=True)
+
+    def close(self) -> None:
+        """Leave the folder to others, and give the signals back."""
+        if self.signals:
+            self.signals.restore()
+        self.lock.release()
+
+
+open_runs: list[Run] = []  # of this process
+
+
+@contextlib.contextmanager
+def runs_closed() -> Iterator[None]:
+    """However it ends, afterwards no run holds a folder or the signals, so a notebook goes on."""
+    try:
+        yield
+    except Finished:
+        pass
+    finally:
+        while open_runs:
+            open_runs.pop().close()
+
+
+def leave_to_parent() -> None:
+    """In a forked child: a grandchild of a reward function must not keep the folder's lock."""
+    for run in open_runs:
+        run.lock.close()
+        if run.signals:
+            run.signals.leave_to_parent()
+
+
+os.register_at_fork(after_in_child=leave_to_parent)
+
+
+def say(line: str) -> None:
+    """To the screen, also while another thread is printing, or if the screen is gone."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{line}\n".encode())
+
+
+def leave_lost_screen() -> None:
+    """A terminal or a `| tee` that is gone must not cost the checkpoint: lines go nowhere then."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), descriptor)
 
 
 def sync(*paths: Path) -> None:
@@ -342,7 +539,10 @@ class Batches(NamedTuple):
 
 
 def load_rows(args: TrainDataArgs, run: Run, policy: Policy, prompts_per_step: int) -> Batches:
-    """The rows to train on, checked. Raises ValueError if they changed since the run began."""
+    """The rows to train on, checked. Raises ValueError if they changed since the run began.
+
+    policy: its processor counts the tokens of prompts, it needs no weights.
+    """
     rows = args.load(
         args.split,
         seed=run.args.seed,
@@ -372,49 +572,6 @@ def load_reference(args: ModelArgs, run: Run) -> Policy:
         "kl_coef pulls to them; put the first ones back",
     )
     return reference
-
-
-# ------------------------------------------------------------------------------------------ signals
-
-
-@contextlib.contextmanager
-def signals_restored() -> Iterator[None]:
-    """Afterwards SIGTERM and SIGINT do what they did before, so that a notebook goes on."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class Signals:
-    """SIGTERM and SIGINT ask for the end after the current step. A second one ends at once.
-
-    A signal within a second of the first counts as the same: a launcher passes on what its children
-    got.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator, self.received, self.agreed, self.when = accelerator, 0, 0, 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, _frame: Any) -> None:
-        if not self.received:
-            self.received, self.when = number, time.monotonic()
-            name = signal.Signals(number).name
-            print(
-                f"{name}: finishing the step and saving. A second one ends at once", file=sys.stderr
-            )
-        elif time.monotonic() - self.when > 1:
-            os._exit(128 + number)
-
-    def asked(self) -> bool:
-        """Whether any process got a signal. All must call it, and all get the same answer."""
-        mine = torch.tensor([self.received], device=self.accelerator.device)
-        self.agreed = int(self.accelerator.gather(mine).max())
-        return self.agreed > 0
 
 
 # ------------------------------------------------------------------------- time, memory, pictures

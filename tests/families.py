@@ -23,7 +23,7 @@ from torch import Tensor
 import egas
 import tsec
 from tests import reference, tiny
-from vlm.families import fixed_resize
+from vlm.pixels import fixed_resize
 from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,8 @@ def checkpoint(kind: str) -> str:
 @functools.cache
 def shared_policy(kind: str) -> Policy:
     """Not to be changed."""
-    return Policy.from_pretrained(checkpoint(kind))
+    attention = "eager" if kind.endswith("gpt_oss") else "sdpa"
+    return Policy.from_pretrained(checkpoint(kind), attention=attention)
 
 
 def make_policy(kind: str) -> Policy:

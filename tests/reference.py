@@ -25,10 +25,13 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
             if w.ndim >= 2:
                 gain = 2.0 if name.endswith(("q_proj.weight", "k_proj.weight")) else 1.0
                 w.copy_(gain * noise / w[0].numel() ** 0.5)
+            elif name.endswith("dt_bias"):
+                w.copy_(0.1 * noise - 3.0)  # a state that remembers
             else:
-                w.copy_(0.1 * noise + (name.endswith("weight")))  # norms' weights are around 1
+                one = w.mean().round() if name.endswith("weight") else 0.0
+                w.copy_(0.1 * noise + one)  # norms' weights: around 0 where the norm adds the 1
             if name.endswith("language_model.norm.weight"):
-                w.mul_(2.0)
+                w.copy_(2.0 * w + (1.0 - one))  # twice the weight
     return model
 
 

@@ -1,8 +1,9 @@
 """runtime/args.py: where a value comes from, what is refused and how, --help, recipes."""
 
+import os
 import re
-import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -79,6 +80,61 @@ def test_a_recipes_values_are_taken_as_they_are_written(recipe):
     assert load_config(max_grad_norm="inf").saei.max_grad_norm == float("inf")
 
 
+# ------------------------------------------------------------------------------------- paths
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path
+
+
+def test_what_a_recipe_reads_is_beside_it_or_in_the_project(elsewhere, recipe):
+    for name in ("rows.jsonl", "my.py", "recipes"):
+        (elsewhere / name).write_text("")  # the project has recipes too: the recipe's folder first
+    text = "dataset: rows.jsonl\nreward: [accuracy:1, my.py:f:2]\norder: recipes\n"
+    config = load_config(recipe(text + "model: docs/loop.png\ntemplate: nowhere.yaml\noutput: o"))
+    assert config.data.dataset == str(elsewhere / "rows.jsonl")
+    assert config.saei.reward == ["accuracy:1", f"{elsewhere / 'my.py'}:f:2"]
+    assert config.data.order == str(elsewhere / "recipes")
+    assert config.model.model == str(ROOT / "docs/loop.png")
+    assert (config.data.template, config.run.output) == ("nowhere.yaml", "o")
+
+
+def test_what_names_no_file_stays(elsewhere, recipe):
+    for name in ("boxed", "accuracy", "demo"):
+        (elsewhere / name).mkdir()
+    text = "dataset: demo\ntemplate: boxed\nreward: [accuracy:1]\nmodel: demo/mixed\nsplit: demo\n"
+    config = load_config(recipe(text))
+    assert (config.data.dataset, config.data.template) == ("demo", "boxed")
+    assert (config.saei.reward, config.model.model) == (["accuracy:1"], "demo/mixed")
+    assert config.data.split == "demo"
+
+
+def test_a_path_of_the_working_directory_stays_as_it_is_written(elsewhere, recipe, monkeypatch):
+    """So that a run goes on after its folder and its data were moved together."""
+    (elsewhere / "rows.jsonl").write_text("")
+    monkeypatch.chdir(elsewhere)
+    assert load_config(recipe("dataset: rows.jsonl")).data.dataset == "rows.jsonl"
+
+
+def test_the_command_lines_paths_are_the_working_directorys(elsewhere):
+    words = ["--dataset", "tests", "--model", "demo", "--order", "LICENSE"]
+    config = load_config(words)
+    assert [config.data.dataset, config.model.model, config.data.order] == words[1::2]
+
+
+def test_the_demos_models_are_found_from_everywhere(elsewhere):
+    policy = load_config(model="demo/mixed").model.load(weights=False)
+    assert policy.model.config.model_type == "qwen2_5_vl"
+    os.mkdir("demo")
+    os.mkdir("demo/mixed")  # one's own
+    with pytest.raises((ValueError, OSError)):
+        load_config(model="demo/mixed").model.load(weights=False)
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 
@@ -96,7 +152,8 @@ OPTIONS = [
     (["--eps", "nan"], "argument --eps: 'nan' is not a number"),
     (["--resume", "perhaps"], "argument --resume: Truthy value expected"),
     (["--intervention", "fgsm"], "argument --intervention: invalid choice: 'fgsm' (choose from "),
-    (["--config", "nowhere.yaml"], "the recipe nowhere.yaml cannot be read"),
+    (["--learning_rate", "3"], "unknown --learning_rate: here called lr"),
+    (["--config", "nowhere.yaml"], f"the recipe {Path.cwd() / 'nowhere.yaml'} cannot be read: No "),
     (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
 ]
 
@@ -125,7 +182,7 @@ def test_a_wrong_command_line_is_refused(words, said):
         ("seed: 1\na: [1", "line 3: not valid YAML"),
         ("hello", " must map options to values"),
         ("- 1", " must map options to values"),
-        ("seed: 1\neps: 8", "line 2: eps=8.0: it must be at most 1"),
+        ("seed: 1\neps: 8", "line 2: eps=8.0: it must be at most 1 (L-inf radius, such as 2/255)"),
         ("reward: []", "line 1: reward is empty"),
         ("split: {a: b}", "line 1: split takes one value"),
     ],
@@ -165,14 +222,29 @@ def test_a_value_out_of_bounds_is_refused(options, said):
         load_config(**options)
 
 
-@pytest.mark.parametrize("words", [["--eps", "8"], ["--stepz", "1"]])
-def test_the_command_line_says_one_line(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/train_saei.py", *words])
-    with pytest.raises(SystemExit) as end:
-        args.command_line(load_config, lambda config: 1 / 0)
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("train_saei.py: error: ") and said.count("\n") == 1
+LONG = "x y" * 3000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--steps", LONG],
+        ["--eps", LONG],
+        ["--intervention", LONG],
+        [f"--{LONG}", "1"],
+        [LONG],
+        ["--resume", LONG],
+    ],
+    ids=lambda words: words[0][:12],
+)
+def test_a_long_input_is_shown_in_part(words, recipe):
+    with pytest.raises(ValueError) as error:
+        load_config(words)
+    assert len(str(error.value)) < 300
+    for text in (f"{LONG}: 1", f"steps: {LONG}"):
+        with pytest.raises(ValueError) as error:
+            load_config(recipe(text))
+        assert len(str(error.value)) < 300 + len(recipe("")[1])
 
 
 def test_old_names_lead_to_options_that_exist():

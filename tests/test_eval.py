@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import finish, lines_of, start
 
+import rewards
 from eval import bootstrap_interval, evaluate_rows, load_config, main, pass_at_k
 from vlm.policy import Policy
 
@@ -46,7 +47,7 @@ def test_bootstrap_interval_matches_the_normal_one():
     [
         ({"output": None}, "--output is required"),
         ({"model": None}, "--model is required"),
-        ({"samples": 4}, "1 <= k <= samples=4, got k=8"),
+        ({"samples": 4, "k": [8]}, "1 <= k <= samples=4, got k=8"),
         ({"k": [0]}, "1 <= k <= samples=8, got k=0"),
         ({"temperature": 0.0}, "temperature=0.0: it must be above 0"),
         ({"problems": 0}, "problems=0: it must be at least 1"),
@@ -57,6 +58,45 @@ def test_bootstrap_interval_matches_the_normal_one():
 def test_bad_settings_are_refused(options, said):
     with pytest.raises(ValueError, match=said):
         load_config(**{"model": "m", "output": "o"} | options)
+
+
+def test_k_follows_the_samples():
+    for samples, k in ((8, [1, 8]), (4, [1, 4]), (1, [1])):
+        assert load_config(model="m", output="o", samples=samples).eval.k == k
+
+
+def test_a_result_is_replaced_only_if_asked(tiny, tmp_path, monkeypatch):
+    """Refused before the model is loaded. The folder is made then, too."""
+    output = tmp_path / "new/one"
+    options = dict(model=tiny, output=str(output), problems=2, samples=1, max_new_tokens=2)
+    main(load_config(**options))
+    before = output.with_suffix(".json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "from_pretrained", lambda *_: 1 / 0)
+        with pytest.raises(ValueError, match="one.json is there already: --overwrite replaces it"):
+            main(load_config(**options))
+        (tmp_path / "file").write_text("")
+        with pytest.raises(OSError, match="file"):
+            main(load_config(**options | {"output": f"{tmp_path}/file/x"}))
+    assert output.with_suffix(".json").read_text() == before
+    main(load_config(**options, seed=1, overwrite=True))
+    assert json.loads(output.with_suffix(".json").read_text())["seed"] == 1
+
+
+def test_a_truncated_answer_is_told_to_the_grader(policy, rows, monkeypatch):
+    seen = []
+
+    def listen(completions, truncated, **_):
+        seen.append(truncated)
+        return [0.0] * len(completions)
+
+    monkeypatch.setattr(rewards, "accuracy_reward", listen)
+    cfg = load_config(model="m", output="o", samples=2, max_new_tokens=3).eval
+    records = evaluate_rows(policy, rows[:2], [5, 6], cfg)
+    policy.eos_ids = list(range(400))  # every token ends a response
+    evaluate_rows(policy, rows[:2], [5, 6], cfg)
+    assert seen == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert [record["truncated"] for record in records] == [1.0, 1.0]
 
 
 def test_splits_and_problems_depend_on_the_data():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,7 +169,6 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
     configs, folder = {}, tmp_path / "killed"
     for name in ("killed", "whole"):
         configs[name] = short(tiny, tmp_path / name, steps=12, save_every=1, keep_last=2)
-        configs[name].run.resume = True
 
     def reached(step: int, saving: bool) -> bool:
         assert all(process.is_alive() for process in lives[-1])
@@ -177,6 +177,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
         return done >= step and (not saving or bool(list(folder.glob("checkpoints/.step-*"))))
 
     for i in range(kills):
+        configs["killed"].run.resume = (folder / "config.yaml").exists()
         lives.append(start(processes, train, configs["killed"]))
         while not reached(i * 11 // kills, saving=i % 2 == 1):
             time.sleep(0.0005)
@@ -186,6 +187,7 @@ def test_killed_runs_end_as_one_that_was_not(tiny, tmp_path, processes, kills):
             process.join()
         unfinished += len(list(tmp_path.glob("killed/checkpoints/.step-*")))
     assert unfinished or kills < 4
+    configs["killed"].run.resume = True
     for config in configs.values():
         finish(start(processes, train, config))
     assert any(life[0].exitcode == -signal.SIGKILL for life in lives)
@@ -255,14 +257,163 @@ def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(tiny, tmp_path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (note,) = error.value.__notes__
-    assert "step 2 could not be written" in note and "step-000001. --resume true" in note
+    assert "checkpoints/step-000002 could not be written (disk full?): " in str(error.value)
+    assert "last good checkpoint" in note and "step-000001. --resume true continues" in note
     assert names(tmp_path) == ["step-000001"]
     main(short(tiny, tmp_path, save_every=1, resume=True))
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["step-000001", "step-000002"]
 
 
+@pytest.mark.parametrize("content", [None, "", "eps: [", "a\n", "\0"])
+def test_a_checkpoint_whose_options_cannot_be_read_is_refused(tiny, tmp_path, content):
+    folder = tmp_path / "checkpoints/step-000001"
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / "config.yaml").write_text(content)
+    said = "config.yaml cannot be read, so nothing says with which options the run began"
+    with pytest.raises(ValueError, match=said) as error:
+        main(short(tiny, tmp_path, resume=True))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_a_log_that_cannot_be_written_is_named(tiny, tmp_path, monkeypatch, name):
+    """/dev/full: a real failure of write(2). No checkpoint yet: there is none to resume from."""
+    fill = lambda: ((tmp_path / name).unlink(), (tmp_path / name).symlink_to("/dev/full"))  # noqa: E731
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_that(fill, at_call=3))
+    said = f"{name} could not be written .disk full.*No space left"
+    with pytest.raises(OSError, match=said) as error:
+        main(short(tiny, tmp_path))
+    assert "There is no checkpoint to resume from" in error.value.__notes__[0]
+
+
+def test_a_lost_process_is_no_full_disk(tmp_path):
+    run = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(RuntimeError, match="Connection closed by peer") as error:
+        with runs.Run._writing(run, "checkpoints"):
+            raise RuntimeError("Connection closed by peer")
+    assert not hasattr(error.value, "__notes__")
+    with pytest.raises(OSError, match="disk full"), runs.Run._writing(run, "checkpoints"):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """Also beyond the six digits of a name. What somebody else named is none of the run's."""
+    for name in ("999998", "1000000", "999999", "999999-copy", "000003.bak", "best", "12"):
+        (tmp_path / f"checkpoints/step-{name}").mkdir(parents=True)
+    assert names(tmp_path) == ["step-999998", "step-999999", "step-1000000"]
+
+
 # ---------------------------------------------------------------------------------------- resume
+
+
+def test_nothing_to_resume(tiny, tmp_path):
+    """An empty folder is refused, as a wrong --output would be. It stays as it was."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    for name in ("empty", "missing", "mine"):
+        said = f"nothing to resume in .*{name}: no run has begun there. Start without --resume"
+        with pytest.raises(ValueError, match=said):
+            main(short(tiny, tmp_path / name, resume=True))
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "empty",
+        "mine",
+        "mine/notes.txt",
+    ]
+
+
+def test_a_run_without_a_checkpoint_starts_again_and_says_so(
+    tiny, tmp_path, monkeypatch, capsys, whole
+):
+    """The same command with --resume true, after a kill before the first checkpoint."""
+    stop = reward_that(lambda: 1 / 0, at_call=4)
+    monkeypatch.setattr(rewards, "accuracy_reward", stop)
+    with pytest.raises(RuntimeError):
+        main(short(tiny, tmp_path, steps=4, save_every=4))
+    assert len(metrics_of(tmp_path)) == 2 and names(tmp_path) == []
+    with pytest.raises(ValueError, match="started with other options .lr: 0.001 -> 0.1"):
+        main(short(tiny, tmp_path, steps=4, lr=0.1, resume=True))
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_half)
+    main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
+    assert f"{tmp_path} has no checkpoint yet: the run starts again at step 0" in (
+        capsys.readouterr().out
+    )
+    assert_same_run(whole, tmp_path)
+    failed = tmp_path / "failed"  # in its first step
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_that(lambda: 1 / 0, at_call=2))
+    with pytest.raises(RuntimeError):
+        main(short(tiny, failed, steps=1))
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_half)
+    main(short(tiny, failed, steps=1, lr=0.1))
+    begun = tmp_path / "begun"  # killed even before: there is a lock, and no more
+    begun.mkdir()
+    (begun / ".lock").touch()
+    main(short(tiny, begun, steps=1, resume=True))
+    assert names(begun) == ["step-000001"]
+
+
+def test_a_finished_run_says_so(tiny, tmp_path, capsys):
+    main(short(tiny, tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    main(short(tiny, tmp_path, resume=True))  # returns: the exit code is 0
+    main(short(tiny, tmp_path, resume=True, steps=1))
+    said = capsys.readouterr().out
+    assert said.count(f"{tmp_path}: already finished at step 2") == 2
+    del before[tmp_path / ".lock"]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    with pytest.raises(ValueError, match="started with other options .lr: 0.001 -> 0.1"):
+        main(short(tiny, tmp_path, lr=0.1, resume=True))
+
+
+def test_a_run_ends_with_where_everything_is(tiny, tmp_path, capsys):
+    folder = tmp_path / "a run"
+    main(short(tiny, folder, steps=1))
+    assert capsys.readouterr().out.splitlines() == [
+        f"{folder} holds metrics.jsonl, samples.jsonl, checkpoints/step-000001. "
+        f"For the page: python -m runtime.report '{folder}'"
+    ]
+
+
+def test_lines_after_the_checkpoint_may_be_anything(tiny, tmp_path, half_right, whole):
+    """A power cut leaves zeros where a file grew."""
+    main(short(tiny, tmp_path))
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"\0\0\0\xff\n{}\n[3]\n{'step': 1}\n")
+    main(short(tiny, tmp_path, steps=4, save_every=4, resume=True))
+    assert_same_run(whole, tmp_path)
+
+
+def test_the_default_keep_last_deletes_and_resumes(tiny, tmp_path, half_right, whole):
+    settings = dict(save_every=1, keep_last=2)
+    main(short(tiny, tmp_path, steps=3, **settings))
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    shutil.rmtree(tmp_path / "checkpoints/step-000003")  # as if killed before it was saved
+    main(short(tiny, tmp_path, steps=4, resume=True, **settings))
+    assert names(tmp_path) == ["step-000003", "step-000004"]
+    assert [comparable(x) for x in metrics_of(tmp_path)] == [
+        comparable(x) for x in metrics_of(whole)
+    ]
+
+
+def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tiny, tmp_path):
+    main(short(tiny, tmp_path, steps=1))
+    written = ["saei/events.out.tfevents.1.host.1.0", "saei/1.5/events.out.tfevents.2.host.1.1"]
+    written += ["saei/1.5/hparams.yml", "failed-step-000001-process-1.pt", "eval/after.json"]
+    written += ["pictures/step-000777-0-clean.png", ".aim/meta/runs", "trace.json"]
+    others = ["notes.txt", "saei/mine.txt", "logs/events.out.tfevents.7", "eval/before.json"]
+    others += ["eval/figures/plot.png", "eval/notes.md", "out.log", "model.pt"]
+    for name in written + others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    main(short(tiny, tmp_path, steps=1, overwrite=True))
+    assert [name for name in written + others if (tmp_path / name).exists()] == others
+    assert not (tmp_path / "saei/1.5").exists()
+    (tmp_path / "saei/mine.txt").unlink()
+    main(short(tiny, tmp_path, steps=1, overwrite=True))
+    assert not (tmp_path / "saei").exists() and len(metrics_of(tmp_path)) == 1
 
 
 def test_resume_is_exact_and_forgets_lines_after_the_checkpoint(tiny, tmp_path, half_right, whole):
@@ -341,7 +492,7 @@ def test_other_rows_are_refused(tiny, tmp_path):
 
     def resumed(name, steps, **changes):
         config = short(tiny, tmp_path / name, intervention="none", **settings | changes)
-        config.run.steps, config.run.resume = steps, True
+        config.run.steps, config.run.resume = steps, (tmp_path / name).exists()
         main(config)
 
     resumed("shuffled", 1)
@@ -400,6 +551,5 @@ def test_a_row_that_vanishes_is_named(tmp_path, rows):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     loaded = data.load_rows(str(tmp_path / "data.jsonl"))
     (tmp_path / "2.png").unlink()
-    with pytest.raises(ValueError, match="unreadable image: .*2.png") as error:
+    with pytest.raises(ValueError, match="row 2 was usable at the start.*image: .* no 2.png"):
         loaded[2]
-    assert "row 2" in error.value.__notes__[0]

@@ -13,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
+from transformers.loss.loss_utils import ForCausalLMLoss
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import nanstd, selective_log_softmax
 
+import grpo
+import tsec
 from grpo import equal_groups, group_advantages, kl_k3, policy_loss, token_logprobs
 
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}  # float32 rounding
@@ -113,6 +116,30 @@ def test_group_advantages_refuses(rewards, message):
         group_advantages(rewards)
 
 
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]),
+        torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool(),
+        torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).to(torch.uint8),
+        torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bfloat16(),
+        [[1, 0, 0, 0], [1, 1, 1, 1]],
+    ],
+)
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_rewards_of_any_kind_are_read_as_numbers(rewards, scale):
+    floats = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1]])
+    advantages = group_advantages(rewards, scale=scale)
+    assert advantages.dtype == torch.float32
+    assert torch.equal(advantages, group_advantages(floats, scale=scale))
+    assert group_advantages(floats.double()).dtype == torch.float64
+
+
+def test_bfloat16_rewards_are_not_rounded_again():
+    rewards = torch.tensor([[0.9, 0.1, 0.5, 0.3]]).bfloat16()
+    assert torch.equal(group_advantages(rewards), group_advantages(rewards.float()))
+
+
 def test_group_advantages_refuses_an_unknown_scale():
     with pytest.raises(ValueError, match="'std' or 'none', got 'batch'"):
         group_advantages(torch.eye(2), scale="batch")
@@ -192,6 +219,17 @@ def test_logprobs_of_bfloat16_logits_are_computed_in_float32():
     assert logprobs.dtype == torch.float32
     exact = Categorical(logits=logits.bfloat16().double()).log_prob(tokens)
     torch.testing.assert_close(logprobs.double(), exact, **TIGHT)
+
+
+def test_a_causal_model_s_logits_predict_the_next_token():
+    """The slice of the usage example, by the labels of transformers."""
+    L, T, V = 5, 3, 11
+    sequence, logits = torch.randint(V, (4, L + T)), torch.randn(4, L + T, V)
+    logprobs = token_logprobs(logits[:, L - 1 : -1], sequence[:, L:])
+    labels = torch.where(torch.arange(L + T) < L, -100, sequence)
+    loss = ForCausalLMLoss(logits, labels, V)
+    torch.testing.assert_close(-logprobs.mean(), loss)
+    assert "logits[:, L-1:-1]" in grpo.__doc__ and "logits[:, L-1:-1]" in tsec.__doc__
 
 
 def test_logprobs_with_banned_tokens():
@@ -351,6 +389,8 @@ def test_no_argument_changes():
         ({"advantages": torch.zeros(6, 1)}, r"advantages \(6, 1\)"),
         ({"advantages": torch.zeros(7)}, r"advantages \(7,\)"),
         ({"mask": torch.zeros(6, 7, dtype=torch.bool)}, "no response token"),
+        ({"mask": torch.ones(6, 7)}, "mask must be torch.bool, got torch.float32: pass mask.bool"),
+        ({"mask": torch.ones(6, 7, dtype=torch.long)}, "got torch.int64"),
         ({"normalizer": 0}, "no response token"),
         ({"normalizer": torch.tensor(0)}, "no response token"),
     ],
@@ -358,6 +398,20 @@ def test_no_argument_changes():
 def test_policy_loss_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         policy_loss(**batch() | change)
+
+
+def test_old_logprobs_and_advantages_are_constants():
+    """The same tensor for new and old is the usual slip: its gradient would cancel to zero."""
+    arguments = batch()
+    logprobs, advantages = arguments["logprobs"].clone(), arguments["advantages"].clone()
+    logprobs.requires_grad_()
+    arguments |= {"logprobs": logprobs, "old_logprobs": logprobs}
+    (right,) = torch.autograd.grad(
+        policy_loss(**arguments | {"old_logprobs": logprobs.detach()})[0], logprobs
+    )
+    arguments["advantages"] = advantages.requires_grad_()
+    policy_loss(**arguments)[0].backward()
+    assert torch.equal(logprobs.grad, right) and right.abs().max() > 0 and advantages.grad is None
 
 
 def test_trap_11_the_end_token_gets_its_gradient_when_it_equals_padding():

@@ -62,7 +62,13 @@ def test_kept_activations_are_near_the_measured_ones(kind, what, dtype):
         measured = kept_bytes(policy, prompts, tokens, mask, attack)
     work = Work(2, 2, prompts.ids.shape[1], plan.patches_of(policy, prompts.images[:1]))
     ours = plan.number_bytes(config) * activations(config, policy, work, 16, attack)
-    assert 1 / FACTOR < ours / measured < FACTOR, (ours, measured)
+    # Linear attention is estimated as by fla's kernels. Without them the library keeps several
+    # matrices of 64 x 64 for each chunk of 64 tokens, and here every response fills one.
+    linear = "linear_attention" in getattr(policy.model.config.get_text_config(), "layer_types", ())
+    least = 0.1 if linear and what != "checkpointing" else 1 / FACTOR
+    if kind.startswith(("minicpm", "gemma4")) and what == "checkpointing":
+        least = 0.5  # what lies outside the layers: attention in a merger, embeddings per layer
+    assert least < ours / measured < FACTOR, (ours, measured)
 
 
 @pytest.mark.parametrize(
@@ -164,8 +170,11 @@ def test_dry_run_without_weights_trains_and_writes_nothing(tiny, tmp_path, capsy
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     main(config)
-    settings, lines, memory = capsys.readouterr().out.split("\n\n")
-    assert yaml.safe_load(settings) == args.flat(config)
+    lines, memory, settings, end = capsys.readouterr().out.split("\n\n")
+    title, settings = settings.split("\n", 1)
+    assert title == "Settings that differ from the defaults:"
+    assert yaml.safe_load(settings) == options
+    assert end == "dry run: nothing was trained or written\n"
     count = sum(p.numel() for p in Policy.from_pretrained(tiny).parameters())
     for said in (
         f"qwen2_5_vl, {count:,} parameters, {count:,} trained",
@@ -177,10 +186,27 @@ def test_dry_run_without_weights_trains_and_writes_nothing(tiny, tmp_path, capsy
         "one of 2: 4 prompts; samples 3 at a time, updates 2 prompts and 6 responses at a time",
     ):
         assert said in lines, said
-    assert "FSDP2" in memory and not out.exists()
+    assert memory.splitlines()[-1].startswith("  FSDP2: in all ") and not out.exists()
     monkeypatch.setenv("RANK", "1")
     main(config)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({}, "45.06 GB each, 3 written, 2 kept: at most 135.17 GB on the disk"),
+        ({"keep_last": 0}, "45.06 GB each, 3 written, all kept: at most 135.17 GB on the disk"),
+        ({"steps": 50}, "45.06 GB each, 1 written, all kept: at most 45.06 GB on the disk"),
+        ({"steps": 500}, "45.06 GB each, 10 written, 2 kept: at most 135.17 GB on the disk"),
+        ({"keep_last": 1}, "45.06 GB each, 3 written, 1 kept: at most 90.11 GB on the disk"),
+    ],
+    ids=str,
+)
+def test_the_disk_that_checkpoints_take(options, said):
+    """3B in float32 with AdamW's state: 12 bytes a parameter."""
+    size = 12 * QWEN["3B"][-1]
+    assert plan.disk(size, args.RunArgs(**{"steps": 101} | options)) == said
 
 
 @pytest.mark.parametrize("kind", KINDS)

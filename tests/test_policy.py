@@ -566,12 +566,12 @@ def test_rows_stop_at_their_end_token(sharp, prompts):
         assert tokens[length:] == [sharp.pad_id] * (10 - length)
 
 
-def test_sampling_ends_with_the_last_row_but_is_two_tokens_wide(sharp, prompts):
+def test_sampling_ends_with_the_last_row_but_is_three_tokens_wide(sharp, prompts):
     sampled = sharp.sample(prompts[:1], 3, [1], 200)
     assert sampled.tokens.shape[1] == sampled.mask.sum(1).max() < 200
     one = sharp.sample(prompts[:1], 3, [1], 1)
-    assert one.tokens.shape == (3, 2) and one.mask.tolist() == [[True, False]] * 3
-    assert one.tokens[:, 1].tolist() == [sharp.pad_id] * 3
+    assert one.tokens.shape == (3, 3) and one.mask.tolist() == [[True, False, False]] * 3
+    assert (one.tokens[:, 1:] == sharp.pad_id).all()
 
 
 def test_rows_that_have_ended_leave_the_batch(sharp, prompts, monkeypatch):
@@ -583,14 +583,6 @@ def test_rows_that_have_ended_leave_the_batch(sharp, prompts, monkeypatch):
     assert len(computed) == len(alive) and computed[0] > 4 * computed[-1]
     for rows, n in zip(computed, alive, strict=True):
         assert n <= rows < n / 0.75 + 1
-
-
-def test_end_tokens_come_from_the_generation_config(sharp):
-    model, own = copy.copy(sharp.model), sharp.processor.tokenizer.eos_token_id
-    model.generation_config = copy.copy(model.generation_config)
-    for found, want in (([own, 70], [own, 70]), (70, [70]), (None, [own])):
-        model.generation_config.eos_token_id = found
-        assert Policy(model, sharp.processor).eos_ids == want
 
 
 def test_trap_11_the_end_token_counts_although_it_is_the_padding_token(fresh, prompts):

@@ -207,7 +207,7 @@ def test_a_failed_run_is_recorded_and_shown(tmp_path, monkeypatch):
     monkeypatch.setitem(run.MAIN, "plain", broken)
     run.one_run(arguments(tmp_path, settings=["shifted"]), "shifted", "plain", 0)
     result = json.loads((tmp_path / "results/shifted/plain-0.json").read_text())
-    assert result["error"].startswith("RuntimeError: train_saei.py ended with 1")
+    assert result["error"].startswith("RuntimeError: train_saei.py ended with 2: error: ")
     text = tables.everything(tmp_path / "results")
     assert "- shifted, plain, seed 0: " in text and tables.NONE_YET in text
 

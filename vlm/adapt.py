@@ -5,6 +5,7 @@ gradients of what is still trained as they were (tests/test_adapt.py). Another s
 held at a time, is `Policy.micro_responses`.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
 LORA_SCALE = 2  # alpha / rank
-LORA_TARGETS = (
-    r".*\.(language_model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-)
+PEFT_NAME = ".default"  # in the names of the adapters' parameters, but not in the file
 
 
 def freeze(policy: nn.Module, what: str) -> None:
@@ -50,43 +49,72 @@ def checkpoint_layers(policy: nn.Module) -> None:
             layer.training = True
 
 
+def lora_targets(policy: nn.Module) -> list[str]:
+    """Names of the linear layers inside the language model's layers, whatever they are called.
+
+    Attention, linear attention, convolutions' projections, MLPs, shared experts. Not what has one
+    output: it weighs an expert.
+    """
+    wanted = set()
+    for layer in policy.language_layers():
+        for module in layer.modules():
+            if isinstance(module, nn.Linear) and module.out_features > 1:
+                wanted.add(module)
+    return [name for name, module in policy.named_modules() if module in wanted]
+
+
+def without_adapters(policy: nn.Module) -> list[str]:
+    """Names of the weights in the language model's layers that LoRA leaves as they are: fused
+    experts. One tensor holds the matrices of all experts of a layer, and is no linear layer.
+    """
+    names = set()
+    for layer in policy.language_layers():
+        for name, w in layer.named_parameters():
+            if w.ndim == 3 and "expert" in name:
+                names.add(name)
+    return sorted(names)
+
+
 def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None = None) -> None:
-    """Low-rank adapters on the language model's projections. Only they are trained then.
+    """Low-rank adapters on the language model's linear layers. Only they are trained then.
 
     W x + (alpha / rank) B A x with alpha = 2 * rank, B = 0 at the start, A and B in float32.
     folder: a checkpoint whose adapters to load. Raises ValueError for adapters of other layers,
     RuntimeError for another rank.
     """
     try:
-        from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+        from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("lora_rank needs peft: pip install peft") from error
     torch.manual_seed(seed)  # for the values of A
-    config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=LORA_TARGETS)
-    inject_adapter_in_model(config, policy.model)  # freezes all other parameters
+    targets = "|".join(re.escape(name) for name in lora_targets(policy))
+    config = LoraConfig(r=rank, lora_alpha=LORA_SCALE * rank, target_modules=targets)
+    # Into the policy, which freezes all other parameters. Given the model, peft would go by its
+    # config: in some families it would adapt the fused experts, and no shared expert.
+    inject_adapter_in_model(config, policy)
     policy.lora_rank = rank
     for name, parameter in policy.model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
     if folder is not None:
-        loaded = set_peft_model_state_dict(policy.model, load_file(Path(folder) / ADAPTER))
-        missing = [name for name in loaded.missing_keys if ".lora_" in name]
-        if missing or loaded.unexpected_keys:
+        adapters = {}
+        for name, w in load_file(Path(folder) / ADAPTER).items():
+            adapters[name.replace(".weight", f"{PEFT_NAME}.weight")] = w
+        if adapters.keys() != {name for name in policy.model.state_dict() if ".lora_" in name}:
             raise ValueError(f"{folder}/{ADAPTER} does not hold the adapters of this model")
+        policy.model.load_state_dict(adapters, strict=False)
 
 
-def save_adapters(
-    model: nn.Module, state: dict[str, Tensor], folder: str | Path
-) -> dict[str, Tensor]:
+def save_adapters(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """Write the adapters of a state dict to the folder.   -> the state dict of the plain model
 
     In the result the adapters are merged into the weights. peft's own merge works on the model's
     parameters, which are sharded under FSDP. Here the gathered state dict is merged, in float32.
     """
-    from peft import get_peft_model_state_dict
-
-    adapters = get_peft_model_state_dict(model, state, save_embedding_layers=False)
-    adapters = {name: w.contiguous() for name, w in adapters.items()}
+    adapters = {}
+    for name, w in state.items():
+        if ".lora_" in name:
+            adapters[name.replace(PEFT_NAME, "")] = w.contiguous()
     save_file(adapters, Path(folder) / ADAPTER)
     merged = {}
     for name, w in state.items():

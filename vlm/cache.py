@@ -1,9 +1,11 @@
 """The prompt's cache, computed once and shared by the group of its responses.
 
-`Policy.read` fills one PromptLayer per layer of the language model. In scoring, `read[owner]`
-repeats each prompt for its responses, and gradients flow back through it. In sampling,
-`read.decode_cache(n, room)` copies it once, with room for the tokens to come. Another kind of layer
-(linear attention) needs a class with PromptLayer's methods, and a line in `prompt_layers`.
+`Policy.read` fills one layer of the cache per layer of the language model: a PromptLayer for
+attention, a StateLayer for linear attention and short convolutions, a SharedLayer where a layer
+reads an earlier one's keys. In scoring, `read[owner]` repeats each prompt for its responses, and
+gradients flow back through it. In sampling, `read.decode_cache(n, room)` copies it once, with room
+for the tokens to come. Another kind of layer needs a class with PromptLayer's methods, and a line
+in LAYERS.
 
 Symbols: P prompts, n responses per prompt, L prompt tokens, D hidden size, d size of a head.
 """
@@ -11,8 +13,14 @@ Symbols: P prompts, n responses per prompt, L prompt tokens, D hidden size, d si
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    Cache,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 
 
 class PromptLayer(DynamicLayer):
@@ -70,9 +78,103 @@ class DecodeLayer(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def prompt_layers(config) -> list[PromptLayer]:
-    """An empty layer for each of the language model's. Here other kinds of layers are chosen."""
-    return [PromptLayer() for _ in range(config.get_text_config().num_hidden_layers)]
+class StateLayer(LinearAttentionLayer):
+    """One linear-attention layer's states behind the prompts. Responses store nothing in it.
+
+    window: the last inputs of its short convolution, (P, channels, width). state: its recurrent
+    state, (P, heads, k, v); None for a layer that is a convolution alone.
+
+    transformers' own layer writes both in place, which breaks the backward. It also goes on from
+    what it holds, so a prompt that is computed again (activation checkpointing) would start from
+    its own end. Here the prompt's pass starts from nothing and assigns where it ended.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.window = self.state = None
+        self.record_past = True  # else a pass of one token writes into the window
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.window is not None
+
+    @property
+    def read_only(self) -> bool:
+        return self.has_previous_state[0]
+
+    def update_conv_state(
+        self, x: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs
+    ) -> Tensor:
+        """x (P, channels, t) -> what the convolution runs over; the caller drops the window."""
+        if self.read_only:
+            return torch.cat([self.window, x], dim=-1)
+        width = conv_kernel_size or x.shape[-1]
+        missing = max(0, width - x.shape[-1])
+        self.window = nn.functional.pad(x, (missing, 0))[..., -width:]
+        return x
+
+    def update_recurrent_state(self, state: Tensor, state_idx: int = 0, **kwargs) -> Tensor:
+        if not self.read_only:
+            self.state = state
+        return state
+
+    def select(self, prompts: Tensor | slice) -> "StateLayer":
+        """As PromptLayer's."""
+        layer = StateLayer()
+        layer.window = self.window[prompts]
+        layer.state = None if self.state is None else self.state[prompts]
+        layer.conv_states[0], layer.recurrent_states[0] = layer.window, layer.state
+        layer.has_previous_state[0] = True  # a pass starts from conv_states and recurrent_states
+        return layer
+
+    def decode_layer(self, n: int, room: int) -> "DecodeStateLayer":
+        """Each prompt n times. The states have one size, whatever the number of tokens."""
+        layer = DecodeStateLayer()
+        layer.update_conv_state(self.window.repeat_interleave(n, dim=0))
+        if self.state is not None:
+            layer.update_recurrent_state(self.state.repeat_interleave(n, dim=0))
+        return layer
+
+
+class DecodeStateLayer(LinearAttentionLayer):
+    """The same of rows that grow by a token at a time: transformers' own, written in place."""
+
+    def keep(self, rows: Tensor) -> None:
+        self.conv_states[0] = self.conv_states[0][rows]
+        if self.recurrent_states[0] is not None:
+            self.recurrent_states[0] = self.recurrent_states[0][rows]
+
+
+class SharedLayer(DummyLayer):
+    """A layer that reads the keys and values of an earlier one (Gemma 4). It holds nothing."""
+
+    def select(self, prompts: Tensor | slice) -> "SharedLayer":
+        return self
+
+    def decode_layer(self, n: int, room: int) -> "SharedLayer":
+        return self
+
+    def keep(self, rows: Tensor) -> None:
+        pass
+
+
+LAYERS = {
+    "full_attention": PromptLayer,
+    "sliding_attention": PromptLayer,  # the mask hides what is outside the window
+    "chunked_attention": PromptLayer,
+    "linear_attention": StateLayer,
+    "conv": StateLayer,
+    "dummy": SharedLayer,
+}
+
+
+def prompt_layers(config) -> list[PromptLayer | StateLayer | SharedLayer]:
+    """An empty layer for each of the language model's, of the kind that the config names."""
+    kinds, _ = get_layer_types_and_kwargs(config.get_text_config())
+    unknown = sorted(set(kinds) - LAYERS.keys())
+    if unknown:
+        raise ValueError(f"layers of the kind {', '.join(unknown)} cannot share their prompt")
+    return [LAYERS[kind]() for kind in kinds]
 
 
 def with_room(x: Tensor, n: int, room: int) -> Tensor:
@@ -90,7 +192,7 @@ class ReadPrompts:
     `read[i:j]` and `read[owner]` choose prompts. With gradients on, it carries the graph.
     """
 
-    layers: list[PromptLayer]
+    layers: list[PromptLayer | StateLayer | SharedLayer]
     hidden: Tensor  # (P, D) of the last prompt token: predicts the first response token
 
     def __getitem__(self, prompts: Tensor | slice) -> "ReadPrompts":
