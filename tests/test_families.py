@@ -193,6 +193,17 @@ def test_greedy_responses_equal_those_of_generate(policy):
         assert ours.tokens[p, ours.mask[p]].tolist() == found.tolist()
 
 
+def test_fsdp_shards_the_language_models_layers(policy):
+    """And not the tower's, which text alone does not run."""
+    layers = {type(layer).__name__ for layer in policy.language_layers()}
+    assert set(policy._no_split_modules) == layers and len(layers) == 1
+    modules = policy.model.model.named_modules()
+    tower = {type(module).__name__ for name, module in modules if policy.family.in_tower(name)}
+    assert not layers & tower
+    count = policy.model.config.get_text_config().num_hidden_layers
+    assert len(policy.language_layers()) == count
+
+
 @pytest.mark.parametrize("kind", tiny.OTHER_TEXT)
 def test_a_family_with_another_language_model(kind):
     policy = shared_policy(kind)
@@ -287,12 +298,13 @@ def test_a_saved_policy_loads_with_the_auto_classes(policy, tmp_path):
         assert torch.equal(a[mask], b[mask])
 
 
-def test_a_whole_training_step(policy, rows, tmp_path, capsys):
-    """Self-check, attack, update on one, two and no pictures. The checkpoint loads."""
+def test_whole_training_steps(policy, rows, tmp_path, capsys):
+    """Two: self-check, attack, update on one, two and no pictures. The checkpoint loads."""
     kind = policy.model.config.model_type
-    (metrics,), trained = train(checkpoint(kind), rows, tmp_path)
+    (metrics, second), trained = train(checkpoint(kind), rows, tmp_path, steps=2)
     assert "self-check" in capsys.readouterr().out
-    assert all(np.isfinite(value) for value in metrics.values()) and metrics["grad_norm"] > 0
+    for found in (metrics, second):
+        assert all(np.isfinite(value) for value in found.values()) and found["grad_norm"] > 0
     # eps, eps, and 0 of the text alone
     assert metrics["attack/linf"] == pytest.approx(2 / 3 / 255, abs=1e-6)
     assert metrics["entropy/attacked"] > metrics["entropy/selected"]
