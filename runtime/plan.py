@@ -53,7 +53,7 @@ class Layers(NamedTuple):
         norms, mlp_width, projected, gated = [], 0, 0, False
         adapter_inputs = 0
         for name, module in layer.named_modules():
-            if "Norm" in type(module).__name__:
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 norms.append(module)
             if isinstance(module, nn.Linear) and not re.search(r"attn|attention|conv", name):
                 mlp_width = max(mlp_width, module.in_features)
@@ -82,6 +82,8 @@ class Layers(NamedTuple):
             children = dict(layer.named_children())
             if "linear_attn" in children:
                 total += rows * self.state
+            elif getattr(children.get("self_attn"), "is_kv_shared_layer", False):
+                continue  # it reads another layer's
             elif "conv" not in children:
                 total += rows * tokens * 2 * self.key_width
         return total
@@ -102,11 +104,11 @@ def layers_of(policy: Policy) -> tuple[Layers, Layers]:
     for name, module in policy.model.model.named_modules():
         if isinstance(module, GradientCheckpointingLayer) and policy.family.in_tower(name):
             in_tower.append(module)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    query, key = text.num_attention_heads * head, text.num_key_value_heads * head
+    query, key = mean_widths(text)
     if getattr(text, "kv_lora_rank", None):  # keys and values of all heads, of two sizes
         query = key = text.num_attention_heads * (text.qk_head_dim + text.v_head_dim) // 2
     experts = getattr(text, "num_experts_per_tok", None) or 0
+    experts = experts or getattr(text, "top_k_experts", None) or 0  # Gemma 4's name for it
     inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     layers = policy.language_layers()
     state = 0
@@ -114,8 +116,19 @@ def layers_of(policy: Policy) -> tuple[Layers, Layers]:
         state = value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     width = text.hidden_size
     language = Layers(layers, width, query, key, experts * inner, experts, state)
-    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)  # 0: no tower
     return language, Layers(in_tower, width, width, width)
+
+
+def mean_widths(text: Any) -> tuple[int, int]:
+    """Mean over the layers of heads * head size, of queries and of keys."""
+    query = key = 0
+    for config in text.per_layer_config:  # Gemma 4: they differ
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        query += config.num_attention_heads * head
+        key += config.num_key_value_heads * head
+    layers = len(text.per_layer_config)
+    return query // layers, key // layers
 
 
 class Work(NamedTuple):
