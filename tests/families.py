@@ -44,7 +44,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 # One picture, two of other sizes, none.
 PICTURES = [[picture(32, 32)], [picture(48, 32, 1), picture(32, 48, 2)], []]
-SIZES = [(32, 32), (48, 32), (30, 61), (100, 40), (7, 5), (64, 64), (15, 900)]
+SIZES = [(32, 32), (48, 32), (30, 61), (100, 40), (17, 5), (64, 64), (15, 900)]
 
 
 @functools.cache
