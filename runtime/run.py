@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.args import RENAMED, ModelArgs, RunArgs, TrainDataArgs
+from runtime.faults import one_line
 from runtime.lock import FolderLock
 from runtime.rollouts import Rollouts, sample_lines
 from runtime.signals import Signals
@@ -94,6 +95,7 @@ class Run:
         if self.checkpoint and self.first_step >= args.steps:
             self._print(f"{self.folder}: already finished at step {self.first_step}")
             self._print(self.summary())
+            accelerator.end_training()
             raise Finished
         self.total_accuracy, self.warned_identical = 0.0, False
 
@@ -123,7 +125,8 @@ class Run:
     def _prepare_folder(self) -> tuple[str | None, int]:
         """-> the checkpoint to continue from or None, the first step"""
         found, args = checkpoints(self.folder), self.args
-        held = (self.folder / "metrics.jsonl").exists() or bool(found)
+        metrics = self.folder / "metrics.jsonl"  # empty if the first step failed
+        held = bool(found) or (metrics.exists() and metrics.stat().st_size > 0)
         if held and not (args.resume or args.overwrite):
             raise ValueError(
                 f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it"
@@ -139,7 +142,7 @@ class Run:
             self._print(f"{self.folder} has no checkpoint yet: the run starts again at step 0")
         for unfinished in self.folder.glob("checkpoints/.step-*"):  # killed while it was saved
             shutil.rmtree(unfinished)
-        if held and not args.resume:
+        if (found or metrics.exists()) and not args.resume:
             self._delete_run()
         if newest is None:
             files = ["metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"]
@@ -171,7 +174,13 @@ class Run:
             tensorboard.rmdir()
 
     def _refuse_other_options(self, path: Path) -> None:
-        before = yaml.safe_load(path.read_text())
+        try:
+            before = dict(yaml.safe_load(path.read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(
+                f"{path} cannot be read, so nothing says with which options the run began "
+                f"({one_line(error)}): --overwrite replaces it"
+            ) from error
         old_names = [name for name in before if name not in self.options]
         if old_names:
             said = [f"{name} ({RENAMED.get(name, 'removed')})" for name in old_names]
@@ -276,6 +285,8 @@ class Run:
         def say_again() -> None:
             while os.getppid() == self.parent:
                 time.sleep(1)
+                if self not in open_runs:
+                    return
             say(f"the launcher has ended, process {pid} has not: {doing}; kill {pid} stops it")
 
         threading.Thread(target=say_again, daemon=True).start()

@@ -265,6 +265,18 @@ def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(tiny, tmp_path
     assert left == ["step-000001", "step-000002"]
 
 
+@pytest.mark.parametrize("content", [None, "", "eps: [", "a\n", "\0"])
+def test_a_checkpoint_whose_options_cannot_be_read_is_refused(tiny, tmp_path, content):
+    folder = tmp_path / "checkpoints/step-000001"
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / "config.yaml").write_text(content)
+    said = "config.yaml cannot be read, so nothing says with which options the run began"
+    with pytest.raises(ValueError, match=said) as error:
+        main(short(tiny, tmp_path, resume=True))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 def test_a_log_that_cannot_be_written_is_named(tiny, tmp_path, monkeypatch, name):
     """/dev/full: a real failure of write(2). No checkpoint yet: there is none to resume from."""
@@ -329,6 +341,12 @@ def test_a_run_without_a_checkpoint_starts_again_and_says_so(
         capsys.readouterr().out
     )
     assert_same_run(whole, tmp_path)
+    failed = tmp_path / "failed"  # in its first step
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_that(lambda: 1 / 0, at_call=2))
+    with pytest.raises(RuntimeError):
+        main(short(tiny, failed, steps=1))
+    monkeypatch.setattr(rewards, "accuracy_reward", reward_half)
+    main(short(tiny, failed, steps=1, lr=0.1))
     begun = tmp_path / "begun"  # killed even before: there is a lock, and no more
     begun.mkdir()
     (begun / ".lock").touch()

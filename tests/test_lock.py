@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -366,13 +367,15 @@ def test_a_run_whose_folder_was_taken_or_deleted_writes_nothing(tiny, tmp_path, 
 
 
 def test_a_run_that_ends_or_fails_leaves_the_folder_to_others(tiny, tmp_path, monkeypatch):
+    threads = threading.active_count()
     main(short(tiny, tmp_path, steps=1))
     assert FolderLock(tmp_path).attempt() and (tmp_path / ".lock").stat().st_size > 0
     monkeypatch.setattr(train_saei.rollouts, "grade", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:
         main(short(tiny, tmp_path / "failed", steps=1))
     assert held(tmp_path / "failed") and error.value.__traceback__  # which keeps the run alive
-    assert runs.open_runs == []
+    assert runs.open_runs == [] and signal.set_wakeup_fd(-1) == -1
+    wait_until(lambda: threading.active_count() == threads, 5)
 
 
 def test_all_processes_raise_what_the_main_one_found(tmp_path, monkeypatch):
