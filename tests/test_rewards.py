@@ -72,19 +72,20 @@ CASES_BY_KIND = by_kind(CASES)
 OWN_EXTRACTIONS = [  # (completion, what is extracted)
     (r"so \boxed{11}", "11"), (r"\boxed{ \frac{1}{2} } done", r"\frac{1}{2}"), (r"\fbox{B}", "B"),
     (r"\boxed {7}", "7"), (r"\\boxed{7}", "7"), ("line\\\\\\boxed{7}", "7"),
-    (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{3} and then \boxed{4", "3"),
+    (r"\boxed{1}, no, \boxed{2}", "2"), (r"\boxed{3} and then \boxed{4", None),
     (r"\boxed{a \boxed{3}", "3"), (r"\boxed{\boxed{3}}", "3"),
     (r"\boxed{\text{is } \boxed{3}}", "3"), (r"{ \boxed{3 }} }", "3"), (r"} } \boxed{3}", "3"),
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
     ("\\boxed{1\n+ 2}", "1\n+ 2"), (r"\boxed{3} then \boxed{}", ""),
     (r"<think>\boxed{1}</think> \boxed{2}", "2"),
     (r"<think>\boxed{1}</think> <answer>2</answer>",         "2"),
-    (r"<think>\boxed{1}</think> so two", "1"), (r"<think>a</think>\boxed{1}</think> \boxed{2", "1"),
+    (r"<think>\boxed{1}</think> so two", "1"),
+    (r"<think>a</think>\boxed{1}</think> \boxed{2", None),
     (r"a</think> \boxed{1} </think> <answer>2</answer>", "2"), (r"\boxed{1</think>2}", None),
     (r"<answer>2</answer>", "2"), ("<answer>\n 2 \n</answer>", "2"),
     (r"<answer>1</answer><answer>2</answer>", "2"), (r"<answer>1<answer>2</answer>", "2"),
-    (r"<answer>2</answer> </answer>", "2"), (r"<answer>1</answer> <answer>2", "1"),
-    (r"<answer>so \boxed{5}</answer>", "5"), (r"\boxed{5} <answer>6</answer>", "5"),
+    (r"<answer>2</answer> </answer>", "2"), (r"<answer>1</answer> <answer>2", None),
+    (r"<answer>so \boxed{5}</answer>", "5"), (r"\boxed{5} <answer>6</answer>", "6"),
     (r"\boxed{5 <answer>6</answer>", "6"), ("<answer></answer>", ""), ("The answer is 11.", None),
     ("11", None), (r"\boxed 11", None), (r"boxed{11}", None), (r"\boxed\{11\}", None),
     (r"\unboxed{11}", None), ("<answer>11", None), ("</answer>11<answer>", None),
@@ -161,7 +162,6 @@ HOSTILE = {
     "right to left": "\\boxed{\u202e11}",
     "zero width": "\\boxed{1\u200b1}",
     "combining": "\\boxed{1" + "\u0301" * 400 + "1}",
-    "full width": "\\boxed{\uff11\uff11}",
     "superscript": "\\boxed{\u00b9\u00b9}",
     "all at once": r"\boxed{" + ", ".join(map(str, range(120))) + "}",
     "every choice": r"\boxed{\text{any of A, B, C, D, 11}}",
@@ -225,8 +225,8 @@ def test_format_reward(text, expected):
 
 
 def second_last_box(text: str) -> str | None:
-    """The obvious quadratic way: from the last macro back, count braces until they balance."""
-    for macro in reversed(list(re.finditer(r"\\(?:boxed|fbox)\{", text))):
+    """The obvious way: count braces from the last macro on until they balance."""
+    for macro in list(re.finditer(r"\\(?:boxed|fbox)\{", text))[-1:]:
         depth = 1
         for i in range(macro.end(), len(text)):
             depth += {"{": 1, "}": -1}.get(text[i], 0)
@@ -455,7 +455,8 @@ UNPARSEABLE = [
     (r"\boxed{}", "empty"), ("<answer> </answer>", "empty"), ("1/0", "1/0"),
     (r"\frac{3}{0}", "1/0"), ("x" * 600, "512"), ("9" * 9000, "512"), (r"\frac{1}{2", "balanced"),
     ("a}{b", "balanced"), (r"\boxed{3", "balanced"), ("a\\", "balanced"),
-    ("x</think>3", "balanced"), (None, "NoneType"), (["11"], "list"), ({"answer": 11}, "dict"),
+    ("x</think>3", "balanced"), (None, "NoneType"), (["11"], "list"), ([], "list"),
+    ({"answer": 11}, "dict"),
     (True, "bool"), (b"11", "bytes"), (1j, "complex"), (float("nan"), "nan"), (float("inf"), "inf"),
     (-float("inf"), "inf"),
 ]  # fmt: skip
@@ -575,6 +576,27 @@ def test_conversations_are_read_at_their_last_message():
 def test_one_answer_for_each_completion(answer):
     with pytest.raises(ValueError, match="one for each of 2 completions"):
         accuracy_reward([r"\boxed{1}", r"\boxed{1}"], answer)
+
+
+def test_a_truncated_completion_earns_no_accuracy():
+    completions = [r"<think>a</think>\boxed{11}"] * 2
+    result = total_reward(completions, ["11"] * 2, truncated=[True, False])
+    assert result["accuracy"] == [0.0, 1.0] and result["format"] == [1.0, 1.0]
+
+
+def test_any_alternative_of_a_list_earns():
+    completions = [r"\boxed{2}", r"\boxed{two}", r"\boxed{3}", r"\boxed{B}"]
+    assert accuracy_reward(completions, [["2", "two"]] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert accuracy_reward(completions[3:], [["2", "two"]], choices=[["1", "2"]]) == [1.0]
+    with pytest.raises(ValueError, match="gold answer '' cannot be parsed"):
+        grade("2", ["2", ""])
+
+
+@pytest.mark.parametrize("completions, answer", [("text", "1"), (["text"], "1"), ("t", ["1"])])
+def test_a_text_for_a_list_is_one_clear_line(completions, answer):
+    with pytest.raises(ValueError, match=r"have to be lists, got .*1") as caught:
+        total_reward(completions, answer)
+    assert "\n" not in str(caught.value)
 
 
 def test_total_reward_weighs_and_keeps_each_apart():
