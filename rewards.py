@@ -14,7 +14,6 @@ What equal means (`grade`). Prediction and gold are parsed by the same rules.
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
     the rest  by algebra where both are real: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n}.
 A doubtful answer is wrong: a miss costs less than a false reward.
-
 Model text is never executed. The rules take linear time. Formulas are compared in a process of its
 own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade
 takes at most 2 s, in any thread or process; the first formula starts the worker, one or two seconds
@@ -86,9 +85,9 @@ def _last_prose(text: str) -> str | None:
 def extract_answer(text: str, prose: bool = False) -> str | None:
     r"""The answer that a completion states, or None.
 
-    What the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box holds that opens last: after
-    the last </think>, else before it. A cut one, or a <think> that does not end, gives None. Then,
-    with prose: the rest of the sentence after the last "answer is", or the one lone capital.
+    What the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box holds that opens last, after
+    the last </think> or else before it. None if it or a <think> is cut. With prose, where nothing
+    opens: the rest of the sentence after the last "answer is", or the one lone capital.
     """
     thinking, _, tail = text.rpartition("</think>")
     if "<think>" in tail:
@@ -211,7 +210,6 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
 _DIGITS = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?")  # fmt: skip
-_FRACTION = re.compile(rf"\\frac\{{([+-]?{_DIGITS})\}}\{{([+-]?{_DIGITS})\}}")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?P<money>(?:[$€£¥] ?)?)(?:"
     rf"(?:(?P<whole>[0-9]+) )?(?P<top>[+-]?{_DIGITS})/(?P<bottom>[+-]?{_DIGITS})(?![0-9/])"
@@ -241,8 +239,6 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
     "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*"
     "|千(?![克米瓦]).*")  # fmt: skip
-
-_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
     r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
@@ -250,10 +246,8 @@ _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); n
     r"|divided)\b)|(?:[a-z]{2}|abcd?|xyz|pqr|\|[a-z]\|)$)"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)")  # fmt: skip
-_SPANS = [  # (normal form, what stands between numbers that are not calculated with)
-    (":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),
-    ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b"),
-]  # fmt: skip
+_SPANS = [(":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),  # no arithmetic
+          ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b")]  # fmt: skip
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
     r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}|(?:[0-9A-Z]+-){2,}[0-9A-Z]*)\w$"
@@ -262,7 +256,6 @@ _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra wou
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")  # not of a command
 _WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
-_RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
 _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 
 
@@ -297,7 +290,7 @@ def _unit(text: str) -> str | None:
 
 def _number(text: str) -> Parsed | None:
     """A number with an optional unit or percent sign. None for anything else, and for x/0."""
-    plain = _FRACTION.sub(r" \1/\2 ", text).strip()
+    plain = re.sub(rf"\\frac\{{([+-]?{_DIGITS})\}}\{{([+-]?{_DIGITS})\}}", r" \1/\2 ", text).strip()
     if not (match := _NUMBER.match(plain)):
         return None
     rest = plain[match.end() :]
@@ -333,7 +326,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
         return None
     if number := _number(text):
         return number
-    if choice := _CHOICE.fullmatch(text):
+    if choice := re.fullmatch(r"\(([A-Za-z])\)|([A-Za-z])[):.]?", text):
         letter = choice[1] or choice[2]
         return Parsed("choice", letter.lower(), letter)
     plain_text = Parsed("text", _plain(text) or text, text)
@@ -405,14 +398,13 @@ def _list(text: str, depth: int) -> Parsed | None:
     if not separators and text.count(r"\pm") == 1 and not re.search("[=<>]", text):
         items = [re.sub(r"\\pm ?", sign, text).removeprefix("+") for sign in "+-"]
         separators = ["or"]
-    note = "or" if any(x.endswith("or") for x in separators) else ""
+    note = "or" * any(x.endswith("or") for x in separators)
     return _collection("list", items, text, depth, note) if separators else None
 
 
 def _brackets(text: str, depth: int) -> Parsed | None:
     """Tuples, intervals as tuples, sets, {x | x > 3}, and brackets that only group."""
-    outer = re.fullmatch(r"(\\?)([(\[{])\0*\\?([)\]}])", _outside(text))
-    if not outer:
+    if not (outer := re.fullmatch(r"(\\?)([(\[{])\0*\\?([)\]}])", _outside(text))):
         return None
     brackets = outer[2] + outer[3]
     braces = brackets == "{}"
@@ -465,9 +457,8 @@ def _equation(text: str, sides: list[str], depth: int) -> Parsed | None:
     names, last = sides[0].strip("()").split(","), values and values.value[-1]
     if not last or last.note != "()" or not 1 < len(names) == len(last.value):
         return values
-    pairs = zip(names, last.value, strict=True)
-    items = tuple(Parsed("named", (value,), text, _name(name)) for name, value in pairs)
-    return Parsed("tuple", items, text, "()")
+    items = [Parsed("named", (x,), text, _name(n)) for n, x in zip(names, last.value, strict=True)]
+    return Parsed("tuple", tuple(items), text, "()")
 
 
 def _name(text: str) -> str:
@@ -489,9 +480,7 @@ _CUE = re.compile(  # what stands before a letter, \0, or after it, where it nam
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
     r"|[选项是为择]\W*\0|\0项"
     r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
-_NOT = re.compile(
-    r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
-    r"|maybe|if|than|other)\b|n't|[不错非]")  # fmt: skip
+_NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if|than)\b|n't|[不错]"
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
     r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
@@ -523,7 +512,7 @@ def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
             others += re.findall("[a-z]", words)
         return None if {x.lower() for x in others} - {letter.lower()} else (letter.lower(), words)
     capitals = list(_CAPITAL.finditer(text))
-    if len({x[0] for x in capitals}) != 1 or _NOT.search(text):
+    if len({x[0] for x in capitals}) != 1 or re.search(_NOT, text):
         return None
     marked = f"{text[: capitals[0].start()]}\0{text[capitals[0].end() :]}"
     return (capitals[0][0].lower(), "") if _CUE.search(marked) else None
@@ -544,8 +533,7 @@ class Comparison:
 
     def right(self, prediction: str, gold: str, choices: Sequence[str]) -> bool:
         """The verdict on an answer. Unbounded in time where the algebra is."""
-        if ":" in gold:  # the ratio 2 to 3
-            prediction = prediction.replace(" to ", ":")
+        prediction = prediction.replace(" to ", ":") if ":" in gold else prediction  # a ratio
         found, wanted, wanted_option = parse(prediction), parse(gold), None
         if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
             choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
@@ -593,9 +581,9 @@ class Comparison:
             return self.same_named(a, b)
         if kinds == {"text"} and a.value == b.value and not (a.note and b.note):
             return True
-        if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple"):
-            if "empty" not in b.raw:
-                return self.same(a.value[0], b)
+        single = a.kind == "set" and len(a.value) == 1 and "empty" not in b.raw
+        if single and b.kind in ("number", "formula", "tuple"):
+            return self.same(a.value[0], b)
         if kinds == {"number"}:
             return self.same_number(a, b)
         if kinds <= {"list", "tuple", "interval", "set", "union"} or kinds == {"matrix"}:
@@ -616,7 +604,9 @@ class Comparison:
 
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
-        equation = b.kind == "formula" and _RELATION.search(b.raw)
+        equation = b.kind == "formula" and re.search(
+            r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])", b.raw
+        )
         if equation or a.value[-1].kind == "interval" and b.kind == "union":
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
@@ -751,13 +741,13 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
         equation = x.rel_op in ("==", "!=")
-        sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
-        sides = [sympy.numer(z) if equation else z for z in sides]
+        top = sympy.numer if equation else sympy.sympify
+        sides = [top(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
         point = {letter: sympy.Rational(9 + 2 * i, 5) for i, letter in enumerate(x.free_symbols)}
         f, g = (z.subs(point) for z in sides)
-        if x.rel_op == y.rel_op and f != 0 and (equation or (f * g).is_positive):
-            if x.free_symbols == y.free_symbols and _same_value(sides[0] * g, sides[1] * f):
-                return True
+        alike = x.rel_op == y.rel_op and x.free_symbols == y.free_symbols and f != 0
+        if alike and (equation or f * g > 0) and _same_value(sides[0] * g, sides[1] * f):
+            return True
     if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
@@ -904,10 +894,7 @@ def accuracy_reward(
     completions: list[Completion], answer: list[Gold], choices: list[Sequence[str] | None] = None,
     precision: list[int | None] = None, truncated: list[bool] = None, prose=False, **columns
 ) -> list[float]:  # fmt: skip
-    """1 where the answer equals the gold answer (`grade`), else 0.   N -> N
-
-    truncated: completions that were cut off, which earn nothing. prose: also unboxed answers.
-    """
+    """1 where the answer equals the gold answer (`grade`), 0 if not or if truncated.   N -> N"""
     N, scores = len(completions), []
     if isinstance(completions, str) or isinstance(answer, str) or len(answer) != N:
         raise ValueError(f"answer needs one for each of {N} completions, got {answer!r:.80}")
@@ -937,8 +924,7 @@ def _text(completion: Completion) -> str:
     match completion:
         case str(text) | [*_, {"content": str(text)}]:
             return text
-    needed = "text, or messages whose content is text"
-    raise TypeError(f"a completion must be {needed}, got {completion!r:.200}")
+    raise TypeError(f"a completion must be text or messages of text, got {completion!r:.200}")
 
 
 def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
@@ -957,11 +943,8 @@ REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  
 
 
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
-    """["accuracy:0.9", "my.py:function"] -> {name: (function, weight)}, in order.
-
-    The buffer of length_penalty is a quarter of max_new_tokens (ours). ValueError for a bad entry.
-    """
-    penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
+    """["accuracy:0.9", "my.py:function"] -> {name: (function, weight)}, or ValueError."""
+    penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))  # ours
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
     rewards = {}
     for spec in specs:
@@ -992,10 +975,7 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
 def total_reward(
     completions: list[Completion], answer: list[str | Real], rewards: Rewards = REWARDS, **columns
 ) -> dict[str, list[float]]:
-    """reward_i = sum_k w_k r_k,i, with each r_k under its own name.   N, N -> {name: N}
-
-    RuntimeError, with the place, where a reward raises or returns anything but N finite numbers.
-    """
+    """reward_i = sum_k w_k r_k,i, and each r_k. RuntimeError with the place.   N, N -> {name: N}"""
     if isinstance(completions, str) or isinstance(answer, str):
         raise ValueError(f"completions and answer have to be lists, got {answer!r:.80}")
     columns = columns | {"answer": answer}
@@ -1016,7 +996,7 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
         for value in values:
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"it returned {value!r:.80}, which is no finite number")
-        return [float(value) for value in values]
+        return list(map(float, values))
     except Exception as error:  # re-raised, with its place
         for i in range(N if N > 1 else 0):  # one of them alone may raise
             _checked(name, function, [completions[i]], {k: [v[i]] for k, v in columns.items()})
