@@ -480,7 +480,7 @@ _CUE = re.compile(  # what stands before a letter, \0, or after it, where it nam
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
     r"|[选项是为择]\W*\0|\0项"
     r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
-_NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if|than)\b|n't|[不错]"
+_NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if)\b|n't|[不错]"
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
     r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
@@ -617,9 +617,8 @@ class Comparison:
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
         formulas = any(value.kind in ("formula", "choice") for value in a.value + b.value)
-        if formulas and "(" not in a.note + b.note:
-            return self.same_by_algebra(a.raw, b.raw)  # y = 2x and x = y/2
-        return False
+        # y = 2x and x = y/2
+        return formulas and "(" not in a.note + b.note and self.same_by_algebra(a.raw, b.raw)
 
     def same_collection(self, a: Parsed, b: Parsed) -> bool:
         kinds, notes, items = {a.kind, b.kind}, {a.note, b.note}, a.value + b.value
@@ -692,9 +691,7 @@ def grade(
     if not isinstance(answer, str):
         raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: its type is {kind}")
     gold = gold_answer(answer)
-    if prediction is None:
-        return False
-    found = prediction.strip()
+    found = (prediction or "").strip()
     if _BOX.search(found) or found.startswith("<"):  # a whole completion
         found = extract_answer(found) or ("" if _TAG.match(found) else found)
     if len(found) > MAX_CHARS:
@@ -737,6 +734,7 @@ _WARM_UP = [(r"2\sqrt{3}", r"\sqrt{12}"), (r"x\neq 3", "x<3"), (r"\frac{a+b}{c}"
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     """Whether two LaTeX formulas are the same. Unbounded in time. Only for the worker."""
     x, y = _expression(a), _expression(b)
+    letters = x.free_symbols | y.free_symbols
     relation, condition = sympy.core.relational.Relational, sympy.logic.boolalg.Boolean
     if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
@@ -748,11 +746,12 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
         alike = x.rel_op == y.rel_op and x.free_symbols == y.free_symbols and f != 0
         if alike and (equation or f * g > 0) and _same_value(sides[0] * g, sides[1] * f):
             return True
-    if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
+    if len(letters) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
         return x == y or x.symmetric_difference(y).is_empty is True
-    return isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and _same_value(x, y, precision)
+    numbers = isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)
+    return numbers and _same_value(x, y, None if letters else precision)
 
 
 def _expression(text: str):
@@ -782,8 +781,7 @@ def _same_value(x, y, precision: int | None = None) -> bool:
         odd = [2 * ((37 * i + 23 * j) % 30) + 1 - 30 * (i % 2) for j in range(len(letters))]
         point = {x: sympy.Rational(n, 7 + 4 * (i % 3)) for x, n in zip(letters, odd, strict=True)}
         if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
-            numbers = [z.subs(point) for z in (x, y)]
-            equal.append(_same_number(*numbers, None if letters else precision))
+            equal.append(_same_number(x.subs(point), y.subs(point), precision))
     if x == y or False in equal:
         return x == y
     proven = None not in equal and (not letters or len(equal) > 2 and not difference.has(*kinks))
@@ -836,9 +834,7 @@ def _answer_questions() -> None:
         print(int(os.waitstatus_to_exitcode(status) == 77), flush=True)
 
 
-class _Worker:
-    """The process that does the algebra: one for each process, started by its first question."""
-
+class _Worker:  # the process that does the algebra: one for each process that asks
     def __init__(self):
         self.process, self.lock = None, threading.Lock()
 
@@ -933,8 +929,9 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
         raise ValueError(f"needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
 
     def penalty(completions, completion_ids: list[Sequence[int]], **columns) -> list[float]:
-        excess = [(len(ids) - (max_tokens - buffer)) / buffer for ids in completion_ids]
-        return [-min(1.0, max(0.0, x)) for x in excess]
+        return [
+            -min(1.0, max(0.0, (len(x) - max_tokens + buffer) / buffer)) for x in completion_ids
+        ]
 
     return penalty
 
