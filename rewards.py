@@ -2,7 +2,6 @@ r"""Verifiable rewards: find an answer, compare it with the gold answer, check t
 
 Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the
 tags format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of reading and comparing.
-
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
     numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1 234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3
               = 5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
@@ -18,7 +17,6 @@ Model text is never executed. The rules take linear time. Formulas are compared 
 own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade
 takes at most 2 s, in any thread or process; the first formula starts the worker, one or two seconds
 more. Needs os.fork (Linux, macOS), and math-verify for formulas.
-
 Rewards have TRL's signature: lists of N = P*G completions (P prompts, G responses) -> N floats.
 
 >>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
@@ -76,9 +74,8 @@ def _last_prose(text: str) -> str | None:
     if phrases := list(_PHRASE.finditer(text)):
         sentence = re.match(r"(?:[^.\n]|\.(?=\S))*", text[phrases[-1].end() :])[0]
         return sentence.strip().strip("*").strip() or None
-    letters = set(_LONE_LETTER.findall(text)) - {"I"}
-    if re.search(r"\bA (?!or\b|and\b)[a-z]", text):  # an article
-        letters.discard("A")
+    article = re.search(r"\bA (?!or\b|and\b)[a-z]", text)
+    letters = set(_LONE_LETTER.findall(text)) - {"I", "A" if article else ""}
     return letters.pop() if len(letters) == 1 else None
 
 
@@ -236,9 +233,8 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|plus|minus|negative|below|under|times|twice|divided|over|mod|modulo|choose|squared|cubed"
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
-    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
-    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*"
-    "|千(?![克米瓦]).*")  # fmt: skip
+    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illion(?:s|en)?|through|thru|until|lakhs?|crores?"
+    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|тысяч.*|[十百万亿半分多几].*|千(?!克).*")  # fmt: skip
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
     r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
@@ -478,8 +474,7 @@ _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
     r"(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
-    r"|[选项是为择]\W*\0|\0项"
-    r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
+    r"|[选项是为择]\W*\0|\0项|\0\W*(?:is|matches) (?:the )?(?:right|correct|answer)")  # fmt: skip
 _NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if)\b|n't|[不错]"
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
@@ -489,8 +484,7 @@ _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"|\b(?:maybe|mean|unless|false|true|wrong)\b")  # fmt: skip
 
 
-class NeedsAlgebra(Exception):
-    """The rules cannot decide a comparison."""
+class NeedsAlgebra(Exception): ...  # the rules cannot decide a comparison
 
 
 def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
@@ -676,9 +670,8 @@ def grade(
 ) -> bool:
     """Whether an extracted answer (None: nothing was found) equals the gold answer, in at most 2 s.
 
-    choices: the options in order; A stands for the first, and either may be the gold. precision:
-    decimals (int) to which the data set states its numbers. ValueError, whatever the prediction,
-    where the gold answer cannot be parsed: grade(None, answer) checks it alone.
+    choices: the options in order; A is the first, and either may be the gold. precision: decimals
+    that the data set states. ValueError where the gold answer cannot be parsed, whatever is found.
     """
     if isinstance(answer, list) and len(answer) > 1:
         return any([grade(prediction, gold, choices, precision) for gold in answer])
@@ -718,11 +711,10 @@ def gold_answer(answer: str) -> str:
 
 @lru_cache(maxsize=16384)
 def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: int | None) -> bool:
-    """ChildProcessError, which is not remembered, where the algebra could not be done at all."""
     try:
         return Comparison(precision).right(prediction, gold, choices)
     except NeedsAlgebra:
-        return _worker.ask(prediction, gold, choices, precision)
+        return _worker.ask(prediction, gold, choices, precision)  # its errors are not remembered
 
 
 # -------------------------------------------------------------- 6. algebra, in a process of its own
@@ -734,7 +726,6 @@ _WARM_UP = [(r"2\sqrt{3}", r"\sqrt{12}"), (r"x\neq 3", "x<3"), (r"\frac{a+b}{c}"
 def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     """Whether two LaTeX formulas are the same. Unbounded in time. Only for the worker."""
     x, y = _expression(a), _expression(b)
-    letters = x.free_symbols | y.free_symbols
     relation, condition = sympy.core.relational.Relational, sympy.logic.boolalg.Boolean
     if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
@@ -746,12 +737,11 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
         alike = x.rel_op == y.rel_op and x.free_symbols == y.free_symbols and f != 0
         if alike and (equation or f * g > 0) and _same_value(sides[0] * g, sides[1] * f):
             return True
-    if len(letters) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
+    if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
         return x == y or x.symmetric_difference(y).is_empty is True
-    numbers = isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr)
-    return numbers and _same_value(x, y, None if letters else precision)
+    return isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and _same_value(x, y, precision)
 
 
 def _expression(text: str):
@@ -781,7 +771,7 @@ def _same_value(x, y, precision: int | None = None) -> bool:
         odd = [2 * ((37 * i + 23 * j) % 30) + 1 - 30 * (i % 2) for j in range(len(letters))]
         point = {x: sympy.Rational(n, 7 + 4 * (i % 3)) for x, n in zip(letters, odd, strict=True)}
         if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
-            equal.append(_same_number(x.subs(point), y.subs(point), precision))
+            equal.append(_same_number(x.subs(point), y.subs(point), None if point else precision))
     if x == y or False in equal:
         return x == y
     proven = None not in equal and (not letters or len(equal) > 2 and not difference.has(*kinks))
