@@ -14,6 +14,7 @@ Intervals are over problems (runtime/estimates.py). They do not cover other seed
 """
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ def main(config: Config) -> dict:
         raise ValueError(f"{cfg.output}.json is there already: --overwrite replaces it")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
-    rows = {split: config.data.load(split, limit=cfg.problems) for split in cfg.splits}
+    check = {"prompt_tokens": config.model.load(weights=False).prompt_tokens}
+    check["max_prompt_tokens"] = sys.maxsize  # only problems that cannot be asked are refused
+    rows = {s: config.data.load(s, limit=cfg.problems, **check) for s in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():
         for split in cfg.splits:

@@ -22,6 +22,7 @@ setup() { # setup FILE: install its packages into .venv, in the tested versions,
 }
 
 launch() { # one process; python -m runtime.launch is for more
+    echo "> python $*"
     .venv/bin/python "$@"
 }
 

@@ -73,6 +73,7 @@ def find_columns(
     for key, common in COLUMNS.items():
         candidates = [columns[key]] if key in columns else common
         present = [name for name in candidates if name in found or get(first, name) is not None]
+        present.sort(key=lambda name: get(first, name) in (None, [], ""))  # of two, the one in use
         if present:
             names[key] = present[0]
         else:

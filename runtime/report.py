@@ -162,6 +162,8 @@ def check_run(folder: Path) -> None:
             raise ValueError(f"{folder}: no run is in this folder. The run around it is {parent}")
     if (folder / "config.yaml").is_file():
         raise ValueError(f"{folder}: a run was begun here, but no step has finished yet")
+    if inside := sorted(str(path.parent) for path in folder.glob("*/metrics.jsonl"))[:3]:
+        raise ValueError(f"{folder} is not a run but holds runs. Give one: {', '.join(inside)}")
     found = "no run is in this folder" if any(folder.iterdir()) else "the folder is empty"
     raise ValueError(f"{folder}: {found}. Give the --output of train_saei.py")
 
@@ -615,7 +617,11 @@ def response(sample: dict, scale: float, frames: bool) -> str:
     shown = list(zip_longest(tokens, entropy, kept if frames else []))[
         : min(len(tokens), MAX_TOKENS)
     ]
-    body = "".join(token(*entry, scale) for entry in shown) or text(sample.get("response", ""))
+    body = "".join(token(*entry, scale) for entry in shown)
+    if body:  # else all of the response, with what the chat template prefilled
+        body = text(sample.get("prefilled", "")) + body
+    else:
+        body = text(sample.get("response", ""))
     if len(tokens) > MAX_TOKENS:
         body += f" … {len(tokens) - MAX_TOKENS:,} more tokens not shown"
     good = " good" if accuracy == 1 else ""

@@ -212,7 +212,9 @@ def notes(policy: Policy) -> str:
     """What FAMILIES says, in words."""
     family = policy.family
     fixed = family.resize is fixed_resize
-    words = ["one size" if fixed else "any size, min_pixels, max_pixels"]
+    words = ["one size" if fixed else "any size"]
+    if family.limits_per_pixel:
+        words.append("min_pixels, max_pixels")
     words += [f"{name}={value}" for name, value in family.untiled.items()]
     if family.one_tile:
         words.append("thumbnail and one tile, the same image")

@@ -13,6 +13,7 @@ import torch
 from conftest import lines_of, short
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+import eval
 import rewards
 import train_saei
 from demo.make_demo import build_model
@@ -322,3 +323,13 @@ def test_the_row_of_a_literal_placeholder_is_named_or_left_out(policy_with, tmp_
     rows = data.load_rows(str(path), bad_rows="skip", **options)
     assert [rows[i]["problem"] for i in range(len(rows))] == ["3 + 4", "red"]
     assert "<|im_end|>" in capsys.readouterr().out
+
+
+def test_an_evaluation_refuses_the_row_before_it_begins(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"problem": text, "answer": "7"} for text in ("3 + 4", "Say <|im_end|>.")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    monkeypatch.setattr(Policy, "sample", lambda *args, **options: 1 / 0)
+    options = dict(model=tiny, dataset=str(path), columns=["image=none"], splits=["train"])
+    with pytest.raises(ValueError, match=r"1\b.*<\|im_end\|>.*a special token of the model"):
+        eval.main(eval.load_config(**options, output=str(tmp_path / "out")))

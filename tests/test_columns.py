@@ -243,6 +243,12 @@ def test_all_missing_columns_are_named_at_once(tmp_path, picture):
         load(tmp_path, row, columns={"image": "picture", "problem": "frage"})
 
 
+@pytest.mark.parametrize("unused", [None, [], ""])
+def test_of_two_columns_the_one_in_use_is_taken(tmp_path, picture, unused):
+    row = one(tmp_path, images=unused, problem=unused, answer="4")
+    assert (len(row["images"]), row["problem"], row["answer"]) == (1, "How many?", "4")
+
+
 @pytest.mark.parametrize("program", [train_saei, evaluation])
 def test_data_are_checked_before_weights_are_loaded(tmp_path, tiny, monkeypatch, program):
     path = write(tmp_path, [{"frage": "?"}])

@@ -93,6 +93,7 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     now[0] += 1.0
     signals.receive(signal.SIGTERM, None)
     assert exits == [143]
+    signals.restore()
 
 
 def test_a_run_that_fails_gives_the_signals_back(tiny, tmp_path, monkeypatch):

@@ -367,7 +367,7 @@ def test_a_run_whose_folder_was_taken_or_deleted_writes_nothing(tiny, tmp_path, 
 
 
 def test_a_run_that_ends_or_fails_leaves_the_folder_to_others(tiny, tmp_path, monkeypatch):
-    threads = threading.active_count()
+    threads, _ = threading.active_count(), signal.set_wakeup_fd(-1)
     main(short(tiny, tmp_path, steps=1))
     assert FolderLock(tmp_path).attempt() and (tmp_path / ".lock").stat().st_size > 0
     monkeypatch.setattr(train_saei.rollouts, "grade", lambda *_: 1 / 0)

@@ -421,6 +421,8 @@ def test_a_folder_inside_a_run_names_the_run(tmp_path):
     folder = write_run(tmp_path / "demo", steps=2)
     with pytest.raises(ValueError, match=rf"pictures: .*is {folder}"):
         report.build_report([folder / "pictures"])
+    with pytest.raises(ValueError, match=f"holds runs. Give one: {folder}"):
+        report.build_report([tmp_path])
     with pytest.raises(ValueError, match="config.yaml is a file"):
         report.build_report([folder / "config.yaml"])
     with pytest.raises(ValueError, match="at least one"):
