@@ -234,7 +234,7 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
     "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illion(?:s|en)?|through|thru|until|lakhs?|crores?"
-    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|тысяч.*|[十百万亿半分多几].*|千(?!克).*")  # fmt: skip
+    "|[mb]n|mil(?:l[ei]|lones)?|tausend|(?:тыс|мл[нр]).*|[十百万亿半分].*|千(?!克).*")  # fmt: skip
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
     r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
@@ -338,7 +338,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
     unit = _unit(measure[2]) if measure and not _WORD.search(measure[1]) else None
     if unit is not None and (len(unit) != 1 or unit in "°%"):  # 25\pi square cm
         return Parsed("formula", measure[1], measure[1], unit)
-    if _WORD.search(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
+    if _WORD.search(text) or not re.search(r"[0-9+*/^_=<>\\|-]|\w!", text, re.A):
         return plain_text
     return Parsed("formula", text, text)
 
@@ -477,7 +477,7 @@ _CUE = re.compile(  # what stands before a letter, \0, or after it, where it nam
     r"|[选项是为择]\W*\0|\0项|\0\W*(?:is|matches) (?:the )?(?:right|correct|answer)")  # fmt: skip
 _NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if)\b|n't|[不错]"
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
-    r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
+    r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|°[A-Z]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
     r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
@@ -527,7 +527,7 @@ class Comparison:
 
     def right(self, prediction: str, gold: str, choices: Sequence[str]) -> bool:
         """The verdict on an answer. Unbounded in time where the algebra is."""
-        prediction = prediction.replace(" to ", ":") if ":" in gold else prediction  # a ratio
+        prediction = prediction.replace(" to ", ":") if gold.count(":") == 1 else prediction
         found, wanted, wanted_option = parse(prediction), parse(gold), None
         if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
             choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
