@@ -31,13 +31,13 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from runtime import data, faults
+from runtime.faults import PROJECT
 from vlm import adapt
 from vlm.policy import Policy
 
 CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
 CONTROLS += ("clip_cov", "kl_cov", "sent")
 
-PROJECT = Path(__file__).resolve().parent.parent
 READ = ("model", "dataset", "template", "order", "reward")  # options that may name files or folders
 
 # What an option of an earlier version is called now: the message for old recipes and checkpoints.

@@ -38,13 +38,15 @@ def one_line(error: BaseException) -> str:
 def is_fault(error: BaseException) -> bool:
     """Whether one line says it all.
 
-    False for errors of other kinds, and for those raised while a --reward file is imported: they
-    are in the user's own code, whose line the traceback names.
+    False for errors of other kinds, and for those of a --reward file: they are in the user's own
+    code, whose line the traceback names.
     """
     if os.environ.get("SAEI_TRACEBACK", "0") not in ("", "0"):
         return False
-    functions = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return isinstance(error, FAULTS) and not {"load_reward", "exec_module"} <= functions
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals["__name__"] == "<run_path>":  # rewards.py loads the file with run_path
+            return False
+    return isinstance(error, FAULTS)
 
 
 def explain(error: BaseException) -> str:

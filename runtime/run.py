@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.args import RENAMED, ModelArgs, RunArgs, TrainDataArgs
-from runtime.faults import one_line
+from runtime.faults import PROJECT, one_line
 from runtime.lock import FolderLock
 from runtime.rollouts import Rollouts, sample_lines
 from runtime.signals import Signals
@@ -45,8 +45,7 @@ from vlm.policy import Policy
 FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last"}
 FREE |= {"report_to", "self_check", "profile", "gradient_checkpointing"}
 FREE |= {"micro_prompts", "micro_responses", "sample_prompts"}
-PROJECT = "saei"  # what trackers call the run; tensorboard's folder
-
+TRACKER_PROJECT = "saei"  # what trackers call the run; tensorboard's folder
 
 # What says that a run has begun in a folder.
 TRACES = (".lock", "config.yaml", "metrics.jsonl", "checkpoints")
@@ -78,7 +77,10 @@ class Run:
     """
 
     def __init__(self, args: RunArgs, options: dict[str, Any], accelerator: Accelerator):
-        """Lock and prepare the folder. options: all options of the run, for config.yaml.
+        """Lock and check the folder. options: all options of the run, for config.yaml.
+
+        Nothing of an earlier run changes before `steps`, so a fault of the data or the model
+        costs nothing.
 
         Raises ValueError if another process writes to the folder, if it holds a run and neither
         resume nor overwrite is set, if there is nothing to resume, or if the run to resume was
@@ -91,12 +93,13 @@ class Run:
         self._on_main(self._refuse_nothing_to_resume)
         while not self._on_main(self.lock.attempt):
             time.sleep(0.5)
-        self.checkpoint, self.first_step = self._on_main(self._prepare_folder)
+        self.checkpoint, self.first_step = self._on_main(self._check_folder)
         if self.checkpoint and self.first_step >= args.steps:
             self._print(f"{self.folder}: already finished at step {self.first_step}")
             self._print(self.summary())
             accelerator.end_training()
             raise Finished
+        self.same_files: dict[str, str] = {}  # by name: what a resumed run must find again
         self.total_accuracy, self.warned_identical = 0.0, False
 
     def _on_main(self, function: Callable[[], Any]) -> Any:
@@ -122,8 +125,8 @@ class Run:
                 "--resume, or correct --output"
             )
 
-    def _prepare_folder(self) -> tuple[str | None, int]:
-        """-> the checkpoint to continue from or None, the first step"""
+    def _check_folder(self) -> tuple[str | None, int]:
+        """-> the checkpoint to continue from or None, the first step.   Changes nothing."""
         found, args = checkpoints(self.folder), self.args
         metrics = self.folder / "metrics.jsonl"  # empty if the first step failed
         held = bool(found) or (metrics.exists() and metrics.stat().st_size > 0)
@@ -134,23 +137,28 @@ class Run:
         newest = found[-1] if found and args.resume else None
         if newest:
             self._refuse_other_options(newest / "config.yaml")
-            if step_of(newest) >= args.steps:
-                return str(newest), step_of(newest)
-        elif args.resume:
+            return str(newest), step_of(newest)
+        if args.resume:
             if held:
                 self._refuse_other_options(self.folder / "config.yaml")
             self._print(f"{self.folder} has no checkpoint yet: the run starts again at step 0")
+        return None, 0
+
+    def _begin(self) -> None:
+        """Write what the run begins with. An old run that it does not resume is deleted."""
         for unfinished in self.folder.glob("checkpoints/.step-*"):  # killed while it was saved
             shutil.rmtree(unfinished)
-        if (found or metrics.exists()) and not args.resume:
+        begun = checkpoints(self.folder) or (self.folder / "metrics.jsonl").exists()
+        if begun and not self.args.resume:  # else the folder may hold evaluations, no run
             self._delete_run()
-        if newest is None:
+        if self.checkpoint is None:
             files = ["metrics.jsonl", "samples.jsonl", "reference.txt", "rows.txt", "trace.json"]
             for name in files:
                 (self.folder / name).unlink(missing_ok=True)
         (self.folder / "pictures").mkdir(exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.options, sort_keys=False))
-        return (str(newest), step_of(newest)) if newest else (None, 0)
+        for name, content in self.same_files.items():
+            (self.folder / name).write_text(content)
 
     def _delete_run(self) -> None:
         """What a run wrote, and nothing else. Killed here, it leaves whole checkpoints."""
@@ -163,7 +171,7 @@ class Run:
         for result in self.folder.glob("eval/*.json*"):
             if not result.name.startswith("before"):  # that one is of the model to start from
                 result.unlink()
-        tensorboard = self.folder / PROJECT
+        tensorboard = self.folder / TRACKER_PROJECT
         for path in sorted(tensorboard.glob("**/*"), reverse=True):  # files before their folder
             if "tfevents" in path.name or path.name == "hparams.yml":
                 path.unlink()
@@ -217,18 +225,21 @@ class Run:
             )
 
     def same_as_before(self, name: str, found: str, message: str) -> None:
-        """Compare with the run's file `name`, then write it. Differs: ValueError(message)."""
+        """Raise ValueError(message) if the run to resume began with another content of `name`."""
         path = self.folder / name
         if self.first_step and path.exists() and path.read_text() != found:
             raise ValueError(message)
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            path.write_text(found)
+        self.accelerator.wait_for_everyone()  # all have read it: `steps` writes it
+        self.same_files[name] = found
 
     # ------------------------------------------------------------------------------ steps and logs
 
     def steps(self) -> Iterator[int]:
-        """The steps from the checkpoint on, with a progress bar. A signal ends them early."""
+        """The steps from the checkpoint on, with a progress bar. A signal ends them early.
+
+        With --overwrite this is where the old run is deleted.
+        """
+        self._on_main(self._begin)
         self.step, self.parent = self.first_step, os.getppid()
         say = self._say_stopping if self.is_main else lambda number: None
         self.signals = Signals(self.accelerator, say)  # not before: until here one ends at once
@@ -237,7 +248,7 @@ class Run:
         if self.args.report_to != "none":
             shown = {k: str(v) if isinstance(v, list) else v for k, v in self.options.items()}
             shown = {name: value for name, value in shown.items() if value is not None}
-            self.accelerator.init_trackers(PROJECT, config=shown)
+            self.accelerator.init_trackers(TRACKER_PROJECT, config=shown)
         steps = range(self.first_step, self.args.steps)
         traced = min(self.first_step + 1, self.args.steps - 1) if self.args.profile else None
         self.bar = tqdm(
@@ -415,6 +426,8 @@ class Run:
         newest = [f"checkpoints/{path.name}" for path in checkpoints(self.folder)[-1:]]
         files = ", ".join(["metrics.jsonl", "samples.jsonl", *newest])
         command = f"python -m runtime.report {shlex.quote(str(self.folder))}"
+        if Path.cwd() != PROJECT:
+            command = f"PYTHONPATH={shlex.quote(str(PROJECT))} {command}"
         return f"{self.folder} holds {files}. For the page: {command}"
 
     def _print(self, line: str) -> None:

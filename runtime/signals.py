@@ -37,7 +37,7 @@ class Signals:
         watch = {"target": self._watch, "args": (read_end,), "name": "signals", "daemon": True}
         threading.Thread(**watch).start()
 
-    def _note(self, number: int, _frame: object) -> None:
+    def _note(self, number: int, _frame: object = None) -> None:
         self.received = self.received or number
 
     def _watch(self, read_end: int) -> None:
@@ -46,9 +46,9 @@ class Signals:
                 if byte[0] in NUMBERS:
                     self.receive(byte[0])
 
-    def receive(self, number: int, _frame: object = None) -> None:
+    def receive(self, number: int) -> None:
         """What a signal does: the first one calls on_first, a second one ends the process."""
-        self._note(number, None)
+        self._note(number)
         if self.when is None:
             self.when = time.monotonic()
             self.on_first(number)

@@ -6,6 +6,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from conftest import (
+    ROOT,
     assert_same_run,
     comparable,
     finish,
@@ -86,12 +89,12 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     signals = runs.Signals(None)
-    signals.receive(signal.SIGINT, None)
+    signals.receive(signal.SIGINT)
     now[0] += 0.5  # a launcher passes on what the terminal sent to all
-    signals.receive(signal.SIGTERM, None)
+    signals.receive(signal.SIGTERM)
     assert exits == [] and signals.received == signal.SIGINT
     now[0] += 1.0
-    signals.receive(signal.SIGTERM, None)
+    signals.receive(signal.SIGTERM)
     assert exits == [143]
     signals.restore()
 
@@ -369,13 +372,20 @@ def test_a_finished_run_says_so(tiny, tmp_path, capsys):
         main(short(tiny, tmp_path, lr=0.1, resume=True))
 
 
-def test_a_run_ends_with_where_everything_is(tiny, tmp_path, capsys):
+def test_a_run_ends_with_where_everything_is(tiny, tmp_path, monkeypatch, capsys):
+    """The page's command works in the folder in which the run was started."""
     folder = tmp_path / "a run"
     main(short(tiny, folder, steps=1))
-    assert capsys.readouterr().out.splitlines() == [
-        f"{folder} holds metrics.jsonl, samples.jsonl, checkpoints/step-000001. "
-        f"For the page: python -m runtime.report '{folder}'"
-    ]
+    holds = f"{folder} holds metrics.jsonl, samples.jsonl, checkpoints/step-000001. "
+    command = f"python -m runtime.report '{folder}'"
+    assert capsys.readouterr().out == f"{holds}For the page: {command}\n"
+    monkeypatch.chdir(tmp_path)
+    main(short(tiny, "a run", steps=1, resume=True))
+    command = capsys.readouterr().out.splitlines()[-1].partition("For the page: ")[2]
+    assert command == f"PYTHONPATH={ROOT} python -m runtime.report 'a run'"
+    command = command.replace("python -m", f"{sys.executable} -m")
+    subprocess.run(command, shell=True, check=True)
+    assert (folder / "report/index.html").exists()
 
 
 def test_lines_after_the_checkpoint_may_be_anything(tiny, tmp_path, half_right, whole):
@@ -415,6 +425,33 @@ def test_overwrite_deletes_what_the_run_wrote_and_nothing_else(tiny, tmp_path):
     (tmp_path / "saei/mine.txt").unlink()
     main(short(tiny, tmp_path, steps=1, overwrite=True))
     assert not (tmp_path / "saei").exists() and len(metrics_of(tmp_path)) == 1
+
+
+def test_overwrite_deletes_nothing_if_the_new_run_cannot_begin(tiny, tmp_path, monkeypatch):
+    """Data, rewards, model and self-check come first."""
+    main(short(tiny, tmp_path / "run", steps=1))
+    files = lambda: {  # noqa: E731
+        path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+    before, lock = files(), tmp_path / "run/.lock"
+    (tmp_path / "empty.jsonl").touch()
+    faulty = [(tiny, dict(dataset=str(tmp_path / "empty.jsonl"))), (tmp_path / "none", {})]
+    faulty.append((tiny, dict(reward=["accuracy:1", "nowhere.py:f:1"])))
+    for model, changes in faulty:
+        with pytest.raises((ValueError, OSError)):
+            main(short(str(model), tmp_path / "run", overwrite=True, **changes))
+        assert files() == before | {lock: lock.read_bytes()}
+    monkeypatch.setattr(runs.Policy, "self_check", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(short(tiny, tmp_path / "run", overwrite=True, self_check=True))
+    assert files() == before | {lock: lock.read_bytes()}
+
+
+def test_a_run_leaves_evaluations_that_were_there_before(tiny, tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/baseline.json").touch()
+    main(short(tiny, tmp_path, steps=1))
+    assert (tmp_path / "eval/baseline.json").exists()
 
 
 def test_resume_is_exact_and_forgets_lines_after_the_checkpoint(tiny, tmp_path, half_right, whole):
