@@ -55,7 +55,7 @@ def check_keys(columns: dict[str, str]) -> None:
             near = difflib.get_close_matches(key, COLUMNS, n=1)
             hint = f". Did you mean {near[0]}?" if near else "."
             raise ValueError(
-                f"--columns: unknown key {key!r}{hint} The keys are {', '.join(COLUMNS)}"
+                f"--columns: unknown key {key!r:.80}{hint} The keys are {', '.join(COLUMNS)}"
             )
 
 
@@ -89,7 +89,7 @@ def find_columns(
         hint = ""
         if "image" in dict(missing):
             hint = " (image=none: text alone, or pictures within messages)"
-        there = one_line(", ".join(with_fields(found, first)))
+        there = one_line(", ".join(with_fields(found, first)) or "none")
         raise ValueError(
             f"{title}: {looked}. Found: {there}. Name them by --columns {options}{hint}"
         )
@@ -214,7 +214,7 @@ def plain(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):
-        return None if value.startswith("data:") else value
+        return None if re.match(r"data:\w+/[\w.+-]+[;,]", value) else value  # a picture's URI
     if value is None or isinstance(value, int):
         return value
     if isinstance(value, dict):

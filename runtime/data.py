@@ -91,7 +91,6 @@ class Stream:
     def _endless(self) -> Iterator[dict]:
         for epoch in itertools.count():
             self.table.set_epoch(epoch)
-            self.check.start()
             for number, _, row in self.check.usable(self._stored()):
                 yield row | {"row": number}
             self.check.refuse_nothing_usable()
@@ -253,7 +252,7 @@ class Check:
                 f"{self.max_prompt_tokens} prompt tokens (the longest has {self.longest}): "
                 "--max_prompt_tokens is the limit"
             )
-        if 5 * self.prose >= self.seen:
+        if self.prose and 5 * self.prose >= self.seen:
             say(
                 f"warning: {self.title}: {self.prose} of {self.seen} answers are sentences, like "
                 f"{self.sentence!r:.80}. Only the same text is right then. Give short answers, or "
@@ -381,7 +380,7 @@ def find_preset(preset: str | None, dataset: str) -> tuple[Preset | None, str]:
     if preset is None:
         return None, dataset
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {preset!r:.80}; there are {', '.join(PRESETS)}")
     known = PRESETS[preset]
     return known, known.dataset if dataset in ("demo", preset) else dataset
 
@@ -400,7 +399,9 @@ def demo_rows(split: str, limit: int | None, template: str | None) -> Rows:
     from demo.task import make_row
 
     if template not in (None, "none"):
-        raise ValueError(f"the demo's problems say how to answer: no template, got {template!r}")
+        raise ValueError(
+            f"the demo's problems say how to answer: no template, got {template!r:.80}"
+        )
     make_row(split, 0)  # refuses an unknown split
     numbers = range(min(limit or DEMO_ROWS, DEMO_ROWS))
     return Rows(lambda i: make_row(split, i), numbers, f"demo {split}")

@@ -36,6 +36,12 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
             num_steps=1, sync_each_batch=sharded
         ),
     )
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if accelerator.num_processes != started:  # torchrun without a GPU
+        raise ValueError(
+            f"the launcher started {started} processes, and accelerate would train each one alone: "
+            "without a GPU set ACCELERATE_USE_CPU=true in the environment"
+        )
     if args.report_to != "none" and not accelerator.log_with:  # accelerate drops it silently
         name = args.report_to
         raise ValueError(f"the tracker {name} is not installed: pip install {name}")

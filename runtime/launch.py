@@ -27,11 +27,13 @@ def main(argv: list[str]) -> None:
     except subprocess.CalledProcessError as error:  # of one process
         sys.exit(error.returncode)
     except ChildFailedError as error:
-        failures = error.failures.values()
-        said = [failure for failure in failures if failure.exitcode == faults.EXIT_CODE]
+        said = []
+        for failure in error.failures.values():  # a message that faults.say left is a dict
+            if failure.exitcode == faults.EXIT_CODE and isinstance(failure.message, dict):
+                said.append(failure.message["message"])
         if not said:
             raise  # its table says how each process ended
-        print(said[0].message["message"], file=sys.stderr)
+        print(said[0], file=sys.stderr)
         sys.exit(faults.EXIT_CODE)
 
 

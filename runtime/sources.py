@@ -259,8 +259,11 @@ def json_rows(path: Path) -> TextTable:
 
 
 def json_lines(path: Path) -> TextTable:
-    """An object per line, parsed when it is asked for: only the places of lines are held."""
-    starts, numbers, names = array("q"), array("q"), {}
+    """An object per line, parsed when it is asked for: only the places of lines are held.
+
+    A broken line is a bad row. Raises ValueError, which names the first one, if all are broken.
+    """
+    starts, numbers, names, broken = array("q"), array("q"), {}, ""
     file = path.open("rb")  # stays open: the rows of a file that is replaced are still these
     for number in itertools.count(1):
         start, line = file.tell(), file.readline()
@@ -273,10 +276,15 @@ def json_lines(path: Path) -> TextTable:
         text = decoded(path, line, number)
         try:
             row = parsed(text)
-        except ValueError:  # a bad row, named when it is read
+        except ValueError as error:
+            broken = broken or f"{path}, line {number}: {error}"
             continue
         if isinstance(row, dict):
             names |= dict.fromkeys(row)
+        else:
+            broken = broken or f"{path}, line {number}: no object but {one_line(repr(row), 80)}"
+    if broken and not names:
+        raise ValueError(broken)
     state = os.fstat(file.fileno())
 
     def read(i: int) -> object:

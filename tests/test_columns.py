@@ -281,6 +281,12 @@ def test_the_datas_own_columns_go_to_rewards_and_logs(tmp_path, picture):
             load(tmp_path, good(**{name: 1}))
 
 
+def test_a_text_that_begins_like_a_uri_goes_to_rewards(tmp_path, picture):
+    texts = ["data: 1, 2, 3", f"data:image/png;base64,{'A' * 50}"]
+    row = load(tmp_path, good(note=texts))[0]
+    assert row["columns"]["note"] == [texts[0], None]
+
+
 def test_a_changed_template_file_changes_the_fingerprint(tmp_path, picture):
     template, found = tmp_path / "own.yaml", []
     for text in ("{problem} Now!", "{problem} Now!", "{problem} Later!"):

@@ -241,6 +241,14 @@ def test_a_fault_of_one_process_of_two_ends_both_with_its_line(tmp_path, monkeyp
     assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout
 
 
+def test_a_script_that_does_not_exist_is_told_by_the_launcher(tmp_path):
+    """Python's own exit code is 2 as well, and leaves no line."""
+    launch = ("-m", "runtime.launch", "--multi_gpu", "--num_processes", 2, *PLAIN)
+    done = shell(tmp_path, *launch, "nowhere.py")
+    assert done.returncode == 1 and "nowhere.py FAILED" in done.stdout, done.stdout[-3000:]
+    assert "No such file" in done.stdout and "TypeError" not in done.stdout
+
+
 def test_under_accelerate_two_processes_say_one_line_and_the_table_repeats_it(tmp_path):
     launch = ("-m", ACCELERATE, "--multi_gpu", "--num_processes", 2, *PLAIN)
     done = shell(tmp_path, *launch, ROOT / "train_saei.py", "--eps", 8)
@@ -300,7 +308,7 @@ def test_a_newcomers_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, mi
     Path("rows.jsonl").write_text(json.dumps(ROW) + "\n")
     Path("wrong.yaml").write_text("seed: 1\nsteps: many\n")
     Path("held").mkdir()
-    Path("held/metrics.jsonl").write_text("")
+    Path("held/metrics.jsonl").write_text('{"step": 0}\n')
     words, cause = MISTAKES[mistake]
     monkeypatch.setattr(sys, "argv", ["train_saei.py", *words])
     said = ends(capsys, train_saei.main, load_config).splitlines()

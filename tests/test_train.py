@@ -37,6 +37,11 @@ def test_the_prompts_of_a_step_are_divided():
 def test_what_the_launcher_cannot_do_is_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="tracker comet_ml is not installed: pip install comet_ml"):
         main(short(tiny, tmp_path, report_to="comet_ml"))
+    with monkeypatch.context() as environment:
+        environment.setenv("LOCAL_RANK", "0")
+        environment.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ValueError, match="started 2 processes, .* set ACCELERATE_USE_CPU=true"):
+            main(short(tiny, tmp_path))
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     with pytest.raises(ValueError, match="fp16 is not supported: use --mixed_precision bf16 or no"):
         main(short(tiny, tmp_path))
