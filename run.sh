@@ -21,7 +21,7 @@ setup() { # setup FILE: install its packages into .venv, in the tested versions,
     fi
 }
 
-launch() { # one process; python -m runtime.launch is for more
+launch() { # one process; accelerate launch is for more
     echo "> python $*"
     .venv/bin/python "$@"
 }
