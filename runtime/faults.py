@@ -44,7 +44,8 @@ def is_fault(error: BaseException) -> bool:
     if os.environ.get("SAEI_TRACEBACK", "0") not in ("", "0"):
         return False
     for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_globals["__name__"] == "<run_path>":  # rewards.py loads the file with run_path
+        # the __name__ of a file that rewards.py loads by runpy.run_path
+        if frame.f_globals.get("__name__") == "<run_path>":
             return False
     return isinstance(error, FAULTS)
 

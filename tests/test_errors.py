@@ -114,6 +114,14 @@ def test_a_librarys_error_says_how_to_see_where():
             assert ("SAEI_TRACEBACK=1 shows where" in faults.explain(error)) == hint
 
 
+def test_code_without_a_name_is_no_reward_file():
+    """jinja runs templates so."""
+    try:
+        exec("raise ValueError('wrong')", {})
+    except ValueError as error:
+        assert faults.is_fault(error)
+
+
 @pytest.mark.parametrize("source", ["import no_such_package", "raise ValueError('my own')"])
 def test_an_error_in_ones_own_reward_file_keeps_its_traceback(tiny, tmp_path, source):
     """The traceback names file and line."""
