@@ -84,7 +84,7 @@ def test_a_folder_without_a_config(folder, tmp_path):
         ('{"model_type": "llama"}', "is a 'llama' model.*needs a vision-language model"),
         (
             '{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}',
-            "'internvl_chat' model that needs the code of its own repository.*-hf.*qwen2_vl",
+            "'internvl_chat' model, which is refused: .*the repository whose name ends in -HF",
         ),
     ],
 )
