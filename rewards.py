@@ -2,7 +2,6 @@ r"""Verifiable rewards: find an answer, compare it with the gold answer, check t
 
 Sources. Second-hand: 0.9 accuracy + 0.1 format and the boxed format (NoisyRollout, EasyR1), the
 tags format (R1-V, VLM-R1), the overlong penalty (DAPO). Ours: all rules of reading and comparing.
-
 What equal means (`grade`). Prediction and gold are parsed by the same rules.
     numbers   by value, exactly: 0.5 = \frac12, 1,234 = 1 234, 3 1/4 = 13/4, 3:4 = 3/4, 5\times10^3
               = 5000, 35% = 35 and = 0.35. Rounded only to the `precision` that the data set states.
@@ -14,12 +13,10 @@ What equal means (`grade`). Prediction and gold are parsed by the same rules.
     text      in any case unless LaTeX commands remain, without articles and final punctuation.
     the rest  by algebra where both are real: 2\sqrt{3} = \sqrt{12}, \sqrt{1/n} = 1/\sqrt{n}.
 A doubtful answer is wrong: a miss costs less than a false reward.
-
 Model text is never executed. The rules take linear time. Formulas are compared in a process of its
 own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answer is wrong. A grade
 takes at most 2 s, in any thread or process; the first formula starts the worker, one or two seconds
 more. Needs os.fork (Linux, macOS), and math-verify for formulas.
-
 Rewards have TRL's signature: lists of N = P*G completions (P prompts, G responses) -> N floats.
 
 >>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
@@ -77,18 +74,17 @@ def _last_prose(text: str) -> str | None:
     if phrases := list(_PHRASE.finditer(text)):
         sentence = re.match(r"(?:[^.\n]|\.(?=\S))*", text[phrases[-1].end() :])[0]
         return sentence.strip().strip("*").strip() or None
-    letters = set(_LONE_LETTER.findall(text)) - {"I"}
-    if re.search(r"\bA (?!or\b|and\b)[a-z]", text):  # an article
-        letters.discard("A")
+    article = re.search(r"\bA (?!or\b|and\b)[a-z]", text)
+    letters = set(_LONE_LETTER.findall(text)) - {"I", "A" if article else ""}
     return letters.pop() if len(letters) == 1 else None
 
 
 def extract_answer(text: str, prose: bool = False) -> str | None:
     r"""The answer that a completion states, or None.
 
-    What the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box holds that opens last: after
-    the last </think>, else before it. A cut one, or a <think> that does not end, gives None. Then,
-    with prose: the rest of the sentence after the last "answer is", or the one lone capital.
+    What the \boxed{...}, \fbox{...}, <answer>...</answer> or GLM's box holds that opens last, after
+    the last </think> or else before it. None if it or a <think> is cut. With prose, where nothing
+    opens: the rest of the sentence after the last "answer is", or the one lone capital.
     """
     thinking, _, tail = text.rpartition("</think>")
     if "<think>" in tail:
@@ -211,7 +207,6 @@ def _split(text: str, separator: str) -> tuple[list[str], list[str]]:
 _DIGITS = (
     r"(?:(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
     r"(?:[eE][+-]?[0-9]{1,3}(?![0-9]))?")  # fmt: skip
-_FRACTION = re.compile(rf"\\frac\{{([+-]?{_DIGITS})\}}\{{([+-]?{_DIGITS})\}}")
 _NUMBER = re.compile(
     r"(?P<sign>[+-]?) ?(?P<money>(?:[$€£¥] ?)?)(?:"
     rf"(?:(?P<whole>[0-9]+) )?(?P<top>[+-]?{_DIGITS})/(?P<bottom>[+-]?{_DIGITS})(?![0-9/])"
@@ -238,11 +233,8 @@ _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of
     "|plus|minus|negative|below|under|times|twice|divided|over|mod|modulo|choose|squared|cubed"
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
     "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
-    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illions?|through|thru|until|lakhs?|crores?"
-    "|[mb]n|mil(?:l[ei]|lones)?|mio|tausend|.*illionen|тысяч.*|милли.*|[十百万萬亿億兆半分多几].*"
-    "|千(?![克米瓦]).*")  # fmt: skip
-
-_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])[):.]?")
+    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illion(?:s|en)?|through|thru|until|lakhs?|crores?"
+    "|[mb]n|mil(?:l[ei]|lones)?|tausend|(?:тыс|мл[нр]).*|[十百万亿半分].*|千(?!克).*")  # fmt: skip
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
     r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
@@ -250,10 +242,8 @@ _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); n
     r"|divided)\b)|(?:[a-z]{2}|abcd?|xyz|pqr|\|[a-z]\|)$)"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)")  # fmt: skip
-_SPANS = [  # (normal form, what stands between numbers that are not calculated with)
-    (":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),
-    ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b"),
-]  # fmt: skip
+_SPANS = [(":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),  # no arithmetic
+          ("-", r"(?<=[\w.%°$)} ])-{1,3}|\b(?:to|through|thru)\b")]  # fmt: skip
 _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra would misread
     r"[0-9]([-/])[0-9]+\1[0-9]|[0-9]\.[0-9]+\.[0-9]|[0-9]:[0-9]{2} ?[aApP]\.?[mM]|phantom"
     r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}|(?:[0-9A-Z]+-){2,}[0-9A-Z]*)\w$"
@@ -262,7 +252,6 @@ _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra wou
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")  # not of a command
 _WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
-_RELATION = re.compile(r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])")
 _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
 
 
@@ -297,7 +286,7 @@ def _unit(text: str) -> str | None:
 
 def _number(text: str) -> Parsed | None:
     """A number with an optional unit or percent sign. None for anything else, and for x/0."""
-    plain = _FRACTION.sub(r" \1/\2 ", text).strip()
+    plain = re.sub(rf"\\frac\{{([+-]?{_DIGITS})\}}\{{([+-]?{_DIGITS})\}}", r" \1/\2 ", text).strip()
     if not (match := _NUMBER.match(plain)):
         return None
     rest = plain[match.end() :]
@@ -333,7 +322,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
         return None
     if number := _number(text):
         return number
-    if choice := _CHOICE.fullmatch(text):
+    if choice := re.fullmatch(r"\(([A-Za-z])\)|([A-Za-z])[):.]?", text):
         letter = choice[1] or choice[2]
         return Parsed("choice", letter.lower(), letter)
     plain_text = Parsed("text", _plain(text) or text, text)
@@ -349,7 +338,7 @@ def _parse(text: str, depth: int) -> Parsed | None:
     unit = _unit(measure[2]) if measure and not _WORD.search(measure[1]) else None
     if unit is not None and (len(unit) != 1 or unit in "°%"):  # 25\pi square cm
         return Parsed("formula", measure[1], measure[1], unit)
-    if _WORD.search(text) or not re.search(r"[0-9+*/^_=<>\\|!-]", text):
+    if _WORD.search(text) or not re.search(r"[0-9+*/^_=<>\\|-]|\w!", text, re.A):
         return plain_text
     return Parsed("formula", text, text)
 
@@ -405,14 +394,13 @@ def _list(text: str, depth: int) -> Parsed | None:
     if not separators and text.count(r"\pm") == 1 and not re.search("[=<>]", text):
         items = [re.sub(r"\\pm ?", sign, text).removeprefix("+") for sign in "+-"]
         separators = ["or"]
-    note = "or" if any(x.endswith("or") for x in separators) else ""
+    note = "or" * any(x.endswith("or") for x in separators)
     return _collection("list", items, text, depth, note) if separators else None
 
 
 def _brackets(text: str, depth: int) -> Parsed | None:
     """Tuples, intervals as tuples, sets, {x | x > 3}, and brackets that only group."""
-    outer = re.fullmatch(r"(\\?)([(\[{])\0*\\?([)\]}])", _outside(text))
-    if not outer:
+    if not (outer := re.fullmatch(r"(\\?)([(\[{])\0*\\?([)\]}])", _outside(text))):
         return None
     brackets = outer[2] + outer[3]
     braces = brackets == "{}"
@@ -465,9 +453,8 @@ def _equation(text: str, sides: list[str], depth: int) -> Parsed | None:
     names, last = sides[0].strip("()").split(","), values and values.value[-1]
     if not last or last.note != "()" or not 1 < len(names) == len(last.value):
         return values
-    pairs = zip(names, last.value, strict=True)
-    items = tuple(Parsed("named", (value,), text, _name(name)) for name, value in pairs)
-    return Parsed("tuple", items, text, "()")
+    items = [Parsed("named", (x,), text, _name(n)) for n, x in zip(names, last.value, strict=True)]
+    return Parsed("tuple", tuple(items), text, "()")
 
 
 def _name(text: str) -> str:
@@ -487,21 +474,17 @@ _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
     r"(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
-    r"|[选项是为择]\W*\0|\0项"
-    r"|\0\W*(?:is|fits|matches|would be) (?:the )?(?:right|correct|true|best|answer)")  # fmt: skip
-_NOT = re.compile(
-    r"(?i)\b(?:not|no|never|wrong|false|incorrect|except|neither|nor|or|unless|but|instead|rather"
-    r"|maybe|if|than|other)\b|n't|[不错非]")  # fmt: skip
+    r"|[选项是为择]\W*\0|\0项|\0\W*(?:is|matches) (?:the )?(?:right|correct|answer)")  # fmt: skip
+_NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if)\b|n't|[不错]"
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
-    r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
+    r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|°[A-Z]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
     r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
     r"|\b(?:maybe|mean|unless|false|true|wrong)\b")  # fmt: skip
 
 
-class NeedsAlgebra(Exception):
-    """The rules cannot decide a comparison."""
+class NeedsAlgebra(Exception): ...  # the rules cannot decide a comparison
 
 
 def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
@@ -523,7 +506,7 @@ def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
             others += re.findall("[a-z]", words)
         return None if {x.lower() for x in others} - {letter.lower()} else (letter.lower(), words)
     capitals = list(_CAPITAL.finditer(text))
-    if len({x[0] for x in capitals}) != 1 or _NOT.search(text):
+    if len({x[0] for x in capitals}) != 1 or re.search(_NOT, text):
         return None
     marked = f"{text[: capitals[0].start()]}\0{text[capitals[0].end() :]}"
     return (capitals[0][0].lower(), "") if _CUE.search(marked) else None
@@ -544,8 +527,7 @@ class Comparison:
 
     def right(self, prediction: str, gold: str, choices: Sequence[str]) -> bool:
         """The verdict on an answer. Unbounded in time where the algebra is."""
-        if ":" in gold:  # the ratio 2 to 3
-            prediction = prediction.replace(" to ", ":")
+        prediction = prediction.replace(" to ", ":") if gold.count(":") == 1 else prediction
         found, wanted, wanted_option = parse(prediction), parse(gold), None
         if all(re.match(rf"\(?{chr(65 + i)}[.):]", text) for i, text in enumerate(choices)):
             choices = [re.sub(r"^\(?[A-Z][.):]+ ?", "", text) for text in choices]  # A. red
@@ -593,9 +575,9 @@ class Comparison:
             return self.same_named(a, b)
         if kinds == {"text"} and a.value == b.value and not (a.note and b.note):
             return True
-        if a.kind == "set" and len(a.value) == 1 and b.kind in ("number", "formula", "tuple"):
-            if "empty" not in b.raw:
-                return self.same(a.value[0], b)
+        single = a.kind == "set" and len(a.value) == 1 and "empty" not in b.raw
+        if single and b.kind in ("number", "formula", "tuple"):
+            return self.same(a.value[0], b)
         if kinds == {"number"}:
             return self.same_number(a, b)
         if kinds <= {"list", "tuple", "interval", "set", "union"} or kinds == {"matrix"}:
@@ -616,7 +598,9 @@ class Comparison:
 
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
-        equation = b.kind == "formula" and _RELATION.search(b.raw)
+        equation = b.kind == "formula" and re.search(
+            r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])", b.raw
+        )
         if equation or a.value[-1].kind == "interval" and b.kind == "union":
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
@@ -627,9 +611,8 @@ class Comparison:
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
         formulas = any(value.kind in ("formula", "choice") for value in a.value + b.value)
-        if formulas and "(" not in a.note + b.note:
-            return self.same_by_algebra(a.raw, b.raw)  # y = 2x and x = y/2
-        return False
+        # y = 2x and x = y/2
+        return formulas and "(" not in a.note + b.note and self.same_by_algebra(a.raw, b.raw)
 
     def same_collection(self, a: Parsed, b: Parsed) -> bool:
         kinds, notes, items = {a.kind, b.kind}, {a.note, b.note}, a.value + b.value
@@ -687,9 +670,8 @@ def grade(
 ) -> bool:
     """Whether an extracted answer (None: nothing was found) equals the gold answer, in at most 2 s.
 
-    choices: the options in order; A stands for the first, and either may be the gold. precision:
-    decimals (int) to which the data set states its numbers. ValueError, whatever the prediction,
-    where the gold answer cannot be parsed: grade(None, answer) checks it alone.
+    choices: the options in order; A is the first, and either may be the gold. precision: decimals
+    that the data set states. ValueError where the gold answer cannot be parsed, whatever is found.
     """
     if isinstance(answer, list) and len(answer) > 1:
         return any([grade(prediction, gold, choices, precision) for gold in answer])
@@ -702,9 +684,7 @@ def grade(
     if not isinstance(answer, str):
         raise ValueError(f"gold answer {answer!r:.80} cannot be parsed: its type is {kind}")
     gold = gold_answer(answer)
-    if prediction is None:
-        return False
-    found = prediction.strip()
+    found = (prediction or "").strip()
     if _BOX.search(found) or found.startswith("<"):  # a whole completion
         found = extract_answer(found) or ("" if _TAG.match(found) else found)
     if len(found) > MAX_CHARS:
@@ -731,11 +711,10 @@ def gold_answer(answer: str) -> str:
 
 @lru_cache(maxsize=16384)
 def _verdict(prediction: str, gold: str, choices: tuple[str, ...], precision: int | None) -> bool:
-    """ChildProcessError, which is not remembered, where the algebra could not be done at all."""
     try:
         return Comparison(precision).right(prediction, gold, choices)
     except NeedsAlgebra:
-        return _worker.ask(prediction, gold, choices, precision)
+        return _worker.ask(prediction, gold, choices, precision)  # its errors are not remembered
 
 
 # -------------------------------------------------------------- 6. algebra, in a process of its own
@@ -751,13 +730,13 @@ def _sympy_equal(a: str, b: str, precision: int | None) -> bool:
     if isinstance(x, relation) and isinstance(y, relation):  # equal up to a factor
         x, y = (z.reversed if "<" in z.rel_op else z for z in (x, y))
         equation = x.rel_op in ("==", "!=")
-        sides = [sympy.together(z.lhs - z.rhs) for z in (x, y)]
-        sides = [sympy.numer(z) if equation else z for z in sides]
+        top = sympy.numer if equation else sympy.sympify
+        sides = [top(sympy.together(z.lhs - z.rhs)) for z in (x, y)]
         point = {letter: sympy.Rational(9 + 2 * i, 5) for i, letter in enumerate(x.free_symbols)}
         f, g = (z.subs(point) for z in sides)
-        if x.rel_op == y.rel_op and f != 0 and (equation or (f * g).is_positive):
-            if x.free_symbols == y.free_symbols and _same_value(sides[0] * g, sides[1] * f):
-                return True
+        alike = x.rel_op == y.rel_op and x.free_symbols == y.free_symbols and f != 0
+        if alike and (equation or f * g > 0) and _same_value(sides[0] * g, sides[1] * f):
+            return True
     if len(x.free_symbols | y.free_symbols) == 1 and not sympy.Tuple(x, y).has(sympy.Eq):
         x, y = (z.as_set() if isinstance(z, condition) else z for z in (x, y))
     if isinstance(x, sympy.Set) and isinstance(y, sympy.Set):
@@ -792,8 +771,7 @@ def _same_value(x, y, precision: int | None = None) -> bool:
         odd = [2 * ((37 * i + 23 * j) % 30) + 1 - 30 * (i % 2) for j in range(len(letters))]
         point = {x: sympy.Rational(n, 7 + 4 * (i % 3)) for x, n in zip(letters, odd, strict=True)}
         if all(z.subs(point).is_positive for z in inside if z.free_symbols) and len(equal) < 6:
-            numbers = [z.subs(point) for z in (x, y)]
-            equal.append(_same_number(*numbers, None if letters else precision))
+            equal.append(_same_number(x.subs(point), y.subs(point), None if point else precision))
     if x == y or False in equal:
         return x == y
     proven = None not in equal and (not letters or len(equal) > 2 and not difference.has(*kinks))
@@ -846,9 +824,7 @@ def _answer_questions() -> None:
         print(int(os.waitstatus_to_exitcode(status) == 77), flush=True)
 
 
-class _Worker:
-    """The process that does the algebra: one for each process, started by its first question."""
-
+class _Worker:  # the process that does the algebra: one for each process that asks
     def __init__(self):
         self.process, self.lock = None, threading.Lock()
 
@@ -904,10 +880,7 @@ def accuracy_reward(
     completions: list[Completion], answer: list[Gold], choices: list[Sequence[str] | None] = None,
     precision: list[int | None] = None, truncated: list[bool] = None, prose=False, **columns
 ) -> list[float]:  # fmt: skip
-    """1 where the answer equals the gold answer (`grade`), else 0.   N -> N
-
-    truncated: completions that were cut off, which earn nothing. prose: also unboxed answers.
-    """
+    """1 where the answer equals the gold answer (`grade`), 0 if not or if truncated.   N -> N"""
     N, scores = len(completions), []
     if isinstance(completions, str) or isinstance(answer, str) or len(answer) != N:
         raise ValueError(f"answer needs one for each of {N} completions, got {answer!r:.80}")
@@ -937,8 +910,7 @@ def _text(completion: Completion) -> str:
     match completion:
         case str(text) | [*_, {"content": str(text)}]:
             return text
-    needed = "text, or messages whose content is text"
-    raise TypeError(f"a completion must be {needed}, got {completion!r:.200}")
+    raise TypeError(f"a completion must be text or messages of text, got {completion!r:.200}")
 
 
 def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
@@ -947,8 +919,9 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
         raise ValueError(f"needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
 
     def penalty(completions, completion_ids: list[Sequence[int]], **columns) -> list[float]:
-        excess = [(len(ids) - (max_tokens - buffer)) / buffer for ids in completion_ids]
-        return [-min(1.0, max(0.0, x)) for x in excess]
+        return [
+            -min(1.0, max(0.0, (len(x) - max_tokens + buffer) / buffer)) for x in completion_ids
+        ]
 
     return penalty
 
@@ -957,11 +930,8 @@ REWARDS = {"accuracy": (accuracy_reward, 0.9), "format": (format_reward, 0.1)}  
 
 
 def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
-    """["accuracy:0.9", "my.py:function"] -> {name: (function, weight)}, in order.
-
-    The buffer of length_penalty is a quarter of max_new_tokens (ours). ValueError for a bad entry.
-    """
-    penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))
+    """["accuracy:0.9", "my.py:function"] -> {name: (function, weight)}, or ValueError."""
+    penalty = length_penalty(max_new_tokens, max(1, max_new_tokens // 4))  # ours
     built_in = {"accuracy": accuracy_reward, "format": format_reward, "length_penalty": penalty}
     rewards = {}
     for spec in specs:
@@ -992,10 +962,7 @@ def load_rewards(specs: list[str], max_new_tokens: int) -> Rewards:
 def total_reward(
     completions: list[Completion], answer: list[str | Real], rewards: Rewards = REWARDS, **columns
 ) -> dict[str, list[float]]:
-    """reward_i = sum_k w_k r_k,i, with each r_k under its own name.   N, N -> {name: N}
-
-    RuntimeError, with the place, where a reward raises or returns anything but N finite numbers.
-    """
+    """reward_i = sum_k w_k r_k,i, and each r_k. RuntimeError with the place.   N, N -> {name: N}"""
     if isinstance(completions, str) or isinstance(answer, str):
         raise ValueError(f"completions and answer have to be lists, got {answer!r:.80}")
     columns = columns | {"answer": answer}
@@ -1016,7 +983,7 @@ def _checked(name: str, function: Callable, completions: list, columns: dict) ->
         for value in values:
             if not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"it returned {value!r:.80}, which is no finite number")
-        return [float(value) for value in values]
+        return list(map(float, values))
     except Exception as error:  # re-raised, with its place
         for i in range(N if N > 1 else 0):  # one of them alone may raise
             _checked(name, function, [completions[i]], {k: [v[i]] for k, v in columns.items()})
