@@ -34,7 +34,8 @@ class Signals:
         read_end, self.write_end = os.pipe()
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
+        watch = {"target": self._watch, "args": (read_end,), "name": "signals", "daemon": True}
+        threading.Thread(**watch).start()
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = self.received or number

@@ -23,7 +23,7 @@ from torch import Tensor
 import egas
 import tsec
 from tests import reference, tiny
-from vlm.pixels import fixed_resize
+from vlm.pixels import fixed_resize, molmo2_resize
 from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 
 # One picture, two of other sizes, none.
 PICTURES = [[picture(32, 32)], [picture(48, 32, 1), picture(32, 48, 2)], []]
-SIZES = [(32, 32), (48, 32), (30, 61), (100, 40), (7, 5), (64, 64), (15, 900)]
+SIZES = [(32, 32), (48, 32), (30, 61), (100, 40), (17, 5), (64, 64), (15, 900)]
 
 
 @functools.cache
@@ -211,13 +211,14 @@ def pixel_error(policy: Policy) -> float:
 def notes(policy: Policy) -> str:
     """What FAMILIES says, in words."""
     family = policy.family
-    fixed = family.resize is fixed_resize
-    words = ["one size" if fixed else "any size"]
+    words = ["one size" if family.resize in (fixed_resize, molmo2_resize) else "any size"]
     if family.limits_per_pixel:
         words.append("min_pixels, max_pixels")
     words += [f"{name}={value}" for name, value in family.untiled.items()]
     if family.one_tile:
         words.append("thumbnail and one tile, the same image")
+    if family.resize is molmo2_resize:
+        words.append("thumbnail and one crop, the same image")
     if family.token_types:
         words.append(f"{family.token_types} in the prompt")
     return ", ".join(words)

@@ -193,6 +193,17 @@ def test_greedy_responses_equal_those_of_generate(policy):
         assert ours.tokens[p, ours.mask[p]].tolist() == found.tolist()
 
 
+def test_fsdp_shards_the_language_models_layers(policy):
+    """And not the tower's, which text alone does not run."""
+    layers = {type(layer).__name__ for layer in policy.language_layers()}
+    assert set(policy._no_split_modules) == layers and len(layers) == 1
+    modules = policy.model.model.named_modules()
+    tower = {type(module).__name__ for name, module in modules if policy.family.in_tower(name)}
+    assert not layers & tower
+    count = policy.model.config.get_text_config().num_hidden_layers
+    assert len(policy.language_layers()) == count
+
+
 @pytest.mark.parametrize("kind", tiny.OTHER_TEXT)
 def test_a_family_with_another_language_model(kind):
     policy = shared_policy(kind)

@@ -81,10 +81,11 @@ def test_a_folder_without_a_config(folder, tmp_path):
         ("{", "has a broken config.json"),
         ("{}", "names no model_type"),
         ('{"model_type": "qwen9_vl"}', "is a 'qwen9_vl' model.*families qwen2_vl, qwen2_5_vl"),
+        ('{"model_type": "internvl_chat"}', "'internvl_chat' model, which is refused: .*-HF"),
         ('{"model_type": "llama"}', "is a 'llama' model.*needs a vision-language model"),
         (
-            '{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "c.C"}}',
-            "'internvl_chat' model that needs the code of its own repository.*-hf.*qwen2_vl",
+            '{"model_type": "my_vlm", "auto_map": {"AutoConfig": "c.C"}}',
+            "'my_vlm' model that needs the code of its own repository.*-hf.*qwen2_vl",
         ),
     ],
 )

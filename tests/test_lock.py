@@ -367,7 +367,7 @@ def test_a_run_whose_folder_was_taken_or_deleted_writes_nothing(tiny, tmp_path, 
 
 
 def test_a_run_that_ends_or_fails_leaves_the_folder_to_others(tiny, tmp_path, monkeypatch):
-    threads, _ = threading.active_count(), signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(-1)
     main(short(tiny, tmp_path, steps=1))
     assert FolderLock(tmp_path).attempt() and (tmp_path / ".lock").stat().st_size > 0
     monkeypatch.setattr(train_saei.rollouts, "grade", lambda *_: 1 / 0)
@@ -375,7 +375,8 @@ def test_a_run_that_ends_or_fails_leaves_the_folder_to_others(tiny, tmp_path, mo
         main(short(tiny, tmp_path / "failed", steps=1))
     assert held(tmp_path / "failed") and error.value.__traceback__  # which keeps the run alive
     assert runs.open_runs == [] and signal.set_wakeup_fd(-1) == -1
-    wait_until(lambda: threading.active_count() == threads, 5)
+    names = lambda: [thread.name for thread in threading.enumerate()]  # noqa: E731
+    wait_until(lambda: "signals" not in names(), 5)
 
 
 def test_all_processes_raise_what_the_main_one_found(tmp_path, monkeypatch):

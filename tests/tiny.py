@@ -9,6 +9,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessor,
+    Cohere2VisionImageProcessor,
+    Cohere2VisionProcessor,
     Exaone4_5_Processor,
     Gemma3ImageProcessor,
     Gemma3Processor,
@@ -562,6 +564,29 @@ def lfm3(kind: str):
     return config, processor
 
 
+def cohere2(kind: str):
+    named = dict(
+        image_token="<|IMG_PATCH|>",
+        boi_token="<|START_OF_IMG|>",
+        eoi_token="<|END_OF_IMG|>",
+        img_line_break_token="<|IMG_LINE_BREAK|>",
+    )
+    tokenizer = build_tokenizer(named, [])
+    processor = Cohere2VisionProcessor(
+        Cohere2VisionImageProcessor(**FIXED, patch_size=2),  # 2 x 2 tokens of a picture
+        tokenizer,
+        chat_template=chat_template("<|IMG_PATCH|>"),
+    )
+    layers = ["sliding_attention", "full_attention"]
+    config = dict(
+        text_config=TEXT | dict(model_type="cohere2", sliding_window=8, layer_types=layers),
+        vision_config=SIGLIP,
+        image_token_id=tokenizer.convert_tokens_to_ids("<|IMG_PATCH|>"),
+        alignment_intermediate_size=48,
+    )
+    return config, processor
+
+
 BUILD = {
     "qwen2_vl": qwen,
     "qwen2_5_vl": qwen,
@@ -590,6 +615,7 @@ BUILD = {
     "minicpmv4_7": minicpm,
     "lfm2_vl": lfm2,
     "lfm3_vl": lfm3,
+    "cohere2_vision": cohere2,
 }
 
 

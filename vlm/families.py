@@ -175,6 +175,7 @@ FAMILIES: dict[str, Family] = {
     "minicpmv4_7": MINICPM._replace(grid="target_sizes"),
     "lfm2_vl": LFM2,
     "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",), cast=True),
+    "cohere2_vision": LLAVA._replace(untiled={"crop_to_patches": False}),
 }
 
 # Families that cannot be had, and why.
