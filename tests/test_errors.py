@@ -300,7 +300,7 @@ def test_a_newcomers_mistake_is_one_clear_line(tmp_path, monkeypatch, capsys, mi
     Path("rows.jsonl").write_text(json.dumps(ROW) + "\n")
     Path("wrong.yaml").write_text("seed: 1\nsteps: many\n")
     Path("held").mkdir()
-    Path("held/metrics.jsonl").write_text("")
+    Path("held/metrics.jsonl").write_text('{"step": 0}\n')
     words, cause = MISTAKES[mistake]
     monkeypatch.setattr(sys, "argv", ["train_saei.py", *words])
     said = ends(capsys, train_saei.main, load_config).splitlines()
