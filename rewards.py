@@ -18,7 +18,6 @@ own, with 0.5 s of CPU time, 1.5 s of wall time and 1 GiB; beyond them the answe
 takes at most 2 s, in any thread or process; the first formula starts the worker, one or two seconds
 more. Needs os.fork (Linux, macOS), and math-verify for formulas.
 Rewards have TRL's signature: lists of N = P*G completions (P prompts, G responses) -> N floats.
-
 >>> completions = [r"<think>3 + 8</think> \boxed{11}", r"<think>3 + 8</think> \boxed{12}", "11"]
 >>> accuracy_reward(completions, answer=["11", "11", "11"]), format_reward(completions)
 ([1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
@@ -640,7 +639,8 @@ class Comparison:
 
     def same_formula(self, a: Parsed, b: Parsed) -> bool:
         other, units = a if b.kind == "formula" else b, {a.note, b.note} - {""}
-        glued = {re.sub(r"(?<=[_^])\{(\w)\}|(?<![0-9]) | (?![0-9])", r"\1", x.raw) for x in (a, b)}
+        glue = r"(?<=[_^])\{(\w)\}|(?<=[0-9]) (?=[A-Za-z\\])|(?<=[a-z}]) (?=[0-9\\({])"
+        glued = {re.sub(glue, r"\1", x.raw) for x in (a, b)}
         if len(glued) == 1 and not units:  # 5 m and 5m
             return other.kind in ("text", "formula")
         if "formula" not in (a.kind, b.kind) or len(units) > 1 or "%" in units:
