@@ -25,7 +25,8 @@ def main(argv: list[str]) -> None:
     try:
         launch_command(launch_command_parser().parse_args(argv))
     except subprocess.CalledProcessError as error:  # of one process
-        sys.exit(error.returncode)
+        code = error.returncode
+        sys.exit(code if code > 0 else 128 - code)  # -9: killed by signal 9
     except ChildFailedError as error:
         said = []
         for failure in error.failures.values():  # a message that faults.say left is a dict

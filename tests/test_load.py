@@ -65,6 +65,9 @@ def test_an_adapter_alone_names_its_base_model(folder):
     assert_refused(folder, ValueError, message)
     (folder / "config.json").unlink()
     assert_refused(folder, ValueError, message)
+    for content in ('{"base_model_name_or_path": null}', "{ cut"):
+        (folder / "adapter_config.json").write_text(content)
+        assert_refused(folder, ValueError, "holds a LoRA adapter of another model; merge")
 
 
 def test_a_folder_without_a_config(folder, tmp_path):

@@ -8,7 +8,6 @@ The code of a model's repository is never run. A ValueError or OSError names the
 wrong with it and the mend.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -66,10 +65,12 @@ def refuse_folder(folder: Path) -> None:
         raise ValueError(f"model {folder} is a file; give the folder that holds config.json")
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+        name = r'"base_model_name_or_path":\s*"([^"]*)"'
+        found = re.search(name, adapter.read_text(errors="replace"))
+        base = found[1] if found else "another model"
         raise ValueError(
-            f"{folder} holds a LoRA adapter of {base}; merge the two (peft's merge_and_unload), "
-            "save the result and its processor, and give that folder"
+            f"{folder} holds a LoRA adapter of {base:.200}; merge the two (peft's "
+            "merge_and_unload), save the result and its processor, and give that folder"
         )
     if (folder / "config.json").exists():
         return
