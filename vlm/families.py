@@ -64,6 +64,7 @@ QWEN = Family(
     tower="visual",
     projector=("visual.merger", "visual.deepstack_merger_list"),
     limits_per_pixel=lambda ip: 1,
+    answer_tokens=r"<\|(object_ref|box|quad)_(start|end)\|>",  # grounding
 )
 LLAVA = Family(
     pixels.fixed_resize,
@@ -168,13 +169,18 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": GLM,
     "mistral3": MISTRAL3,
     "ovis2": OVIS2,
-    "exaone4_5": QWEN._replace(banned=r"<\|vision_(start|end)\|>"),
+    "exaone4_5": QWEN._replace(banned=r"<\|vision_(start|end)\|>", answer_tokens=r"$^"),
     "molmo2": MOLMO2,
     "kimi_k25": KIMI,
     "minicpmv4_6": MINICPM,
     "minicpmv4_7": MINICPM._replace(grid="target_sizes"),
     "lfm2_vl": LFM2,
-    "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",), cast=True),
+    "lfm3_vl": QWEN._replace(
+        tower="vision_tower",
+        projector=("multi_modal_projector",),
+        cast=True,
+        answer_tokens=r"$^",
+    ),
     "cohere2_vision": LLAVA._replace(untiled={"crop_to_patches": False}),
 }
 
