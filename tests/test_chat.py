@@ -19,7 +19,7 @@ import train_saei
 from demo.make_demo import build_model
 from runtime import data, rollouts
 from tests import tiny
-from tests.families import KINDS, PICTURES, shared_policy
+from tests.families import KINDS, PICTURES, need_package, shared_policy
 from vlm import chat
 from vlm.families import FAMILIES
 from vlm.policy import Policy, Responses
@@ -218,6 +218,7 @@ def tagged(request, monkeypatch) -> Policy:
     Its answers use BOX.
     """
     kind = request.param
+    need_package(kind)
     family = FAMILIES[kind]._replace(answer_tokens=r"<\|(begin|end)_of_box\|>")
     monkeypatch.setitem(FAMILIES, kind, family)
     config, processor = tiny.BUILD[kind](kind)

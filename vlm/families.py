@@ -44,6 +44,8 @@ class Family(NamedTuple):
     cast: bool = False
     # For a processor that resizes with do_resize=False, too.
     without_resize: Callable = pixels.keep_size
+    # A package that the vision tower needs and requirements.txt does not name.
+    package: str | None = None
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
     # Names (a regular expression) of special tokens that answers use: sampled and decoded.
@@ -80,6 +82,11 @@ SMOLVLM = Family(
     projector=("connector",),
     untiled={"do_image_splitting": False},
     banned=r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>",
+)
+GEMMA3N = LLAVA._replace(
+    projector=("embed_vision",),
+    package="timm",
+    banned=r"<(start|end)_of_(image|audio)>|<(image|audio)_soft_token>",
 )
 GEMMA4 = Family(
     pixels.gemma4_resize,
@@ -158,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "qwen3_vl_moe": QWEN,
+    "gemma3n": GEMMA3N,
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4._replace(  # no tower: embed_vision projects pixels
         resize=partial(pixels.gemma4_resize, merged=True),
@@ -200,7 +208,6 @@ REFUSED: dict[str, str] = {
     "glm5_next": INDEXED,
     "mistral_large4": INDEXED,
     "mllama": "its layers read the picture by cross-attention, outside the shared cache",
-    "gemma3n": "its tower comes from timm and is not tested here; use Gemma 4",
     "llama4": NO_ENTRY,
     "deepseek_ocr2": NO_ENTRY,
     "nemotron_h_omni": NO_ENTRY,
