@@ -6,6 +6,8 @@ is an estimate (tests/test_plan.py says how near). It is for one process of WORL
 Symbols: P prompts at a time, L prompt tokens, N responses at a time, T response tokens.
 """
 
+import copy
+import math
 import os
 import re
 from typing import Any, NamedTuple
@@ -32,6 +34,7 @@ class Layers(NamedTuple):
     experts_width: int = 0  # of the experts that compute one token, together
     experts: int = 0  # how many do
     state: int = 0  # numbers in the recurrent state of linear attention
+    streams: int = 1  # hidden states of a token that go from layer to layer (Gemma 3n: 4)
 
     def kept(self, tokens: int, keys: int, trained: bool, recomputed: bool, half: bool) -> int:
         """Numbers kept for the backward of `tokens` tokens that attend to `keys` keys.
@@ -43,7 +46,7 @@ class Layers(NamedTuple):
         total = (4 if trained else 2) * tokens * self.width
         for layer in self.layers:
             if recomputed:
-                total += tokens * self.width
+                total += tokens * self.streams * self.width
             else:
                 total += self.kept_by(layer, tokens, keys, trained, half)
         return total
@@ -68,6 +71,8 @@ class Layers(NamedTuple):
         normed = sum(module.weight.numel() for module in norms)
         per_token = (2 if half else 1) * normed * per_norm + adapter_inputs
         per_token += mlp_width * ((3 if gated else 1) + (1 if trained else 0))
+        if self.streams > 1:  # as they come in, and before they are corrected
+            per_token += 2 * self.streams * self.width
         if has_experts(layer):  # their inputs and outputs are copies, one per expert
             per_token += 2 * self.experts * self.width
             per_token += self.experts_width * (4 if trained else 3)
@@ -115,7 +120,9 @@ def layers_of(policy: Policy) -> tuple[Layers, Layers]:
     if value_heads := getattr(text, "linear_num_value_heads", None):
         state = value_heads * text.linear_key_head_dim * text.linear_value_head_dim
     width = text.hidden_size
-    language = Layers(layers, width, query, key, experts * inner, experts, state)
+    experts_width = experts * inner if experts else 0
+    streams = getattr(text, "altup_num_inputs", 1)
+    language = Layers(layers, width, query, key, experts_width, experts, state, streams)
     width = getattr(vision, "embed_dim", None) or getattr(vision, "hidden_size", 0)  # 0: no tower
     return language, Layers(in_tower, width, width, width)
 
@@ -156,11 +163,53 @@ def activations(config: Any, policy: Policy, work: Work, responses: int, attack:
     P, L, T = work.micro, work.L, config.saei.max_new_tokens
     total = language.kept(P * L, P * L, trained, recomputed, half)
     total += language.kept(responses * T, responses * (L + T), trained, recomputed, half)
+    total += embeddings_kept(policy, P * L + responses * T, attack)
+    if not hasattr(policy.model.config.vision_config, "patch_size") and policy.family.tower:
+        return total + convolutions_kept(policy, P * work.patches, attack)
     if attack or tower:
         total += vision.kept(P * work.patches, P * work.patches, tower, recomputed, half)
     if tower:  # the input of the patch embedding
         total += P * work.patches * numbers_per_patch(policy)
     return total
+
+
+def embeddings_kept(policy: Policy, tokens: int, attack: bool) -> int:
+    """Gemma 3n computes, for each token, the embedding of an image token too, and its norm."""
+    embedder = getattr(policy.model.model, "embed_vision", None)
+    table = getattr(embedder, "embedding", None)
+    if table is None or attack or not table.weight.requires_grad:
+        return 0
+    return 3 * tokens * table.embedding_dim
+
+
+def convolutions_kept(policy: Policy, images: int, attack: bool) -> int:
+    """Numbers that a tower of convolutions keeps of so many images.
+
+    Counted, not estimated: on the meta device autograd keeps tensors, and nothing is computed.
+    """
+    if not images:
+        return 0
+    tower = copy.deepcopy(policy.model.model.get_submodule(policy.family.tower)).float().to("meta")
+    if attack:
+        tower.requires_grad_(False)
+    given, kept = {x.untyped_storage()._cdata for x in tower.parameters()}, {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in given:
+            kept[storage._cdata] = storage  # held, so that no other gets its address
+        return x
+
+    x = torch.empty(images, *image_shape(policy), device="meta", requires_grad=attack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        _ = tower(pixel_values=x, do_pooling=False)  # its graph lives until all is counted
+    return sum(storage.nbytes() for storage in kept.values()) // x.element_size()
+
+
+def image_shape(policy: Policy) -> tuple[int, int, int]:
+    """Of the one size that the image processor makes of every picture."""
+    size = policy.processor.image_processor.size
+    return 3, size["height"], size["width"]
 
 
 def recomputation(config: Any, policy: Policy, work: Work, responses: int) -> int:
@@ -345,7 +394,12 @@ def patches_of(policy: Policy, images: list[torch.Tensor]) -> int:
 
 
 def numbers_per_patch(policy: Policy) -> int:
-    """Numbers of one patch of pixel_values, channels and temporal slots included."""
+    """Numbers of one patch of pixel_values, channels and temporal slots included.
+
+    A tower of convolutions has no patches: there it is the whole image.
+    """
     vision = policy.model.config.vision_config
+    if not hasattr(vision, "patch_size"):
+        return math.prod(image_shape(policy))
     size = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     return 3 * size * size * getattr(vision, "temporal_patch_size", 1)

@@ -26,6 +26,7 @@ from vlm import adapt
 from vlm.policy import Policy
 
 TOLERANCE = 1e-5  # of a tensor's largest entry: float32 sums in another order
+DEEP = {"gemma3n": 4e-5}  # the same in a tower of 84 blocks
 PROJECTOR = (
     r"(?<!vit_)merger|downsample|connector|multi_modal_projector|mm_projector|image_newline"
     r"|visual_embeddings_table|embed_vision"
@@ -36,6 +37,8 @@ LANGUAGE = r"language_model|text_model|lm_head"
 ADAPTED = {"qwen3_5": 31, "qwen3_5_moe": 31, "qwen3_vl_moe": 2 * 4}
 # Gemma 4: two layers read others' keys and values, and each has two more, for its own embeddings.
 ADAPTED |= {"gemma4": 4 * 7 - 2 * 2 + 4 * 2, "gemma4_unified": 4 * 7}
+# Gemma 3n: the same, and each has five more, of its streams and low-rank residual.
+ADAPTED |= {"gemma3n": 4 * 14 - 2 * 2}
 ADAPTED |= {"glm4v": 2 * 6, "glm46v": 2 * 6}  # gate and up are one
 ADAPTED |= {"kimi_k25": 2 * 8}  # attention of low rank: five
 ADAPTED |= {"minicpmv4_6": 5 + 4 + 2 * 3, "minicpmv4_7": 5 + 4 + 2 * 3}
@@ -103,7 +106,10 @@ def test_recomputing_changes_no_gradient_and_keeps_less(policy, micro, layers, s
     if layers:
         adapt.checkpoint_layers(policy)
     ours, plain = gradients(policy), plain_gradients(policy)
-    assert_gradients_equal(ours, plain)
+    tolerance = DEEP.get(policy.model.config.model_type, TOLERANCE)
+    assert_gradients_equal(ours, plain, tolerance=tolerance)
+    if policy.model.config.model_type == "gemma3n" and not layers:
+        share = 0.95  # most of what it keeps is the tower's
     assert ours[2] < share * plain[2]
 
 
@@ -157,7 +163,8 @@ def test_freeze(policy, what):
     adapt.freeze(policy, what)
     trained = {"none": "", "vision": f"{PROJECTOR}|{LANGUAGE}", "vision+projector": LANGUAGE}[what]
     names = {name for name in plain[1] if re.search(trained, name)}
-    assert_gradients_equal(gradients(policy), plain, names)
+    tolerance = DEEP.get(policy.model.config.model_type, TOLERANCE)
+    assert_gradients_equal(gradients(policy), plain, names, tolerance)
     of_vision = {name for name in names if not re.search(LANGUAGE, name)}
     assert bool(of_vision) == (what != "vision+projector")
     if what == "vision":

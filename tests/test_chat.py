@@ -19,7 +19,7 @@ import train_saei
 from demo.make_demo import build_model
 from runtime import data, rollouts
 from tests import tiny
-from tests.families import KINDS, PICTURES, shared_policy
+from tests.families import KINDS, PICTURES, need_package, shared_policy
 from vlm import chat
 from vlm.families import FAMILIES
 from vlm.policy import Policy, Responses
@@ -218,6 +218,7 @@ def tagged(request, monkeypatch) -> Policy:
     Its answers use BOX.
     """
     kind = request.param
+    need_package(kind)
     family = FAMILIES[kind]._replace(answer_tokens=r"<\|(begin|end)_of_box\|>")
     monkeypatch.setitem(FAMILIES, kind, family)
     config, processor = tiny.BUILD[kind](kind)
@@ -226,6 +227,25 @@ def tagged(request, monkeypatch) -> Policy:
     model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config))
     model.generation_config.eos_token_id = 2
     return Policy(model, processor)
+
+
+GROUNDING = [f"<|{x}_{end}|>" for x in ("object_ref", "box", "quad") for end in ("start", "end")]
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "qwen3_5", "exaone4_5", "glm4v"])
+def test_the_tokens_of_qwens_boxes_are_allowed_and_decoded_in_its_families_alone(kind):
+    config, processor = tiny.BUILD[kind](kind)
+    processor.tokenizer.add_tokens([*GROUNDING, "<|vision_pad|>"], special_tokens=True)
+    config["text_config"]["vocab_size"] = len(processor.tokenizer)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **config))
+    model.generation_config.eos_token_id = 2
+    policy, qwen = Policy(model, processor), kind.startswith("qwen")
+    ids = processor.tokenizer.convert_tokens_to_ids(GROUNDING)
+    assert policy.banned[ids].any().item() == policy.banned[ids].all().item() == (not qwen)
+    assert policy.banned[processor.tokenizer.convert_tokens_to_ids("<|vision_pad|>")]
+    text = "".join(GROUNDING)
+    (found,) = policy.decode(as_responses(policy, [text], processor.tokenizer.eos_token))
+    assert found.replace(" ", "") == (text if qwen else "")
 
 
 def test_special_tokens_of_answers_are_allowed_and_decoded(tagged):

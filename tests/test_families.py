@@ -233,6 +233,20 @@ def test_a_family_that_cannot_be_had_is_refused_with_the_reason(kind, tmp_path):
     assert REFUSED[kind] in str(refused.value)
 
 
+def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="vision tower needs timm: pip install timm$"):
+        Policy.from_pretrained(str(tmp_path))
+
+
+def test_what_reads_sounds_is_not_trained():
+    named = dict(shared_policy("gemma3n").model.model.named_parameters())
+    frozen = {name.split(".")[0] for name, w in named.items() if not w.requires_grad}
+    assert frozen == {"audio_tower", "embed_audio"}
+    assert not any(w.requires_grad for name, w in named.items() if name.split(".")[0] in frozen)
+
+
 def test_a_picture_of_a_single_token_is_refused_for_mistral3():
     with pytest.raises(ValueError, match="picture of 9 x 9 pixels is a single image token"):
         shared_policy("mistral3").to_unit_image(picture(9, 9))

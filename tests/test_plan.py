@@ -66,7 +66,7 @@ def test_kept_activations_are_near_the_measured_ones(kind, what, dtype):
     # matrices of 64 x 64 for each chunk of 64 tokens, and here every response fills one.
     linear = "linear_attention" in getattr(policy.model.config.get_text_config(), "layer_types", ())
     least = 0.1 if linear and what != "checkpointing" else 1 / FACTOR
-    if kind.startswith(("minicpm", "gemma4")) and what == "checkpointing":
+    if kind.startswith(("minicpm", "gemma3n", "gemma4")) and what == "checkpointing":
         least = 0.5  # what lies outside the layers: attention in a merger, embeddings per layer
     assert least < ours / measured < FACTOR, (ours, measured)
 

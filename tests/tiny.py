@@ -13,6 +13,8 @@ from transformers import (
     Cohere2VisionProcessor,
     Exaone4_5_Processor,
     Gemma3ImageProcessor,
+    Gemma3nAudioFeatureExtractor,
+    Gemma3nProcessor,
     Gemma3Processor,
     Gemma4AudioFeatureExtractor,
     Gemma4ImageProcessor,
@@ -64,6 +66,7 @@ from transformers import (
     Qwen3_5Tokenizer,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SiglipImageProcessor,
     SmolVLMImageProcessor,
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
@@ -284,6 +287,52 @@ def gemma3(kind: str):
         text_config=TEXT | dict(head_dim=8, sliding_window=8, layer_types=layers),
         vision_config=SIGLIP,
         mm_tokens_per_image=4,
+        **ids,
+    )
+    return config, processor
+
+
+def gemma3n(kind: str):
+    # Above the text's vocabulary stand the pictures' tokens, then the sounds'.
+    named = dict(
+        boi_token="<start_of_image>",
+        boa_token="<start_of_audio>",
+        eoi_token="<end_of_image>",
+        image_token="<image_soft_token>",
+        eoa_token="<end_of_audio>",
+        audio_token="<audio_soft_token>",
+    )
+    tokenizer = build_tokenizer(named, [], bos=True)
+    processor = Gemma3nProcessor(
+        Gemma3nAudioFeatureExtractor(),
+        SiglipImageProcessor(**FIXED, do_normalize=False, image_mean=[0] * 3, image_std=[1] * 3),
+        tokenizer,
+        chat_template=chat_template("<image_soft_token>", start="{{ bos_token }}"),
+        image_seq_length=4,
+    )
+    ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in named.items()}
+    text = TEXT | dict(
+        num_hidden_layers=4,
+        head_dim=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=ids["eoi_token_id"],
+        altup_num_inputs=2,
+        laurel_rank=4,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        final_logit_softcapping=30.0,
+    )
+    audio = dict(hidden_size=8, conf_num_hidden_layers=1, conf_num_attention_heads=2)
+    audio |= dict(sscp_conv_channel_size=[4, 4], vocab_size=2, vocab_offset=ids["eoa_token_id"])
+    # timm's MobileNetV5, its 84 blocks narrow: 32 x 32 pixels -> 2 x 2 tokens of 2,048 numbers
+    tower = dict(model_args=dict(channel_multiplier=0.05, msfa_output_resolution=2))
+    config = dict(
+        text_config=text,
+        vision_config=dict(vocab_size=2, vocab_offset=ids["eoi_token_id"], **tower),
+        audio_config=audio,
+        vision_soft_tokens_per_image=4,
         **ids,
     )
     return config, processor
@@ -601,6 +650,7 @@ BUILD = {
     "qwen3_5": qwen,
     "qwen3_5_moe": qwen,
     "qwen3_vl_moe": qwen,
+    "gemma3n": gemma3n,
     "gemma4": gemma4,
     "gemma4_unified": gemma4,
     "glm4v": glm,

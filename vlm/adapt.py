@@ -17,7 +17,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 ADAPTER = "adapter.safetensors"  # the adapters alone, to resume from
 LORA_SCALE = 2  # alpha / rank
+AUDIO = ("audio_tower.", "embed_audio.")  # modules of model.model that no picture or text reaches
 PEFT_NAME = ".default"  # in the names of the adapters' parameters, but not in the file
+
+
+def freeze_audio(model: nn.Module) -> None:
+    """No prompt has sound. Gemma 3n computes its embeddings of sounds always, times zero."""
+    for name, parameter in model.model.named_parameters():
+        if name.startswith(AUDIO):
+            parameter.requires_grad_(False)
 
 
 def freeze(policy: nn.Module, what: str) -> None:
@@ -47,6 +55,8 @@ def checkpoint_layers(policy: nn.Module) -> None:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
             layer._can_checkpoint_with_cache = True
             layer.training = True
+        elif hasattr(layer, "set_grad_checkpointing"):  # timm's towers: whatever the mode
+            layer.set_grad_checkpointing()
 
 
 def lora_targets(policy: nn.Module) -> list[str]:

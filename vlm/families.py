@@ -44,6 +44,8 @@ class Family(NamedTuple):
     cast: bool = False
     # For a processor that resizes with do_resize=False, too.
     without_resize: Callable = pixels.keep_size
+    # A package that the vision tower needs and requirements.txt does not name.
+    package: str | None = None
     # Names (a regular expression) of further tokens that stand for images.
     banned: str = r"$^"
     # Names (a regular expression) of special tokens that answers use: sampled and decoded.
@@ -64,6 +66,7 @@ QWEN = Family(
     tower="visual",
     projector=("visual.merger", "visual.deepstack_merger_list"),
     limits_per_pixel=lambda ip: 1,
+    answer_tokens=r"<\|(object_ref|box|quad)_(start|end)\|>",  # grounding
 )
 LLAVA = Family(
     pixels.fixed_resize,
@@ -79,6 +82,11 @@ SMOLVLM = Family(
     projector=("connector",),
     untiled={"do_image_splitting": False},
     banned=r"<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>",
+)
+GEMMA3N = LLAVA._replace(
+    projector=("embed_vision",),
+    package="timm",
+    banned=r"<(start|end)_of_(image|audio)>|<(image|audio)_soft_token>",
 )
 GEMMA4 = Family(
     pixels.gemma4_resize,
@@ -157,6 +165,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3_5": QWEN,
     "qwen3_5_moe": QWEN,
     "qwen3_vl_moe": QWEN,
+    "gemma3n": GEMMA3N,
     "gemma4": GEMMA4,
     "gemma4_unified": GEMMA4._replace(  # no tower: embed_vision projects pixels
         resize=partial(pixels.gemma4_resize, merged=True),
@@ -168,13 +177,18 @@ FAMILIES: dict[str, Family] = {
     "glm4v_moe": GLM,
     "mistral3": MISTRAL3,
     "ovis2": OVIS2,
-    "exaone4_5": QWEN._replace(banned=r"<\|vision_(start|end)\|>"),
+    "exaone4_5": QWEN._replace(banned=r"<\|vision_(start|end)\|>", answer_tokens=r"$^"),
     "molmo2": MOLMO2,
     "kimi_k25": KIMI,
     "minicpmv4_6": MINICPM,
     "minicpmv4_7": MINICPM._replace(grid="target_sizes"),
     "lfm2_vl": LFM2,
-    "lfm3_vl": QWEN._replace(tower="vision_tower", projector=("multi_modal_projector",), cast=True),
+    "lfm3_vl": QWEN._replace(
+        tower="vision_tower",
+        projector=("multi_modal_projector",),
+        cast=True,
+        answer_tokens=r"$^",
+    ),
     "cohere2_vision": LLAVA._replace(untiled={"crop_to_patches": False}),
 }
 
@@ -194,7 +208,6 @@ REFUSED: dict[str, str] = {
     "glm5_next": INDEXED,
     "mistral_large4": INDEXED,
     "mllama": "its layers read the picture by cross-attention, outside the shared cache",
-    "gemma3n": "its tower comes from timm and is not tested here; use Gemma 4",
     "llama4": NO_ENTRY,
     "deepseek_ocr2": NO_ENTRY,
     "nemotron_h_omni": NO_ENTRY,

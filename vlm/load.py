@@ -8,6 +8,8 @@ The code of a model's repository is never run. A ValueError or OSError names the
 wrong with it and the mend.
 """
 
+import importlib.util
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,8 @@ FROM_BASE = "copy the missing files from the model that it was trained from"
 def load_config(name_or_path: str) -> PreTrainedConfig:
     """The config of a vision-language model of a supported family.
 
-    Raises OSError if there is no such model, ValueError for a folder or a model of another kind.
+    Raises OSError if there is no such model, ValueError for a folder or a model of another kind,
+    ImportError where a package that its vision tower needs is missing.
     """
     folder = Path(name_or_path)
     if folder.exists():
@@ -44,6 +47,12 @@ def load_config(name_or_path: str) -> PreTrainedConfig:
     if kind is None:
         raise ValueError(f"the config.json of {name_or_path} names no model_type")
     if kind in FAMILIES:
+        package = FAMILIES[kind].package
+        if package and importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"{name_or_path} is a {kind!r} model, whose vision tower needs {package}: "
+                f"pip install {package}"
+            )
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if kind in REFUSED:
         raise ValueError(f"{name_or_path} is a {kind!r} model, which is refused: {REFUSED[kind]}")

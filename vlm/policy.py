@@ -159,6 +159,7 @@ class Policy(nn.Module):
         if self.family.prepare:
             self.family.prepare(processor)
         use_patch_products(model.model)
+        adapt.freeze_audio(model)
         # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
         self.micro_responses = 0
