@@ -9,7 +9,6 @@ wrong with it and the mend.
 """
 
 import importlib.util
-import json
 import re
 from pathlib import Path
 from typing import Any
