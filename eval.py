@@ -14,7 +14,6 @@ Intervals are over problems (runtime/estimates.py). They do not cover other seed
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +67,7 @@ def load_config(argv: list[str] = (), **options) -> Config:
         Config, argv, __doc__.split("\n")[0], required=("model", "output"), **options
     )
     cfg = config.eval
+    cfg.output = cfg.output.rstrip("/")  # else x/ would be the hidden file x/.json
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
     if source == "demo":
         cfg.splits = cfg.splits or ["plain/test"]
@@ -154,7 +154,7 @@ def main(config: Config) -> dict:
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)
     preset, source = data.find_preset(config.data.preset, config.data.dataset)
     check = {"prompt_tokens": config.model.load(weights=False).prompt_tokens}
-    check["max_prompt_tokens"] = sys.maxsize  # only problems that cannot be asked are refused
+    check["max_prompt_tokens"] = 10**9  # only problems that cannot be asked are refused
     rows = {s: config.data.load(s, limit=cfg.problems, **check) for s in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
     with torch.no_grad(), accelerator.autocast():

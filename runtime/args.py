@@ -355,7 +355,10 @@ def read_recipe(path: str, parser: Parser) -> list[str]:
         raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         cause = getattr(error, "strerror", None) or error
-        raise ValueError(f"the recipe {Path(path).absolute()} cannot be read: {cause}") from error
+        ours = PROJECT / "recipes" / Path(path).name
+        hint = f"; did you mean {ours}?" if ours.is_file() and not Path(path).exists() else ""
+        said = f"the recipe {Path(path).absolute()} cannot be read: {cause}{hint}"
+        raise ValueError(said) from error
     if node is None:
         return []
     if not isinstance(node, yaml.MappingNode):

@@ -400,7 +400,8 @@ def demo_rows(split: str, limit: int | None, template: str | None) -> Rows:
 
     if template not in (None, "none"):
         raise ValueError(
-            f"the demo's problems say how to answer: no template, got {template!r:.80}"
+            "--dataset is the demo (its default), whose problems say how to answer: no template, "
+            f"got {template!r:.80}. Name your own data by --dataset"
         )
     make_row(split, 0)  # refuses an unknown split
     numbers = range(min(limit or DEMO_ROWS, DEMO_ROWS))

@@ -302,7 +302,8 @@ def parsed(line: str) -> object:
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from error
+        cause = error.msg.removesuffix(" at")  # "Invalid control character at"
+        raise ValueError(f"not valid JSON: {cause} at column {error.colno}") from error
     except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
         raise ValueError(f"not valid JSON: {one_line(error)}") from error
 

@@ -500,7 +500,7 @@ def test_unfit_templates_are_refused(tmp_path, picture, text, reason):
 
 
 def test_the_demo_takes_no_template():
-    with refused("no template, got 'boxed'"):
+    with refused("no template, got 'boxed'. Name your own data by --dataset"):
         load_rows("demo", template="boxed")
 
 

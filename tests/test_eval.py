@@ -65,6 +65,11 @@ def test_k_follows_the_samples():
         assert load_config(model="m", output="o", samples=samples).eval.k == k
 
 
+def test_an_output_that_ends_with_a_slash_is_named_after_its_folder():
+    """The result is x.json: not x/.json, whose folder is missing when all answers are there."""
+    assert load_config(model="m", output="out/x/").eval.output == "out/x"
+
+
 def test_a_result_is_replaced_only_if_asked(tiny, tmp_path, monkeypatch):
     """Refused before the model is loaded. The folder is made then, too."""
     output = tmp_path / "new/one"

@@ -153,6 +153,7 @@ def test_cells_of_a_table(tmp_path, picture):
         ("a.csv", "x\n\ngroß\n".encode("latin-1"), "a.csv, line 3: byte 0xdf is not UTF-8"),
         ("a.json", "[\n1,\n'é'".encode("latin-1"), "a.json, line 3: byte 0xe9 is not UTF-8"),
         ("a.json", b'[{"a": 1},\n {"b" 2}]', "a.json, line 2, column 7: not valid JSON"),
+        ("a.jsonl", b'{"a": "x\ty"}', "not valid JSON: Invalid .* character at column"),
         ("a.jsonl", b'\n{"a": 1,\n{"b"', "a.jsonl, line 2: not valid JSON: .* at column"),
         ("a.jsonl", b"3\n4\n", "a.jsonl, line 1: no object but 3"),
         ("a.jsonl", b"{}\n", "Found: none. Name them by"),
