@@ -9,8 +9,9 @@ Between blocks of BLOCK_TOKENS steps the host looks which rows have ended. It st
 ended rows or gives attention more places. Each of these changes shapes, so the next step is
 captured anew.
 
-    decoder = Decoder(policy, prompts, policy.read(prompts), n, seeds, max_new_tokens, temperature)
-    tokens, mask, logprobs, entropy = decoder.run()
+    prompt = (policy.read(prompts), prompts.mask, prompts.next_position)
+    decoder = Decoder(policy, *prompt, n, seeds, max_new_tokens, temperature)
+    tokens, mask, logprobs, entropy = decoder.run()  # all (N, T)
 
 Symbols: P prompts, n responses each, N = P * n rows, R rows that are still computed, L prompt
 tokens, T response tokens, S >= L + T places of the cache, V vocabulary, D hidden size.
@@ -18,17 +19,13 @@ tokens, T response tokens, S >= L + T places of the cache, V vocabulary, D hidde
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import grpo
 import tsec
 from vlm.cache import Cursor, DecodeLayer, ReadPrompts, layer_kinds
-
-if TYPE_CHECKING:
-    from vlm.policy import Policy, Prompts
 
 BLOCK_TOKENS = 16  # so often the host looks which rows have ended, and attention gets more places
 SHARE_ALIVE = 0.75  # ended rows are dropped when no more than this share is left
@@ -43,16 +40,17 @@ class Decoder:
 
     def __init__(
         self,
-        policy: "Policy",
-        prompts: "Prompts",
+        policy: nn.Module,
         read: ReadPrompts,
+        prompt_mask: Tensor,  # (P, L) bool
+        next_position: Tensor,  # (P,) of the first response token
         n: int,
         seeds: list[int],
         T: int,
         temperature: float,
     ):
-        device, L, N = policy.device, prompts.mask.shape[1], len(prompts) * n
-        self.policy, self.L, self.T = policy, L, T
+        (P, L), device = prompt_mask.shape, prompt_mask.device
+        self.policy, self.L, self.T, N = policy, L, T, P * n
         self.temperature = temperature
         self.scale = temperature or 1.0  # greedy: log-probs and entropies at temperature 1
         self.uniforms = torch.cat([_uniforms(seed, n, T) for seed in seeds]).to(device)  # (N, T)
@@ -62,7 +60,7 @@ class Decoder:
         self.rows = torch.arange(N, device=device)  # their numbers in the results
         self.alive = torch.ones(N, dtype=torch.bool, device=device)
         self.token = torch.zeros(N, 1, dtype=torch.long, device=device)  # the last one drawn
-        self.position = prompts.next_position.repeat_interleave(n, dim=0)  # of that token
+        self.position = next_position.repeat_interleave(n, dim=0)  # of that token
 
         # Cache and masks. A multiple of a block: CUDA's attention copies a mask of another width.
         S = _round_up(L + T, BLOCK_TOKENS)
@@ -71,7 +69,7 @@ class Decoder:
         self.cache = read.decode_cache(n, S - L, self.cursor)
         self.kinds = layer_kinds(policy.model.config) - {"dummy"}
         self.places = torch.arange(S, device=device)
-        seen = prompts.mask.repeat_interleave(n, dim=0)[:, None, None]  # (N, 1, 1, L)
+        seen = prompt_mask.repeat_interleave(n, dim=0)[:, None, None]  # (N, 1, 1, L)
         attention = [layer for layer in self.cache.layers if isinstance(layer, DecodeLayer)]
         # Added to the scores of attention: 0 where a row sees a place.
         self.bias = attention[0].values.new_full((N, 1, 1, S), -torch.inf)
@@ -201,7 +199,7 @@ class Decoder:
 
 
 @contextlib.contextmanager
-def _masked_attention(policy: "Policy") -> Iterator[None]:
+def _masked_attention(policy: nn.Module) -> Iterator[None]:
     """The language model's attention as one that takes the decoder's masks.
 
     Flash attention takes none: it would read each row's length, and copy the cache of rows of

@@ -485,10 +485,13 @@ class Policy(nn.Module):
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
-    def respond(self, tokens: Tensor, cache: Cache, mask: Tensor, position: Tensor) -> Tensor:
+    def respond(
+        self, tokens: Tensor, cache: Cache, mask: Tensor | dict, position: Tensor
+    ) -> Tensor:
         """Hidden states of tokens after the cached ones.
 
-        tokens (N, t), mask (N, L + t), position of the first token (N,) -> (N, t, D)
+        tokens (N, t), mask (N, L + t) of 0 and 1 or as Decoder.attention_mask gives it, position of
+        the first token (N,) -> (N, t, D)
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = position[:, None] + steps  # (N, t)
@@ -553,8 +556,9 @@ class Policy(nn.Module):
     ) -> Responses:
         """All rows together. As wide as the longest response."""
         read = self.read(prompts) if read is None else read
-        decoder = Decoder(self, prompts, read, n, seeds, T, temperature)
-        del read  # the decoder's cache is a copy of it
+        prompt = (read, prompts.mask, prompts.next_position)
+        decoder = Decoder(self, *prompt, n, seeds, T, temperature)
+        del read, prompt  # the decoder's cache is a copy of what was read
         return Responses(*decoder.run())
 
     # -------------------------------------------------------------------------------------- score
