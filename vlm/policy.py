@@ -448,14 +448,18 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------- read, respond
 
-    def read(self, prompts: Prompts) -> ReadPrompts:
+    def read(self, prompts: Prompts, to_pixels: bool = False) -> ReadPrompts:
         """The prompt pass: compute each prompt once.
 
-        With gradients on, the result carries the graph to the pixels and the parameters.
+        With gradients on, the result carries the graph to the parameters, and to the images where
+        they ask for a gradient. to_pixels: make them ask. `read.images` are the graph's.
         """
+        images = (
+            [x.detach().requires_grad_() for x in prompts.images] if to_pixels else prompts.images
+        )
         vision = {}
-        if prompts.images:
-            vision = self._in_precision(self.to_pixel_values(prompts.images))
+        if images:
+            vision = self._in_precision(self.to_pixel_values(images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -476,7 +480,8 @@ class Policy(nn.Module):
                 "the prompt's cache is empty: is activation checkpointing on for the language "
                 "model? Use adapt.checkpoint_layers"
             )
-        return ReadPrompts(layers, hidden[:, -1])
+        # In layers of their own: a pass that is computed again writes into `layers` again.
+        return ReadPrompts([layer.select(slice(None)) for layer in layers], hidden[:, -1], images)
 
     def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision inputs, cast where the family's tower does not do so itself."""
@@ -602,18 +607,24 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------- score
 
     def score(
-        self, prompts: Prompts, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+        self,
+        prompts: Prompts,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        read: ReadPrompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probs and entropies of given responses.
 
         (N, T), (N, T) bool -> (N, T), (N, T) float32. Differentiable in the parameters and in
         prompts.images. Values at padding are meaningless and finite.
+        read: `self.read(prompts)` with its graph, for several uses; None: computed here.
 
         Responses of like length are computed together, so that little padding is computed. With
         micro_responses each chunk is computed again in the backward, which then holds the
         activations of one chunk and of the P prompts.
         """
-        read = self.read(prompts)
+        read = self.read(prompts) if read is None else read
         n = len(tokens) // len(prompts)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (N,)
         targets = torch.where(mask, tokens, self.eos_ids[0])
