@@ -664,9 +664,7 @@ class Policy(nn.Module):
         """
 
         def head(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.logits(h)  # (chunk, V)
-            logprobs = grpo.token_logprobs(logits, y, temperature)
-            return logprobs, tsec.token_entropy(logits, temperature)
+            return logprobs_and_entropy(self.logits(h), y, temperature)  # of (chunk, V)
 
         size = max(1, LOGITS_PER_CHUNK // len(self.banned))
         hidden_chunks = hidden.flatten(0, 1).split(size)
@@ -815,6 +813,20 @@ class Policy(nn.Module):
                 end = torch.ones_like(response)
             inputs[name] = torch.cat([x, end[None]], dim=1)
         return self.model(**inputs, use_cache=False).logits[0, -T - 1 : -1].float()
+
+
+def logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """grpo.token_logprobs and tsec.token_entropy of float32 logits.   (N, V), (N,) -> (N,), (N,)
+
+    The same operations with one log-softmax for both: a chunk's backward holds one tensor of V
+    numbers per token less.
+    """
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    finite = logp.masked_fill(logp == -torch.inf, 0.0)  # a banned token: 0 * log 0 = 0
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logprobs, -(logp.exp() * finite).sum(dim=-1)
 
 
 def _uniforms(seed: int, n: int, length: int) -> Tensor:
