@@ -38,6 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import grpo
 import tsec
 from vlm import adapt, chat
+from vlm.attention import without_flash
 from vlm.cache import ReadPrompts, prompt_layers
 from vlm.families import FAMILIES
 from vlm.load import load_config, load_model, load_processor
@@ -570,30 +571,31 @@ class Policy(nn.Module):
         entropy = torch.zeros(N, T, device=self.device)
         rows = torch.arange(N, device=self.device)  # those that are still computed
         alive = torch.ones_like(rows, dtype=torch.bool)  # of these; the others have ended
-        for t in range(T):
-            logits = self.logits(hidden)  # (rows, V)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = _inverse_cdf(logits / scale, uniforms[rows, t])
-            tokens[rows, t] = torch.where(alive, token, self.pad_id)
-            mask[rows, t] = alive
-            logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
-            entropy[rows, t] = tsec.token_entropy(logits, scale)
-            alive = alive & ~torch.isin(token, eos_ids)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == T:
-                break
-            if left <= SHARE_ALIVE * len(rows):  # not at every end: moving the others costs
-                rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
-                for layer in cache.layers:
-                    layer.keep(alive)
-                alive = alive[alive]
-            # An ended row that is still here is computed on, and its values are not read. It is
-            # marked as seen, too: attention is fastest with a mask of ones.
-            seen = nn.functional.pad(seen, (0, 1), value=True)
-            hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
-            position = position + 1
+        with without_flash(self.model.get_decoder()):
+            for t in range(T):
+                logits = self.logits(hidden)  # (rows, V)
+                if temperature == 0:
+                    token = logits.argmax(-1)
+                else:
+                    token = _inverse_cdf(logits / scale, uniforms[rows, t])
+                tokens[rows, t] = torch.where(alive, token, self.pad_id)
+                mask[rows, t] = alive
+                logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
+                entropy[rows, t] = tsec.token_entropy(logits, scale)
+                alive = alive & ~torch.isin(token, eos_ids)
+                left = int(alive.sum())
+                if left == 0 or t + 1 == T:
+                    break
+                if left <= SHARE_ALIVE * len(rows):  # not at every end: moving the others costs
+                    rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
+                    for layer in cache.layers:
+                        layer.keep(alive)
+                    alive = alive[alive]
+                # An ended row that is still here is computed on, and its values are not read. It is
+                # marked as seen, too: attention is fastest with a mask of ones.
+                seen = nn.functional.pad(seen, (0, 1), value=True)
+                hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
+                position = position + 1
         width = t + 1
         return Responses(
             tokens[:, :width], mask[:, :width], logprobs[:, :width], entropy[:, :width]
