@@ -400,7 +400,8 @@ class Policy(nn.Module):
     def _processed(self, text: str, images: list[Tensor]) -> BatchFeature:
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
-        pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
+        # Exact, as they come from 8-bit pictures. A processor computes on a GPU in another way.
+        pixels = [(x.cpu() * 255).round().to(torch.uint8) for x in images]
         # Resized already. A second time is not the identity for extreme shapes or narrow limits.
         with self.family.without_resize(self.processor.image_processor) as options:
             return self.processor(
