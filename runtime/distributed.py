@@ -8,16 +8,25 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from runtime.args import MemoryArgs, RunArgs
 from vlm.policy import Policy
+
+# Processes wait for one another while one samples longer, or writes a checkpoint, or finishes its
+# rows of a split. By default they give up after 10 minutes.
+LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
 def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
@@ -32,7 +41,8 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
         # Text alone reaches no vision parameter. LLaVA's towers have some that nothing reaches.
         # Its forward may run more often on one process than on another, so it must not communicate.
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+            LONG_WAIT,
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
         ],
         # Sharded gradients are reduced after every micro-batch. Else each device holds them whole.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
