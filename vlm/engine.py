@@ -1,4 +1,4 @@
-"""Who samples: the policy itself (`OwnSampler`) or vLLM (`Engine`). The training loop need not know.
+"""Who samples: the policy itself (`OwnSampler`) or vLLM (`Engine`), behind one interface.
 
     engine = Engine(policy, "demo/confident", "float32", ["vllm"])  # or ["http://host:8700", ...]
     engine.load_weights()                        # after every optimiser step, all parameters whole
@@ -233,9 +233,7 @@ class Engine:
         vision = policy._in_precision(policy.to_pixel_values(images))
         found = policy.model.model.get_image_features(**vision, return_dict=True)
         features = list(found.pooler_output)
-        deep = getattr(found, "deepstack_features", None) or []
-        sizes = [len(x) for x in features]
-        levels = [level.split(sizes) for level in deep]  # Qwen3-VL: a part for its first layers
+        levels = getattr(found, "deepstack_features", None) or []  # Qwen3-VL: more per image
         pictures = []
         for i, x in enumerate(features):
             whole = torch.cat([x, *(level[i] for level in levels)], dim=-1)

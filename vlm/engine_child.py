@@ -20,7 +20,6 @@ import struct
 import sys
 import tempfile
 import threading
-import traceback
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
