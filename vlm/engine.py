@@ -80,7 +80,13 @@ class OwnSampler:
     """Policy.sample behind Engine's interface. An answer is computed when it is waited for."""
 
     def __init__(self, policy: Policy):
-        self.sample = policy.sample
+        self.sample, self.read = policy.sample, policy.read
+
+    def __enter__(self) -> "OwnSampler":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Nothing runs."""
 
     def ask(self, *args: Any, **options: Any) -> Callable[[], Responses]:
         return partial(self.sample, *args, **options)
@@ -93,9 +99,6 @@ class OwnSampler:
 
     def rest(self) -> None:
         """It holds no memory of its own."""
-
-    def close(self) -> None:
-        """Nothing runs."""
 
 
 class Engine:
@@ -117,6 +120,7 @@ class Engine:
         memory: float = 0.3,
     ):
         self.policy, self.dtype = policy, dtype
+        model = str(Path(model).absolute()) if Path(model).exists() else model
         kind = policy.model.config.model_type
         self.embeds = kind in EMBEDS
         self.image_id = getattr(policy.model.config, "image_token_id", None)
@@ -130,7 +134,7 @@ class Engine:
         self.ours = where == ["vllm"]
         atexit.register(self.close)
         if self.ours:
-            options = {"model": str(model), "dtype": dtype, "memory": memory, "sleeps": True}
+            options = {"model": model, "dtype": dtype, "memory": memory, "sleeps": True}
             options |= {"embeds": self.embeds, "tensor_parallel_size": 1}
             device = policy.device.index if policy.device.type == "cuda" else None
             python = python or str(PYTHON)
@@ -138,7 +142,7 @@ class Engine:
         else:
             self.connections = [Server(url, self.folder) for url in where]
         for connection in self.connections:
-            self._compare(connection, str(model))
+            self._compare(connection, model)
 
     def _compare(self, connection: "Child | Server", model: str) -> None:
         """Raise ValueError for an engine that serves another model."""
@@ -157,7 +161,16 @@ class Engine:
                     f"--dtype {self.dtype}{pixels}"
                 )
 
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
     # ------------------------------------------------------------------------------------ sample
+
+    def read(self, prompts: Prompts) -> None:
+        """vLLM makes the prompt pass itself."""
 
     def sample(self, *args: Any, **options: Any) -> Responses:
         """As Policy.sample."""

@@ -68,9 +68,13 @@ def receive(pipe: BinaryIO) -> Message:
 
 def vllm_options(message: Message) -> dict[str, Any]:
     """Options of vLLM. message: model, dtype, embeds, memory, sleeps, tensor_parallel_size."""
+    from transformers import AutoConfig
     from vllm.platforms import current_platform
 
-    limit = 0 if message["embeds"] else 999  # 0: the vision tower is not even loaded
+    vision = AutoConfig.from_pretrained(message["model"]).vision_config
+    deepstack = getattr(vision, "deepstack_visual_indexes", None)  # lost without a tower
+    # 0: the vision tower is not even loaded, as the trainer computes its features.
+    limit = 0 if message["embeds"] and not deepstack else 999
     options = {
         "model": message["model"],
         "dtype": message["dtype"],
@@ -80,6 +84,7 @@ def vllm_options(message: Message) -> dict[str, Any]:
         "enable_mm_embeds": message["embeds"],
         "limit_mm_per_prompt": {"image": limit, "video": 0},
         "mm_processor_cache_gb": 0,
+        "skip_mm_profiling": message["embeds"],
         "logits_processors": ["vlm.engine_worker:Draw"],
         "worker_extension_cls": "vlm.engine_worker.Extension",
         "async_scheduling": False,  # the processor reads the tokens so far
