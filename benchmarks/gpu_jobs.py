@@ -1,12 +1,14 @@
-"""The jobs of benchmarks/gpu.py, each in a process of its own: python -m benchmarks.gpu_jobs JOB
+"""What benchmarks/gpu.py measures: python -m benchmarks.gpu_jobs PART, a process for each part.
 
-A job gets a Report, which is written after every entry, and a folder for its files. `toy` makes it
-small enough for a CPU in the tests. A job trains through train_saei.main, so it follows every
-change of the loop, and reads the seconds from metrics.jsonl.
+A part is a list of jobs (JOBS). A job gets its section of the Report, which is written after every
+entry, and a folder for its files. `toy` makes it small enough for a CPU in the tests. Training goes
+through train_saei.main, so it follows every change of the loop, and the seconds are those of
+metrics.jsonl.
 """
 
 import argparse
 import contextlib
+import copy
 import gc
 import importlib.metadata
 import importlib.util
@@ -53,10 +55,18 @@ NOT_METRICS = ("seconds", "memory")  # what differs between equal runs
 
 
 class Report:
-    """What a job found, written to its file after every entry, and how long it may go on."""
+    """What was found, written to a file after every entry, and how long a job may go on."""
 
     def __init__(self, path: Path, seconds: float):
-        self.path, self.found, self.end = path, {}, time.monotonic() + seconds
+        self.path, self.end = path, time.monotonic() + seconds
+        self.whole = self.found = {}
+
+    def section(self, name: str, share: float) -> "Report":
+        """A part of this report, with a share of the time that is left."""
+        section = copy.copy(self)
+        section.found = self.found[name] = {}
+        section.end = time.monotonic() + share * self.left()
+        return section
 
     def left(self) -> float:
         """Seconds."""
@@ -65,7 +75,7 @@ class Report:
     def __setitem__(self, name: str, value: object) -> None:
         self.found[name] = value
         aside = self.path.with_suffix(".new")
-        aside.write_text(json.dumps(self.found))
+        aside.write_text(json.dumps(self.whole, indent=1))
         aside.replace(self.path)
         print(f"{name}: {json.dumps(value):.300}", flush=True)
 
@@ -163,7 +173,7 @@ def values_of(lines: list[dict]) -> list[dict]:
 def demo(report: Report, folder: Path, toy: bool) -> None:
     """recipes/demo.yaml on this device, beside the same command's curves on a CPU."""
     options = {"config": str(ROOT / "recipes/demo.yaml"), "output": str(folder / "demo")}
-    options |= {"overwrite": True, "steps": 2 if toy else 80}
+    options |= {"overwrite": True, "steps": 1 if toy else 80}
     lines = train(last_number, **options)
     report["seconds per step"] = median(line["seconds/step"] for line in lines)
     curves = {}
@@ -568,12 +578,13 @@ def trl(work: Work, image_tokens: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------ (d) faults
 
 
-def run_options(folder: Path, **changes) -> dict:
+def run_options(folder: Path, toy: bool, resume: bool = False, steps: int = 4) -> dict:
     """Four steps of the demo's model with a checkpoint after the second."""
     options = {"model": "demo/mixed", "split": "plain/train", "output": str(folder)}
-    options |= {"steps": 4, "save_every": 2, "prompts_per_step": 4, "micro_prompts": 2}
-    options |= {"rollouts": 4, "adversarial_rollouts": 2, "max_new_tokens": 24, "lr": 1e-3}
-    return options | {"pgd_steps": 2, "self_check": False} | changes
+    options |= {"steps": steps, "save_every": 2, "prompts_per_step": 4, "micro_prompts": 2}
+    options |= {"rollouts": 4, "adversarial_rollouts": 2, "lr": 1e-3}
+    options |= {"max_new_tokens": 6 if toy else 24, "pgd_steps": 2}
+    return options | {"self_check": False, "resume": resume, "overwrite": not resume}
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -631,28 +642,21 @@ def resume(report: Report, folder: Path, toy: bool) -> None:
 
     Are two equal runs equal on this device? With its usual operators, and with deterministic ones.
     """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
-        kind = "deterministic" if deterministic else "usual"
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS is deterministic with this alone
+    for kind in ("usual", "deterministic"):
+        torch.use_deterministic_algorithms(kind == "deterministic", warn_only=True)
         folders = [folder / f"{kind}-{i}" for i in range(2)]
         for path in folders:
-            train(every_other, **run_options(path))
+            train(every_other, **run_options(path, toy))
         report[f"two runs, {kind} operators"] = equal_runs(*folders)
-    torch.use_deterministic_algorithms(False)
     cut = folder / "cut"
-    order = {"options": run_options(cut), "deterministic": True, "kill_at": 4}
-    killed = child(order)
-    output, _ = killed.communicate(timeout=report.left())
+    killed = child({"options": run_options(cut, toy), "deterministic": True, "kill_at": 4})
+    killed.communicate(timeout=max(1, report.left()))
     report["killed with"] = killed.returncode
     report["checkpoints left"] = sorted(x.name for x in (cut / "checkpoints").glob("step-*"))
-    resumed = child({"options": run_options(cut, resume=True), "deterministic": True})
-    output, _ = resumed.communicate(timeout=report.left())
-    report["resumed with"] = resumed.returncode
-    if resumed.returncode:
-        report["output"] = output[-2000:]
-    report["resumed run, deterministic operators"] = equal_runs(folder / "deterministic-0", cut)
-    report.try_to("two processes", two_processes, folder, report.left(), needs=20 * (not toy))
+    train(every_other, **run_options(cut, toy, resume=True))
+    report["resumed, deterministic operators"] = equal_runs(folder / "deterministic-0", cut)
+    torch.use_deterministic_algorithms(False)
 
 
 def pair(order: dict, seconds: float) -> list[str]:
@@ -681,78 +685,74 @@ def pair(order: dict, seconds: float) -> list[str]:
     return outputs
 
 
-def two_processes(folder: Path, seconds: float) -> dict[str, object]:
-    """Two processes on one device, joined by gloo, against one: the same step up to rounding."""
-    found = {}
+def processes(report: Report, folder: Path, toy: bool) -> None:
+    """Two processes on one device, joined by gloo, against one: the same up to rounding."""
     if CUDA:
-        try:
-            found["nccl"] = pair({"backend": "nccl", "collective": True}, min(30, seconds / 3))
-        except RuntimeError as error:
-            found["nccl"] = str(error)
-    changes = {"steps": 2, "model": "demo/mixed"}
-    train(every_other, **run_options(folder / "one", **changes))
-    order = {"options": run_options(folder / "two", **changes), "backend": "gloo" if CUDA else None}
-    pair(order, seconds)
-    one, two = weights_of(folder / "one"), weights_of(folder / "two")
+        report.try_to("NCCL", pair, {"backend": "nccl", "collective": True}, 25)
+    options = run_options(folder / "two", toy, steps=2)
+    pair({"options": options, "backend": "gloo" if CUDA else None}, report.left())
+    train(every_other, **run_options(folder / "one", toy, steps=2))
     start = load_file(ROOT / "demo/mixed/model.safetensors")
+    one, two = weights_of(folder / "one"), weights_of(folder / "two")
     moved = torch.cat([(one[name] - start[name].float()).flatten() for name in one])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
-    return found | {
-        "gloo": "apart, as a share of the distance moved",
-        "apart": (apart.norm() / moved.norm()).item(),
-    }
+    report["apart, share of the distance moved"] = (apart.norm() / moved.norm()).item()
 
 
 # ------------------------------------------------------------------------------ the machine
 
 
-def machine(report: Report, folder: Path, toy: bool) -> None:
+def machine() -> dict[str, object]:
     """The device and the versions of what matters."""
-    names = (
-        "torch",
-        "transformers",
-        "accelerate",
-        "numpy",
-        "peft",
-        "trl",
-        "flash_attn",
-        "datasets",
-    )
-    versions = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    packages = ("torch", "transformers", "accelerate", "numpy", "peft", "trl", "flash_attn")
+    versions, missing = {}, []
+    for name in packages:
+        try:
             versions[name] = importlib.metadata.version(name)
-    report["versions"] = versions | {"python": sys.version.split()[0], "cuda": torch.version.cuda}
-    report["not installed"] = [
-        name for name in (*names, "math_verify") if not importlib.util.find_spec(name)
-    ]
-    report["device"] = torch.cuda.get_device_name() if CUDA else "CPU"
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    versions |= {"python": sys.version.split()[0], "cuda": torch.version.cuda}
+    found = {"device": "CPU", "versions": versions, "not installed": missing}
     if CUDA:
         properties = torch.cuda.get_device_properties(0)
-        report["memory GiB"] = properties.total_memory / GIB
-        report["matmul TF32"] = torch.backends.cuda.matmul.allow_tf32
-        report["convolution TF32"] = torch.backends.cudnn.allow_tf32
+        found |= {"device": properties.name, "memory GiB": properties.total_memory / GIB}
+        found["TF32 in products"] = torch.backends.cuda.matmul.allow_tf32
+        found["TF32 in convolutions"] = torch.backends.cudnn.allow_tf32
+    return found
 
 
 # ------------------------------------------------------------------------------ the command
 
-JOBS = {
-    "machine": machine,
-    "tests": tests,
-    "numbers": numbers,
-    "demo": demo,
-    "steps-3B": partial(steps, model="3B"),
-    "steps-7B": partial(steps, model="7B"),
-    "decode": decode,
-    "baseline": baseline,
-    "resume": resume,
+JOBS = {  # part -> name: (job, its share of the time that is left)
+    "a": {"numbers": (numbers, 0.2), "tests": (tests, 0.4), "demo": (demo, 1.0)},
+    "b": {
+        "3B": (partial(steps, model="3B"), 0.5),
+        "decode": (decode, 0.4),
+        "7B": (partial(steps, model="7B"), 1.0),
+    },
+    "c": {"baseline": (baseline, 1.0)},
+    "d": {"resume": (resume, 0.6), "processes": (processes, 1.0)},
 }
+
+
+def run_jobs(part: str, report: Report, folder: Path, toy: bool) -> None:
+    """All jobs of a part. One that fails leaves its error and what it has found."""
+    report["machine"] = machine()
+    for name, (job, share) in JOBS[part].items():
+        section = report.section(name, share)
+        print(f"-- {name}", flush=True)
+        try:
+            job(section, folder, toy)
+        except Exception as error:
+            traceback.print_exc()
+            section["error"] = said(error)
+        free_memory()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("job", nargs="?", choices=list(JOBS))
+    add("part", nargs="?", choices=list(JOBS))
     add("--report", type=Path, help="the file to write")
     add("--folder", type=Path, help="for models and runs")
     add("--seconds", type=float, default=600)
@@ -764,8 +764,7 @@ def main() -> None:
     if args.obey:
         return obey(json.loads(args.obey))
     args.folder.mkdir(parents=True, exist_ok=True)
-    report = Report(args.report, args.seconds)
-    JOBS[args.job](report, args.folder, args.toy)
+    run_jobs(args.part, Report(args.report, args.seconds), args.folder, args.toy)
 
 
 if __name__ == "__main__":
