@@ -270,7 +270,7 @@ class Work:
     def __init__(self, model: str, folder: Path, toy: bool):
         self.name, self.folder, self.toy = model, folder / model, toy
         self.P, self.G, self.T = (2, 4, 6) if toy else (4, 8, 512)
-        self.image_tokens = (4, 9) if toy else (256, 1024)  # squares
+        self.image_tokens = (4,) if toy else (256, 1024)  # squares
         if toy:
             self.side = 32  # pixels of an image token
             shutil.copytree(ROOT / "demo/mixed", self.folder, dirs_exist_ok=True)
@@ -558,15 +558,13 @@ def trl(work: Work, image_tokens: int) -> dict[str, float]:
 
     with random_weights():
         policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa")
-    rows = 4 if CUDA else work.P * work.G  # of a micro-batch
-    changes = {"per_device_train_batch_size": rows, "use_cpu": not CUDA, "bf16": CUDA}
-    changes |= {"gradient_checkpointing": CUDA, "steps_per_generation": work.P * work.G // rows}
+    on_gpu = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True} if CUDA else {}
     side = work.side * int(image_tokens**0.5)
     pictures = [make_row("plain/train", i)["images"][0].resize((side, side)) for i in range(work.P)]
-    made = (policy.model, policy.processor, policy.banned.nonzero().flatten().tolist())
-    runner = step.Trl(work.P, image_tokens, work.G, work.T, made, pictures, **changes)
+    micro_batches = work.P * work.G // 4
+    runner = step.Trl(policy, pictures, work.G, work.T, micro_batches, **on_gpu)
     runner.step()
-    free_memory()
+    synchronize()
     start = time.perf_counter()
     laps = runner.step()
     synchronize()
