@@ -30,6 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for python benchmarks/gpu.py
+from benchmarks import gpu_table  # noqa: E402
+
 SHARES = {"a": 0.3, "b": 0.46, "c": 0.12, "d": 0.12}  # of the time
 RESERVE = 0.03  # of the time: for starting processes
 
@@ -92,8 +94,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--toy", action="store_true", help="tiny models, few steps: a rehearsal on a CPU")
     add("--work", type=Path, help="folder for models and runs, deleted afterwards (40 GB)")
     args = parser.parse_args(argv)
-    from benchmarks import gpu_table
-
     output = args.output.absolute()
     output.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="saei-gpu-", dir=args.work))

@@ -40,6 +40,7 @@ import egas
 import grpo
 import rewards
 import train_saei
+from benchmarks import models
 from demo.task import make_row
 from runtime import plan
 from runtime import run as runs
@@ -725,9 +726,9 @@ def machine() -> dict[str, object]:
     packages = ("torch", "transformers", "accelerate", "numpy", "peft", "trl", "flash_attn")
     versions, missing = {}, []
     for name in packages:
-        try:
+        if importlib.util.find_spec(name):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        else:
             missing.append(name)
     versions |= {"python": sys.version.split()[0], "cuda": torch.version.cuda}
     found = {"device": "CPU", "versions": versions, "not installed": missing}

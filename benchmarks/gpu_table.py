@@ -1,9 +1,13 @@
 """results.json of benchmarks/gpu.py as Markdown tables: table_of(results)."""
 
-from study.tables import table
-
 NOT_RUN = "Not run on a GPU."
 PHASES = ("read", "sample", "attack", "measure", "update", "step")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """As study.tables.table, whose module imports too much for the command's first process."""
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def table_of(results: dict | None) -> str:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: its rehearsal on a CPU, with the packages of a bare machine, and its faults."""
+"""benchmarks/gpu.py: its rehearsal on a CPU with a bare machine's packages, and its faults."""
 
 import json
 import os
@@ -23,10 +23,7 @@ needs_no_gpu = pytest.mark.skipif(
 def rehearsed(tmp_path_factory):
     """The folder that the command leaves, its standard output. Nothing of ABSENT is importable."""
     folder = tmp_path_factory.mktemp("gpu")
-    for name in ABSENT:
-        (folder / "absent" / f"{name}.py").parent.mkdir(exist_ok=True)
-        (folder / "absent" / f"{name}.py").write_text("raise ModuleNotFoundError(__name__)\n")
-    # find_spec must not find them either
+    (folder / "absent").mkdir()
     (folder / "absent/sitecustomize.py").write_text(HIDE.format(absent=ABSENT))
     command = [sys.executable, "benchmarks/gpu.py", "--output", str(folder / "out"), "--toy"]
     command += ["--work", str(folder)]
@@ -39,15 +36,20 @@ def rehearsed(tmp_path_factory):
 
 
 HIDE = """
-import importlib.abc
+import importlib.util
 import sys
 
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {absent}:
+found, absent = importlib.util.find_spec, {absent}
+
+
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in absent:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 
-sys.meta_path.insert(0, Hidden())
+
+sys.meta_path.insert(0, Hidden)
+importlib.util.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)
 """
 
 
