@@ -44,6 +44,7 @@ from vlm.policy import Policy, Prompts, Responses, _uniforms
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYTHON = PROJECT / ".venv-engine/bin/python"  # made by `bash run.sh engine`
+CHILD = "vlm.engine_child"
 RESTARTS = 3  # of a child that dies, in a row
 PATIENCE = 600  # seconds that a server may be away in the middle of a run
 CHECKED_PROMPTS = 4
@@ -80,7 +81,7 @@ class OwnSampler:
     """Policy.sample behind Engine's interface. An answer is computed when it is waited for."""
 
     def __init__(self, policy: Policy):
-        self.sample, self.read = policy.sample, policy.read
+        self.policy, self.sample, self.read = policy, policy.sample, policy.read
 
     def __enter__(self) -> "OwnSampler":
         return self
@@ -435,7 +436,7 @@ class Child:
         ours, theirs = os.pipe()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [self.python, "-m", "vlm.engine_child", "--pipe", str(theirs)],
+                [self.python, "-m", CHILD, "--pipe", str(theirs)],
                 cwd=PROJECT,
                 env=child_environment(self.device),
                 stdin=subprocess.PIPE,
