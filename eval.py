@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import rewards
 import tsec
-from runtime import args, data
+from runtime import args, data, distributed
 from runtime.args import option
 from runtime.estimates import bootstrap_interval, pass_at_k, share_interval
 from runtime.rollouts import micro_batches
@@ -151,7 +151,8 @@ def report(result: dict, cfg: EvalArgs) -> None:
 
 def main(config: Config) -> dict:
     """Evaluate, write and print. Returns what OUTPUT.json holds. Raises ValueError if it exists."""
-    cfg, accelerator, start = config.eval, Accelerator(), time.time()
+    cfg, start = config.eval, time.time()
+    accelerator = Accelerator(kwargs_handlers=[distributed.LONG_WAIT])
     if Path(f"{cfg.output}.json").exists() and not cfg.overwrite:
         raise ValueError(f"{cfg.output}.json is there already: --overwrite replaces it")
     Path(cfg.output).parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,9 @@ import tsec
 from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
-from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, micro_batches
+from runtime.rollouts import Passes, Rollouts, TrainingBatch, by_prompt, micro_batches
 from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
+from vlm.cache import ReadPrompts
 from vlm.policy import Policy, Prompts, Responses
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
@@ -132,8 +133,17 @@ def main(config: Config) -> None:
         cuts, clock = (cfg.tsec_low, cfg.tsec_high), Clock(accelerator.device)
 
         with accelerator.autocast(), distributed.gathered(policy):
+            # One pass over the prompts serves sampling, attack and update, where that can be
+            passes = Passes()
+            if distributed.one_prompt_pass(accelerator):
+                for part in micro_batches(len(prompts), micro):
+                    to_pixels = cfg.intervention == "egas"
+                    passes.reads[part.start] = policy.read(prompts[part], to_pixels)
+            clock.lap("read")
+
             # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            clean = policy.sample(prompts, cfg.clean_rollouts, batch.seeds(CLEAN), *settings)
+            n, seeds = cfg.clean_rollouts, batch.seeds(CLEAN)
+            clean = policy.sample(prompts, n, seeds, *settings, passes.values())
             clock.lap("sample")
 
             # 2  TsEC: tokens of moderate entropy
@@ -141,10 +151,10 @@ def main(config: Config) -> None:
 
             # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
             objective_of = partial(
-                entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
+                EntropyObjective, policy, prompts, clean, tsec_mask, cfg.temperature
             )
             seeds, noise_t = batch.seeds(ATTACK), egas.annealed_time(step, config.run.steps)
-            attacked = intervene(cfg, policy, prompts, objective_of, micro, seeds, noise_t)
+            attacked = intervene(cfg, policy, prompts, passes, objective_of, micro, seeds, noise_t)
             clock.lap("attack")
 
             # 4  y ~ pi_old(. | I_adv, Q)
@@ -160,11 +170,11 @@ def main(config: Config) -> None:
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
-            metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro)
+            metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro, step)
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
-        losses = update(config, run, wrapped, reference, optimizer, sampled, micro, step)
+        losses = update(config, run, wrapped, reference, optimizer, sampled, passes, micro, step)
         clock.lap("update")
 
         run.log(step, metrics | clock.seconds(), losses)
@@ -176,27 +186,72 @@ def main(config: Config) -> None:
 # ------------------------------------------------------------------------------ steps in detail
 
 
+class EntropyObjective:
+    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
+
+    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        responses: Responses,
+        tsec_mask: Tensor,
+        temperature: float,
+        part: slice = slice(None),
+    ):
+        P = len(prompts)
+        self.policy, self.prompts, self.temperature = policy, prompts[part], temperature
+        self.tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
+        self.mask = by_prompt(responses.mask, P)[part].flatten(0, 1)
+        self.chosen = by_prompt(tsec_mask, P)[part].flatten(0, 1)
+
+    def score(self, images: list[Tensor], read: ReadPrompts | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the responses on these images, (P * n, T) each."""
+        prompts = self.prompts.with_images(images)
+        return self.policy.score(prompts, self.tokens, self.mask, self.temperature, read)
+
+    def of(self, entropy: Tensor) -> Tensor:
+        """(P * n, T) -> (P,)"""
+        return by_prompt(tsec.selective_entropy(entropy, self.chosen), len(self.prompts)).mean(
+            dim=1
+        )
+
+    def __call__(self, images: list[Tensor]) -> Tensor:
+        return self.of(self.score(images)[1])
+
+
 def intervene(
     cfg: SaEIArgs,
     policy: Policy,
     prompts: Prompts,
-    objective_of: Callable[[slice], Callable[[list[Tensor]], Tensor]],
+    passes: Passes,
+    objective_of: Callable[[slice], EntropyObjective],
     micro: int,
     seeds: list[int],
     noise_t: float,
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen
-    parameters. random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
+    egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen parameters.
+    With a prompt pass in `passes` the first gradient goes through it. The clean responses' scores
+    are kept there for the update.
+    random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
     """
     images = []
     for part in micro_batches(len(prompts), micro if cfg.intervention == "egas" else 1):
         clean = prompts[part].images
         generator = torch.Generator().manual_seed(seeds[part][0])
         if cfg.intervention == "egas" and clean:  # else text alone: nothing to attack
+            objective, grads = objective_of(part), None
+            if read := passes.reads.get(part.start):
+                passes.scores[part.start] = scores = objective.score(clean, read)
+                value = objective.of(scores[1]).sum()
+                grads = egas.image_gradients(value, read.images, retain_graph=True)
             with distributed.frozen(policy):
-                images += egas.pgd_ascent(objective_of(part), clean, cfg.eps, steps=cfg.pgd_steps)
+                pgd = partial(egas.pgd_ascent, eps=cfg.eps, steps=cfg.pgd_steps)
+                images += pgd(objective, clean, first_grads=grads)
         elif cfg.intervention == "random":
             images += egas.random_signs(clean, cfg.eps, generator)
         elif cfg.intervention == "noise":
@@ -206,30 +261,6 @@ def intervene(
     return prompts.with_images(images)
 
 
-def entropy_objective(
-    policy: Policy,
-    prompts: Prompts,
-    responses: Responses,
-    tsec_mask: Tensor,
-    temperature: float,
-    part: slice = slice(None),
-) -> Callable[[list[Tensor]], Tensor]:
-    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
-
-    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
-    """
-    P, part_prompts = len(prompts), prompts[part]
-    tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
-    mask = by_prompt(responses.mask, P)[part].flatten(0, 1)
-    chosen = by_prompt(tsec_mask, P)[part].flatten(0, 1)
-
-    def objective(images: list[Tensor]) -> Tensor:
-        _, entropy = policy.score(part_prompts.with_images(images), tokens, mask, temperature)
-        return by_prompt(tsec.selective_entropy(entropy, chosen), len(part_prompts)).mean(dim=1)
-
-    return objective
-
-
 def update(
     config: Config,
     run: Run,
@@ -237,13 +268,16 @@ def update(
     reference: Policy | None,
     optimizer: torch.optim.Optimizer,
     sampled: Rollouts,
+    passes: Passes,
     micro: int,
     step: int,
 ) -> dict[str, float]:
     """Step 6: updates_per_step optimiser steps, each normalised by all its response tokens.
 
-    Old log-probs are those of the image that conditions the update. With one update they are the
-    scored ones, detached (ratio 1). With several they are computed first.   -> global metrics
+    Old log-probs are those of the image that conditions the update. In the first update they are
+    the scored ones, detached (ratio 1). Those of further updates are computed before it.
+    passes: what was kept of the policy before the first optimiser step, which empties it.
+    -> global metrics
     """
     cfg, control, accelerator = config.saei, config.control, run.accelerator
     P, counts = len(sampled.prompts), sampled.prompts.counts
@@ -256,13 +290,15 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     old_logprobs, ref_logprobs = {}, {}
-    if cfg.updates_per_step > 1:
-        old_logprobs = rollouts.score_all(batches, wrapped, cfg.temperature, micro)
+    first, *further = micro_batches(P, P // cfg.updates_per_step)  # one optimiser step each
+    for chunk in further:
+        old_logprobs |= rollouts.score_all(batches, wrapped, cfg.temperature, micro, chunk, passes)
     if reference is not None:
         with accelerator.autocast():  # as accelerate does for `wrapped`
-            ref_logprobs = rollouts.score_all(batches, reference, cfg.temperature, micro)
+            options = (cfg.temperature, micro, slice(0, P), Passes())
+            ref_logprobs = rollouts.score_all(batches, reference, *options)
     sums, norms = Counter(), []
-    for chunk in micro_batches(P, P // cfg.updates_per_step):  # one optimiser step each
+    for chunk in (first, *further):
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # the normaliser of all processes
         for part in micro_batches(chunk.stop, micro, chunk.start):
@@ -270,7 +306,9 @@ def update(
                 losses = []
                 for k, batch in enumerate(batches):
                     old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
-                    loss, metrics = batch_loss(config, wrapped, batch.take(part), old, ref, tokens)
+                    kept = passes if k == 0 else Passes()  # the clean images come first
+                    scores = kept.score(wrapped, batch, part, cfg.temperature)
+                    loss, metrics = batch_loss(config, scores, batch.take(part), old, ref, tokens)
                     losses.append(loss)
                     sums.update(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.
@@ -282,6 +320,7 @@ def update(
                     run.stop_unless_finite(norms[-1], sampled, step)
                 optimizer.step()
                 optimizer.zero_grad()
+                passes.clear()
     names = sorted(sums)
     means = torch.stack([sums[name] for name in names]) / cfg.updates_per_step
     means = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
@@ -290,7 +329,7 @@ def update(
 
 def batch_loss(
     config: Config,
-    wrapped: nn.Module,
+    scores: tuple[Tensor, Tensor],
     batch: TrainingBatch,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
@@ -298,7 +337,7 @@ def batch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`."""
     cfg, control = config.saei, config.control.update_control
-    logprobs, entropy = batch.score(wrapped, cfg.temperature)  # (P * n, T)
+    logprobs, entropy = scores  # (P * n, T)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     clip = (1.0, math.inf) if control in apply_control.UNCLIPPED else (cfg.clip_low, cfg.clip_high)
     advantages, loss_mask = batch.advantages.flatten(), batch.loss_mask.flatten(0, 1)

@@ -127,16 +127,20 @@ class Ours:
         clock, batch = Clock(policy.device), Batch(self.rows, list(range(P)), 0, step)
         prompts = policy.encode(batch.problems, batch.images)
         clock.lap("encode")
-        settings = (cfg.max_new_tokens, cfg.temperature)
-        clean = policy.sample(prompts, cfg.clean_rollouts, batch.seeds(train_saei.CLEAN), *settings)
+        settings = (cfg.max_new_tokens, cfg.temperature, 0)
+        passes = rollouts.Passes()
+        passes.reads[0] = policy.read(prompts, to_pixels=cfg.intervention == "egas")
+        clock.lap("read")
+        n, seeds = cfg.clean_rollouts, batch.seeds(train_saei.CLEAN)
+        clean = policy.sample(prompts, n, seeds, *settings, passes.values())
         clock.lap("sample")
         cuts = (cfg.tsec_low, cfg.tsec_high)
         tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts)
         objective = partial(
-            train_saei.entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
+            train_saei.EntropyObjective, policy, prompts, clean, tsec_mask, cfg.temperature
         )
         seeds = batch.seeds(train_saei.ATTACK)
-        attacked = train_saei.intervene(cfg, policy, prompts, objective, P, seeds, 0.0)
+        attacked = train_saei.intervene(cfg, policy, prompts, passes, objective, P, seeds, 0.0)
         clock.lap("attack")
         responses, n = [clean], cfg.adversarial_rollouts
         if n:
@@ -148,10 +152,10 @@ class Ours:
         sampled = rollouts.Rollouts(
             self.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
-        rollouts.metrics(sampled, policy, cuts, objective, P)
+        rollouts.metrics(sampled, policy, cuts, objective, P, step)
         clock.lap("measure")
         train_saei.update(
-            self.config, self.run, self.wrapped, None, self.optimizer, sampled, P, step
+            self.config, self.run, self.wrapped, None, self.optimizer, sampled, passes, P, step
         )
         clock.lap("update")
         self.last, self.n = (prompts, clean), step + 1

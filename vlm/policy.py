@@ -38,6 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import grpo
 import tsec
 from vlm import adapt, chat
+from vlm.attention import without_flash
 from vlm.cache import ReadPrompts, prompt_layers
 from vlm.families import FAMILIES
 from vlm.load import load_config, load_model, load_processor
@@ -399,7 +400,8 @@ class Policy(nn.Module):
     def _processed(self, text: str, images: list[Tensor]) -> BatchFeature:
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
-        pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
+        # Exact, as they come from 8-bit pictures. A processor computes on a GPU in another way.
+        pixels = [(x.cpu() * 255).round().to(torch.uint8) for x in images]
         # Resized already. A second time is not the identity for extreme shapes or narrow limits.
         with self.family.without_resize(self.processor.image_processor) as options:
             return self.processor(
@@ -448,14 +450,18 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------- read, respond
 
-    def read(self, prompts: Prompts) -> ReadPrompts:
+    def read(self, prompts: Prompts, to_pixels: bool = False) -> ReadPrompts:
         """The prompt pass: compute each prompt once.
 
-        With gradients on, the result carries the graph to the pixels and the parameters.
+        With gradients on, the result carries the graph to the parameters, and to the images where
+        they ask for a gradient. to_pixels: make them ask. `read.images` are the graph's.
         """
+        images = (
+            [x.detach().requires_grad_() for x in prompts.images] if to_pixels else prompts.images
+        )
         vision = {}
-        if prompts.images:
-            vision = self._in_precision(self.to_pixel_values(prompts.images))
+        if images:
+            vision = self._in_precision(self.to_pixel_values(images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -476,7 +482,8 @@ class Policy(nn.Module):
                 "the prompt's cache is empty: is activation checkpointing on for the language "
                 "model? Use adapt.checkpoint_layers"
             )
-        return ReadPrompts(layers, hidden[:, -1])
+        # In layers of their own: a pass that is computed again writes into `layers` again.
+        return ReadPrompts([layer.select(slice(None)) for layer in layers], hidden[:, -1], images)
 
     def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision inputs, cast where the family's tower does not do so itself."""
@@ -570,30 +577,31 @@ class Policy(nn.Module):
         entropy = torch.zeros(N, T, device=self.device)
         rows = torch.arange(N, device=self.device)  # those that are still computed
         alive = torch.ones_like(rows, dtype=torch.bool)  # of these; the others have ended
-        for t in range(T):
-            logits = self.logits(hidden)  # (rows, V)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                token = _inverse_cdf(logits / scale, uniforms[rows, t])
-            tokens[rows, t] = torch.where(alive, token, self.pad_id)
-            mask[rows, t] = alive
-            logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
-            entropy[rows, t] = tsec.token_entropy(logits, scale)
-            alive = alive & ~torch.isin(token, eos_ids)
-            left = int(alive.sum())
-            if left == 0 or t + 1 == T:
-                break
-            if left <= SHARE_ALIVE * len(rows):  # not at every end: moving the others costs
-                rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
-                for layer in cache.layers:
-                    layer.keep(alive)
-                alive = alive[alive]
-            # An ended row that is still here is computed on, and its values are not read. It is
-            # marked as seen, too: attention is fastest with a mask of ones.
-            seen = nn.functional.pad(seen, (0, 1), value=True)
-            hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
-            position = position + 1
+        with without_flash(self.model.get_decoder()):
+            for t in range(T):
+                logits = self.logits(hidden)  # (rows, V)
+                if temperature == 0:
+                    token = logits.argmax(-1)
+                else:
+                    token = _inverse_cdf(logits / scale, uniforms[rows, t])
+                tokens[rows, t] = torch.where(alive, token, self.pad_id)
+                mask[rows, t] = alive
+                logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
+                entropy[rows, t] = tsec.token_entropy(logits, scale)
+                alive = alive & ~torch.isin(token, eos_ids)
+                left = int(alive.sum())
+                if left == 0 or t + 1 == T:
+                    break
+                if left <= SHARE_ALIVE * len(rows):  # not at every end: moving the others costs
+                    rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
+                    for layer in cache.layers:
+                        layer.keep(alive)
+                    alive = alive[alive]
+                # An ended row that is still here is computed on, and its values are not read. It is
+                # marked as seen, too: attention is fastest with a mask of ones.
+                seen = nn.functional.pad(seen, (0, 1), value=True)
+                hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
+                position = position + 1
         width = t + 1
         return Responses(
             tokens[:, :width], mask[:, :width], logprobs[:, :width], entropy[:, :width]
@@ -602,18 +610,24 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------- score
 
     def score(
-        self, prompts: Prompts, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+        self,
+        prompts: Prompts,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        read: ReadPrompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probs and entropies of given responses.
 
         (N, T), (N, T) bool -> (N, T), (N, T) float32. Differentiable in the parameters and in
         prompts.images. Values at padding are meaningless and finite.
+        read: `self.read(prompts)` with its graph, for several uses; None: computed here.
 
         Responses of like length are computed together, so that little padding is computed. With
         micro_responses each chunk is computed again in the backward, which then holds the
         activations of one chunk and of the P prompts.
         """
-        read = self.read(prompts)
+        read = self.read(prompts) if read is None else read
         n = len(tokens) // len(prompts)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (N,)
         targets = torch.where(mask, tokens, self.eos_ids[0])
@@ -664,9 +678,7 @@ class Policy(nn.Module):
         """
 
         def head(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.logits(h)  # (chunk, V)
-            logprobs = grpo.token_logprobs(logits, y, temperature)
-            return logprobs, tsec.token_entropy(logits, temperature)
+            return logprobs_and_entropy(self.logits(h), y, temperature)  # of (chunk, V)
 
         size = max(1, LOGITS_PER_CHUNK // len(self.banned))
         hidden_chunks = hidden.flatten(0, 1).split(size)
@@ -815,6 +827,20 @@ class Policy(nn.Module):
                 end = torch.ones_like(response)
             inputs[name] = torch.cat([x, end[None]], dim=1)
         return self.model(**inputs, use_cache=False).logits[0, -T - 1 : -1].float()
+
+
+def logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """grpo.token_logprobs and tsec.token_entropy of float32 logits.   (N, V), (N,) -> (N,), (N,)
+
+    The same operations with one log-softmax for both: a chunk's backward holds one tensor of V
+    numbers per token less.
+    """
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    finite = logp.masked_fill(logp == -torch.inf, 0.0)  # a banned token: 0 * log 0 = 0
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logprobs, -(logp.exp() * finite).sum(dim=-1)
 
 
 def _uniforms(seed: int, n: int, length: int) -> Tensor:
