@@ -16,6 +16,7 @@ Intervals are over problems (runtime/estimates.py). They do not cover other seed
 import json
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,10 +84,10 @@ def evaluate_rows(
     """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
     policy = sampler.policy
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
-    T, options = cfg.max_new_tokens, {"read": sampler.read(prompts)}
-    wait = sampler.ask(prompts, 1, seeds, T, temperature=0.0, **options)
-    wait_sampled = sampler.ask(prompts, cfg.samples, seeds, T, cfg.temperature, **options)
-    greedy, sampled = wait(), wait_sampled()
+    T, read = cfg.max_new_tokens, cache(partial(policy.read, prompts))  # one prompt pass for both
+    wait = sampler.ask(prompts, 1, seeds, T, temperature=0.0)
+    wait_sampled = sampler.ask(prompts, cfg.samples, seeds, T, cfg.temperature)
+    greedy, sampled = wait(read), wait_sampled(read)
     greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1)
     cut = [x.truncated(policy.eos_ids).view(len(rows), -1) for x in (greedy, sampled)]

@@ -116,14 +116,14 @@ def encode_pictures():
 
 
 def test_new_weights_are_seen_and_old_ones_found(policy, vllm, prompts, seeds):
-    vllm.check(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
+    vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
     perturb(policy)
     old = vllm.sample(prompts, 4, seeds, 64)
     with pytest.raises(EngineError, match="disagree: mean difference of log-probs 0.0"):
-        vllm.check(prompts, old, 1.0)
+        vllm.compare(prompts, old, 1.0)
     vllm.load_weights()
     new = vllm.sample(prompts, 4, seeds, 64)
-    assert vllm.check(prompts, new, 1.0)["logprobs"] < 5e-6
+    assert vllm.compare(prompts, new, 1.0)["logprobs"] < 5e-6
     assert differences(policy, prompts, new)[0] < 1e-4
     assert share_of_equal_rows(new, old) < 0.5
 
@@ -139,7 +139,7 @@ def test_frozen_parts_are_sent_once(policy, prompts, seeds, monkeypatch):
         assert sent and all(".layers.3." in name for name in sent)
         perturb(policy, 0.5, lambda name: ".layers.3." in name)
         vllm.load_weights()
-        assert vllm.check(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)["logprobs"] < 5e-6
+        assert vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)["logprobs"] < 5e-6
 
 
 def test_lora_is_merged(prompts, seeds):
@@ -154,11 +154,11 @@ def test_lora_is_merged(prompts, seeds):
                     p += 0.02
         old = vllm.sample(prompts, 4, seeds, 64)
         with pytest.raises(EngineError, match="disagree"):
-            vllm.check(prompts, old, 1.0)
+            vllm.compare(prompts, old, 1.0)
         vllm.load_weights()
         names = vllm._weights(whole=False)
         assert names and not any("lora" in name or "embed" in name for name in names)
-        assert vllm.check(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)["logprobs"] < 5e-6
+        assert vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)["logprobs"] < 5e-6
 
 
 @pytest.mark.parametrize(
@@ -179,10 +179,10 @@ def test_what_a_partial_synchronisation_leaves_is_found(prompts, seeds, monkeypa
         expected = pytest.raises(EngineError, match=said) if said else contextlib.nullcontext()
         with expected:
             vllm.load_weights()
-            vllm.check(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
+            vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
             perturb(policy, 0.3, lambda name: "visual" not in name)
             vllm.load_weights()
-            vllm.check(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
+            vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
 
 
 def test_bfloat16_passes_its_check(seeds):
@@ -191,7 +191,7 @@ def test_bfloat16_passes_its_check(seeds):
     with Engine(policy, MODEL, "bfloat16", ["vllm"]) as vllm:
         vllm.load_weights()
         found = vllm.sample(prompts, 4, seeds, 64)
-        assert 1e-5 < vllm.check(prompts, found, 1.0)["logprobs"] < 0.05
+        assert 1e-5 < vllm.compare(prompts, found, 1.0)["logprobs"] < 0.05
 
 
 # ------------------------------------------------------------------------------------- failures
