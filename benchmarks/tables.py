@@ -177,7 +177,7 @@ def step() -> str:
 
 def phases() -> str:
     """The share of each phase in a step: a row per size and arm."""
-    names = ("encode", "sample", "attack", "measure", "update")
+    names = ("encode", "read", "sample", "attack", "measure", "update")
     rows = []
     for entry in read("step")["cells"]:
         for arm, found in entry["arms"].items():

@@ -8,16 +8,25 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from runtime.args import MemoryArgs, RunArgs
 from vlm.policy import Policy
+
+# Processes wait for one another while one samples longer, or writes a checkpoint, or finishes its
+# rows of a split. By default they give up after 10 minutes.
+LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
 def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
@@ -30,7 +39,11 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
         # Text alone reaches no vision parameter. LLaVA's towers have some that nothing reaches.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Its forward may run more often on one process than on another, so it must not communicate.
+        kwargs_handlers=[
+            LONG_WAIT,
+            DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False),
+        ],
         # Sharded gradients are reduced after every micro-batch. Else each device holds them whole.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_each_batch=sharded
@@ -142,6 +155,16 @@ def micro_batch_size(
             f"micro_prompts={micro_prompts} must divide {per_update}, the prompts per update"
         )
     return micro, per_update // micro
+
+
+def one_prompt_pass(accelerator: Accelerator) -> bool:
+    """May one pass over the prompts, kept with its graph, serve sampling, attack and update?
+
+    Where a device updates all its prompts at once: smaller micro-batches say that memory is short.
+    And where parameters are whole: FSDP2 and ZeRO-2 want their own passes.
+    """
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return accelerator.gradient_accumulation_steps == 1 and accelerator.distributed_type in whole
 
 
 def refuse_text_alone(

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import args, distributed, rollouts
+from vlm.decode import BLOCK_TOKENS, round_up
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 MEASURED_ROWS = 64  # rows whose prompts are measured
@@ -260,7 +261,7 @@ def estimate(config: Any, policy: Policy, work: Work) -> dict[str, int]:
     parts["update, attack: a chunk of logits"] = 6 * 4 * chunk * vocabulary
     sampled = at_a_time(work.prompts, memory.sample_prompts)
     sampled *= max(cfg.clean_rollouts, cfg.adversarial_rollouts)
-    cache = language.cache(sampled, work.L + T)
+    cache = language.cache(sampled, round_up(work.L + T, BLOCK_TOKENS))
     parts["sampling: keys and values"] = c * cache
     parts["sampling: logits"] = 24 * sampled * vocabulary  # float32, float64 and cumulative sums
     return parts

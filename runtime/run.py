@@ -45,6 +45,7 @@ from vlm.policy import Policy
 FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last"}
 FREE |= {"report_to", "self_check", "profile", "gradient_checkpointing"}
 FREE |= {"micro_prompts", "micro_responses", "sample_prompts"}
+FREE |= {"engine", "engine_python", "engine_memory"}
 TRACKER_PROJECT = "saei"  # what trackers call the run; tensorboard's folder
 
 # What says that a run has begun in a folder.

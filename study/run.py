@@ -338,10 +338,10 @@ def commit() -> str:
 def training(folder: Path) -> dict:
     """metrics.jsonl as curves of POINTS means of neighbouring steps, and median seconds."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    blocks = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)))
     curves, seconds = {}, {}
     for name in steps[0]:
-        values = np.array([step[name] for step in steps])
+        values = np.array([step[name] for step in steps if name in step])
+        blocks = np.array_split(np.arange(len(values)), min(POINTS, len(values)))
         if name.startswith("seconds"):
             seconds[name] = round(float(np.median(values)), 3)
         elif not name.startswith(("clip", "memory", "lr")):

@@ -4,6 +4,7 @@ Tests named test_trap_NN guard against a failure seen in other projects.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -406,6 +407,22 @@ def test_non_finite_gradient_is_refused(bad):
     slope, x0 = torch.tensor([1.0, 1.0, bad, 1.0]), [torch.zeros(4), torch.ones(4)]
     with pytest.raises(FloatingPointError, match="gradient of image 1 is not finite"):
         egas.pgd_ascent(lambda images: (images[0] + slope * images[1]).sum(), x0)
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_a_gpu_waits_once_per_step_and_once_at_the_start(images, monkeypatch):
+    """However many images: what reads a value of a tensor waits for all work before it."""
+    reads = Counter()
+
+    def counted(name: str):
+        real = getattr(torch.Tensor, name)
+        return lambda x: reads.update([name]) or real(x)
+
+    for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, counted(name))
+    x0 = [torch.full((3, 4, 4), 0.5)] * images
+    egas.pgd_ascent(lambda images: sum(x.square().sum() for x in images), x0, steps=3)
+    assert reads == {"tolist": 4}
 
 
 def test_zero_gradient_warns_and_one_that_is_not_does_not(recwarn):

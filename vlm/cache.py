@@ -10,6 +10,7 @@ a line in LAYERS, and its mask in vlm/decode.py.
 Symbols: P prompts, n responses per prompt, L prompt tokens, D hidden size, d size of a head.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,14 @@ class PromptLayer(DynamicLayer):
         """The chosen prompts, read-only. An index may come several times: once per response."""
         layer = PromptLayer()
         layer.update(self.keys[prompts], self.values[prompts])
+        layer.read_only = True
+        return layer
+
+    @classmethod
+    def join(cls, parts: Sequence["PromptLayer"]) -> "PromptLayer":
+        """The values of neighbouring prompts."""
+        layer = cls()
+        layer.update(joined(part.keys for part in parts), joined(part.values for part in parts))
         layer.read_only = True
         return layer
 
@@ -126,12 +135,24 @@ class StateLayer(LinearAttentionLayer):
 
     def select(self, prompts: Tensor | slice) -> "StateLayer":
         """As PromptLayer's."""
-        layer = StateLayer()
-        layer.window = self.window[prompts]
-        layer.state = None if self.state is None else self.state[prompts]
-        layer.conv_states[0], layer.recurrent_states[0] = layer.window, layer.state
+        state = None if self.state is None else self.state[prompts]
+        return self.of(self.window[prompts], state)
+
+    @classmethod
+    def of(cls, window: Tensor, state: Tensor | None) -> "StateLayer":
+        layer = cls()
+        layer.window, layer.state = window, state
+        layer.conv_states[0], layer.recurrent_states[0] = window, state
         layer.has_previous_state[0] = True  # a pass starts from conv_states and recurrent_states
         return layer
+
+    @classmethod
+    def join(cls, parts: Sequence["StateLayer"]) -> "StateLayer":
+        """As PromptLayer's."""
+        state = None
+        if parts[0].state is not None:
+            state = joined(part.state for part in parts)
+        return cls.of(joined(part.window for part in parts), state)
 
     def decode_layer(self, n: int, room: int, cursor: Cursor) -> "DecodeStateLayer":
         """Each prompt n times. The states have one size, whatever the number of tokens."""
@@ -156,6 +177,10 @@ class SharedLayer(DummyLayer):
 
     def select(self, prompts: Tensor | slice) -> "SharedLayer":
         return self
+
+    @classmethod
+    def join(cls, parts: Sequence["SharedLayer"]) -> "SharedLayer":
+        return parts[0]
 
     def decode_layer(self, n: int, room: int, cursor: Cursor) -> "SharedLayer":
         return self
@@ -187,6 +212,11 @@ def layer_kinds(config) -> set[str]:
     return set(get_layer_types_and_kwargs(config.get_text_config())[0])
 
 
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """Along the first dimension, without a graph."""
+    return torch.cat([x.detach() for x in tensors])
+
+
 def with_room(x: Tensor, n: int, room: int) -> Tensor:
     """(P, heads, L, d) -> (P * n, heads, L + room, d)
 
@@ -207,10 +237,19 @@ class ReadPrompts:
 
     layers: list[PromptLayer | StateLayer | SharedLayer]
     hidden: Tensor  # (P, D) of the last prompt token: predicts the first response token
+    images: list[Tensor] | None = None  # what was read, where all prompts are here
 
     def __getitem__(self, prompts: Tensor | slice) -> "ReadPrompts":
         layers = [layer.select(prompts) for layer in self.layers]
         return ReadPrompts(layers, self.hidden[prompts])
+
+    @classmethod
+    def join(cls, parts: list["ReadPrompts"]) -> "ReadPrompts":
+        """The values of neighbouring prompts of one batch, without their graphs."""
+        layers = []
+        for same_layer in zip(*(part.layers for part in parts), strict=True):
+            layers.append(same_layer[0].join(same_layer))
+        return cls(layers, torch.cat([part.hidden for part in parts]).detach())
 
     def cache(self) -> Cache:
         return Cache(layers=self.layers)

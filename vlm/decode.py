@@ -17,14 +17,10 @@ Symbols: P prompts, n responses each, N = P * n rows, R rows that are still comp
 tokens, T response tokens, S >= L + T places of the cache, V vocabulary, D hidden size.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
-import grpo
-import tsec
+from vlm.attention import without_flash
 from vlm.cache import Cursor, DecodeLayer, ReadPrompts, layer_kinds
 
 BLOCK_TOKENS = 16  # so often the host looks which rows have ended, and attention gets more places
@@ -53,7 +49,7 @@ class Decoder:
         self.policy, self.L, self.T, N = policy, L, T, P * n
         self.temperature = temperature
         self.scale = temperature or 1.0  # greedy: log-probs and entropies at temperature 1
-        self.uniforms = torch.cat([_uniforms(seed, n, T) for seed in seeds]).to(device)  # (N, T)
+        self.uniforms = torch.cat([uniforms(seed, n, T) for seed in seeds]).to(device)  # (N, T)
         self.eos_ids = torch.tensor(policy.eos_ids, device=device)
 
         # Rows that are still computed. All of these lose the dropped rows.
@@ -63,7 +59,7 @@ class Decoder:
         self.position = next_position.repeat_interleave(n, dim=0)  # of that token
 
         # Cache and masks. A multiple of a block: CUDA's attention copies a mask of another width.
-        S = _round_up(L + T, BLOCK_TOKENS)
+        S = round_up(L + T, BLOCK_TOKENS)
         self.t = torch.zeros(1, dtype=torch.long, device=device)  # which token is drawn
         self.cursor = Cursor(torch.tensor([L], device=device), width=0)
         self.cache = read.decode_cache(n, S - L, self.cursor)
@@ -75,7 +71,7 @@ class Decoder:
         self.bias = attention[0].values.new_full((N, 1, 1, S), -torch.inf)
         self.bias[..., :L].masked_fill_(seen, 0.0)
 
-        # Results: an ended row's stay as they are, dropped or not.
+        # Results, of dropped rows too.
         self.tokens = torch.full((N, T), policy.pad_id, device=device)
         self.mask = torch.zeros(N, T, dtype=torch.bool, device=device)
         self.logprobs = torch.zeros(N, T, device=device)
@@ -101,10 +97,7 @@ class Decoder:
         self.draw(hidden[:, -1])
 
     def attention_mask(self) -> Tensor | dict[str, Tensor | None]:
-        """What transformers takes as it is: the bias (R, 1, 1, width), or one per kind of layer.
-
-        An ended row that is still here is computed on. Its values are not read.
-        """
+        """What transformers takes as it is: the bias (R, 1, 1, width), or one per kind of layer."""
         masks = dict.fromkeys(self.kinds)  # None: linear attention and convolutions need no mask
         bias = self.bias[..., : self.cursor.width]
         if "full_attention" in masks:
@@ -123,20 +116,24 @@ class Decoder:
         else:
             u = self.uniforms.index_select(1, self.t).squeeze(1)
             token = _inverse_cdf(logits / self.scale, u)
+        logprobs, entropy = logprobs_and_entropy(logits, token, self.scale)
         place = (self.rows, self.t)
         self.tokens.index_put_(place, token.masked_fill(~self.alive, self.policy.pad_id))
         self.mask.index_put_(place, self.alive)
-        self.logprobs.index_put_(place, grpo.token_logprobs(logits, token, self.scale))
-        self.entropy.index_put_(place, tsec.token_entropy(logits, self.scale))
+        self.logprobs.index_put_(place, logprobs)
+        self.entropy.index_put_(place, entropy)
         self.token.copy_(token[:, None])
         self.alive.logical_and_((self.token != self.eos_ids).all(-1))
 
     # --------------------------------------------------------------------------- blocks of steps
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """-> tokens, mask, log-probs, entropies, as wide as the longest response"""
+        """-> tokens, mask, log-probs, entropies, as wide as the longest response
+
+        Behind a row's end: the padding token, False, 0, 0.
+        """
         share = GRAPH_SHARE_ALIVE if self.graphed else SHARE_ALIVE
-        with _masked_attention(self.policy):
+        with without_flash(self.policy.model.get_decoder()):
             for start in range(0, self.T - 1, BLOCK_TOKENS):
                 alive = self.alive.nonzero().flatten()  # the host waits for the device, here alone
                 if len(alive) == 0:
@@ -148,13 +145,16 @@ class Decoder:
                 for _ in range(steps):
                     self.take_step()
         width = int(self.mask.sum(dim=1).max())
+        # An ended row that was computed on has numbers behind its end, which are no response's.
+        self.logprobs.masked_fill_(~self.mask, 0.0)
+        self.entropy.masked_fill_(~self.mask, 0.0)
         results = (self.tokens, self.mask, self.logprobs, self.entropy)
         return tuple(x[:, :width] for x in results)
 
     def widen(self, end: int) -> None:
         """Attention sees the places up to `end`, and some more where a capture costs."""
         if end > self.cursor.width:
-            width = _round_up(end, GRAPH_TOKENS if self.graphed else BLOCK_TOKENS)
+            width = round_up(end, GRAPH_TOKENS if self.graphed else BLOCK_TOKENS)
             self.cursor.width = min(width, len(self.places))
             self.graph = None
 
@@ -198,29 +198,25 @@ class Decoder:
         torch.cuda.current_stream().wait_stream(self.stream)
 
 
-@contextlib.contextmanager
-def _masked_attention(policy: nn.Module) -> Iterator[None]:
-    """The language model's attention as one that takes the decoder's masks.
+def logprobs_and_entropy(
+    logits: Tensor, tokens: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """grpo.token_logprobs and tsec.token_entropy of float32 logits.   (N, V), (N,) -> (N,), (N,)
 
-    Flash attention takes none: it would read each row's length, and copy the cache of rows of
-    different lengths, in each layer.
+    The same operations with one log-softmax for both: a chunk's backward holds one tensor of V
+    numbers per token less.
     """
-    config = policy.model.config.get_text_config()
-    attention = config._attn_implementation
-    if attention != "eager":
-        sdpa = policy.model.get_decoder()._supports_sdpa
-        config._attn_implementation = "sdpa" if sdpa else "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = attention
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    finite = logp.masked_fill(logp == -torch.inf, 0.0)  # a banned token: 0 * log 0 = 0
+    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return logprobs, -(logp.exp() * finite).sum(dim=-1)
 
 
-def _round_up(x: int, multiple: int) -> int:
+def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def _uniforms(seed: int, n: int, length: int) -> Tensor:
+def uniforms(seed: int, n: int, length: int) -> Tensor:
     """U[0, 1) of one prompt. On the CPU: the same for every device.   -> (n, length) float64"""
     return torch.rand(n, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -135,8 +135,16 @@ def load_model(
     """The model with its weights. weights False: without values, on the meta device.
 
     Raises OSError for missing or unreadable files, ValueError for an attention that the model has
-    not, and for weights that lack parameters: the library would set these at random.
+    not or computes wrongly, and for weights that lack parameters: the library would set these at
+    random.
     """
+    # Its image tokens see those behind them. Flash attention reads no mask that says so.
+    two_ways = FAMILIES[config.model_type].token_types
+    if two_ways and "flash" in options.get("attn_implementation", ""):
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type!r} model, whose image tokens see one another, "
+            "which flash attention does not compute; set --attention sdpa"
+        )
     try:
         if not weights:
             with torch.device("meta"):

@@ -20,6 +20,7 @@ Symbols: P prompts, n responses per prompt, N = P * n rows (a prompt's rows are 
 L prompt tokens (left padded), T response tokens (right padded), V vocabulary, D hidden size.
 """
 
+import copy
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,16 +31,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import grpo
-import tsec
 from vlm import adapt, chat
 from vlm.cache import ReadPrompts, prompt_layers
-from vlm.decode import Decoder
+from vlm.decode import Decoder, logprobs_and_entropy
 from vlm.families import FAMILIES
 from vlm.load import load_config, load_model, load_processor
 from vlm.patches import use_patch_products
@@ -399,7 +399,8 @@ class Policy(nn.Module):
     def _processed(self, text: str, images: list[Tensor]) -> BatchFeature:
         """The processor's inputs of one prompt. Each family pads a batch in its own way."""
         bos = self.processor.tokenizer.bos_token
-        pixels = [(x * 255).round().to(torch.uint8) for x in images]  # exact: from 8-bit pictures
+        # Exact, as they come from 8-bit pictures. A processor computes on a GPU in another way.
+        pixels = [(x.cpu() * 255).round().to(torch.uint8) for x in images]
         # Resized already. A second time is not the identity for extreme shapes or narrow limits.
         with self.family.without_resize(self.processor.image_processor) as options:
             return self.processor(
@@ -448,14 +449,18 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------- read, respond
 
-    def read(self, prompts: Prompts) -> ReadPrompts:
+    def read(self, prompts: Prompts, to_pixels: bool = False) -> ReadPrompts:
         """The prompt pass: compute each prompt once.
 
-        With gradients on, the result carries the graph to the pixels and the parameters.
+        With gradients on, the result carries the graph to the parameters, and to the images where
+        they ask for a gradient. to_pixels: make them ask. `read.images` are the graph's.
         """
+        images = (
+            [x.detach().requires_grad_() for x in prompts.images] if to_pixels else prompts.images
+        )
         vision = {}
-        if prompts.images:
-            vision = self._in_precision(self.to_pixel_values(prompts.images))
+        if images:
+            vision = self._in_precision(self.to_pixel_values(images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -476,7 +481,8 @@ class Policy(nn.Module):
                 "the prompt's cache is empty: is activation checkpointing on for the language "
                 "model? Use adapt.checkpoint_layers"
             )
-        return ReadPrompts(layers, hidden[:, -1])
+        # In layers of their own: a pass that is computed again writes into `layers` again.
+        return ReadPrompts([layer.select(slice(None)) for layer in layers], hidden[:, -1], images)
 
     def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision inputs, cast where the family's tower does not do so itself."""
@@ -564,18 +570,24 @@ class Policy(nn.Module):
     # -------------------------------------------------------------------------------------- score
 
     def score(
-        self, prompts: Prompts, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+        self,
+        prompts: Prompts,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        read: ReadPrompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probs and entropies of given responses.
 
         (N, T), (N, T) bool -> (N, T), (N, T) float32. Differentiable in the parameters and in
         prompts.images. Values at padding are meaningless and finite.
+        read: `self.read(prompts)` with its graph, for several uses; None: computed here.
 
         Responses of like length are computed together, so that little padding is computed. With
         micro_responses each chunk is computed again in the backward, which then holds the
         activations of one chunk and of the P prompts.
         """
-        read = self.read(prompts)
+        read = self.read(prompts) if read is None else read
         n = len(tokens) // len(prompts)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (N,)
         targets = torch.where(mask, tokens, self.eos_ids[0])
@@ -626,9 +638,7 @@ class Policy(nn.Module):
         """
 
         def head(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.logits(h)  # (chunk, V)
-            logprobs = grpo.token_logprobs(logits, y, temperature)
-            return logprobs, tsec.token_entropy(logits, temperature)
+            return logprobs_and_entropy(self.logits(h), y, temperature)  # of (chunk, V)
 
         size = max(1, LOGITS_PER_CHUNK // len(self.banned))
         hidden_chunks = hidden.flatten(0, 1).split(size)
@@ -666,6 +676,7 @@ class Policy(nn.Module):
         RuntimeError when one is more than rounding: the library has changed, or the checkpoint is
         unlike its family.
         """
+        self._refuse_wrong_rotations()
         self._refuse_cut_prompts()
         wide = 56 if self.family.one_tile else 84  # oblong, its two tiles would differ
         rng = np.random.default_rng(0)
@@ -717,6 +728,23 @@ class Policy(nn.Module):
                 f"self-check: prompts are cut to {tokens} tokens; look for truncation in the "
                 "processor's and the tokenizer's files. --self_check false trains on cut prompts"
             )
+
+    def _refuse_wrong_rotations(self) -> None:
+        """Rotary frequencies must be those of the config. Both ways of the check rotate by them."""
+        for module, model in _models_of_modules(self.model).items():
+            for name, found in module.named_buffers(recurse=False):
+                if not name.endswith("inv_freq"):
+                    continue
+                fresh = copy.deepcopy(module)
+                setattr(fresh, name, torch.zeros(found.shape))
+                model._init_weights(fresh)
+                wanted = getattr(fresh, name)
+                if not torch.allclose(found.float().cpu(), wanted, rtol=1e-5, atol=0):
+                    raise RuntimeError(
+                        f"self-check of {self.model.config.model_type}: the rotary frequencies of "
+                        f"{type(module).__name__} ({found.dtype}) are not those of its config: "
+                        "were they rounded or left empty when the model was loaded or cast?"
+                    )
 
     def _pixel_difference(self, pictures: list[Image.Image], prompts: Prompts) -> float:
         """The largest difference of our pixel_values from the processor's; inf if they are more.
@@ -777,3 +805,12 @@ class Policy(nn.Module):
                 end = torch.ones_like(response)
             inputs[name] = torch.cat([x, end[None]], dim=1)
         return self.model(**inputs, use_cache=False).logits[0, -T - 1 : -1].float()
+
+
+def _models_of_modules(model: nn.Module) -> dict[nn.Module, PreTrainedModel]:
+    """{module: the innermost transformers model that holds it}"""
+    models = {}
+    for module in model.modules():  # the outer ones first
+        if isinstance(module, PreTrainedModel):
+            models |= dict.fromkeys(module.modules(), module)
+    return models
