@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--parts", nargs="+", choices=list(SHARES), default=list(SHARES))
     add("--minutes", type=float, default=10, help="for all parts together")
     add("--toy", action="store_true", help="tiny models, few steps: a rehearsal on a CPU")
-    add("--work", type=Path, help="folder for models and runs, deleted afterwards (40 GB)")
+    add("--work", type=Path, help="folder for models and runs, deleted afterwards")
     args = parser.parse_args(argv)
     output = args.output.absolute()
     output.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ metrics.jsonl.
 import argparse
 import contextlib
 import copy
+import functools
 import gc
 import importlib.metadata
 import importlib.util
@@ -364,14 +365,22 @@ def random_weights() -> Iterator[None]:
         yield
 
 
-def planned(options: dict, precision: str) -> float:
-    """Bytes at the peak of a step, as --dry_run says."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    config = train_saei.load_config(**options)
+@functools.cache
+def without_weights(folder: str, options: tuple) -> Policy:
+    """What a plan is made of. options: (name, value) pairs of train_saei.py"""
+    config = train_saei.load_config(model=folder, **dict(options))
     policy = config.model.load(weights=False)
     config.memory.apply(policy, config.run.seed)
-    rows = config.data.load(config.data.split)
-    measured = plan.measure([rows[0]], policy)
+    return policy
+
+
+def planned(options: dict, setting: dict, precision: str) -> float:
+    """Bytes at the peak of a step, as --dry_run says."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    config = train_saei.load_config(**options, **setting)
+    of_model = {name: options[name] for name in ("dtype", "lora_rank") if name in options}
+    policy = without_weights(options["model"], tuple(of_model.items()))
+    measured = plan.measure([config.data.load(config.data.split)[0]], policy)
     P, micro = config.saei.prompts_per_step, config.memory.micro_prompts
     work = plan.Work(P, min(micro, P), measured.L, measured.patches)
     return plan.peak(plan.estimate(config, policy, work))
@@ -403,20 +412,23 @@ def measured_steps(options: dict, precision: str) -> dict:
     room = torch.cuda.get_device_properties(0).total_memory if CUDA else float("inf")
     plans, errors = {}, {}
     for name, setting in SETTINGS.items():
-        plans[name] = planned(options | setting, precision)
+        plans[name] = planned(options, setting, precision)
         if plans[name] > 0.95 * room:
             continue
         try:
             free_memory()
+            held = torch.cuda.memory_allocated() if CUDA else 0
             lines = train(every_other, precision, **options, **setting)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "ALLOC" not in str(error):
+                raise
             errors[name] = said(error)
             continue
         seconds = {k: value for k, value in lines[-1].items() if k.startswith("seconds/")}
         found = {"setting": name, "planned GiB": plans[name] / GIB}
         found |= {"peak GiB": lines[-1]["memory_gib"], "first step": lines[0]["seconds/step"]}
         found |= {"tokens": lines[-1]["length"] * options["prompts_per_step"] * options["rollouts"]}
-        return found | seconds | {"out of memory": errors}
+        return found | seconds | {"GiB held before": held / GIB, "out of memory": errors}
     raise MemoryError(f"no setting fits: {plans}, {errors}")
 
 

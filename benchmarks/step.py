@@ -50,7 +50,6 @@ import tsec  # noqa: E402
 from runtime import distributed, rollouts  # noqa: E402
 from runtime.args import flat  # noqa: E402
 from runtime.run import Batch, Clock, Run  # noqa: E402
-from tests import tiny  # noqa: E402
 from vlm.policy import Policy  # noqa: E402
 
 ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.SaEIArgs.pgd_steps} PGD steps"]
@@ -60,6 +59,8 @@ VOCABULARY, LR = 1024, 1e-6
 
 def build_model():
     """Qwen2.5-VL of 4 + 4 layers from a seed.   -> (model, processor)"""
+    from tests import tiny  # here: it needs the families of a recent transformers
+
     config, processor = tiny.qwen("qwen2_5_vl")
     fillers = VOCABULARY - len(processor.tokenizer)
     processor.tokenizer.add_tokens([f"filler{i}" for i in range(fillers)])
