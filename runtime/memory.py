@@ -24,8 +24,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import distributed
-from vlm.patches import PatchProduct
 from vlm.decode import BLOCK_TOKENS, round_up
+from vlm.patches import PatchProduct
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 # Of a chunk of float32 logits, measured: its log-softmax, its gradients, what the entropy keeps.
