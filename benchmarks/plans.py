@@ -1,7 +1,7 @@
 """The memory that each GPU recipe is planned to take: python -m benchmarks.plans
 
-Writes the table of docs/scaling.md and the figure in the recipe's comment, for the longest prompt
-that the recipe allows and pictures of the largest size. The plan is that of --dry_run (runtime/
+Writes the tables of docs/scaling.md and recipes/README.md and the figures in the recipes' comments,
+for the longest prompt that a recipe allows and pictures of the largest size. The plan is that of --dry_run (runtime/
 memory.py). Beside it stands `by_hand`: a few products of published sizes, which share no code with
 the plan. Nothing is downloaded (benchmarks/models.py), and no GPU is needed.
 """
@@ -25,7 +25,6 @@ from study.tables import table
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/scaling.md"
 ZERO_2 = "recipes/accelerate/zero2.yaml"
 DEFAULTS = ["--num_machines", "1", "--dynamo_backend", "no"]  # else accelerate says them
 CARDS = {  # recipe -> what it is written for
@@ -155,6 +154,27 @@ def plans_table() -> str:
     return table(head, rows)
 
 
+def cards_table() -> str:
+    """The table of recipes/README.md: a row for each recipe."""
+    rows = []
+    for recipe, card in CARDS.items():
+        config, _ = load(recipe)
+        what = config.model.model.split("/")[1].removesuffix("-Instruct")
+        if config.memory.lora_rank:
+            what = f"LoRA adapters of {what}"
+        elif config.memory.freeze == "vision":
+            what += ", vision tower frozen"
+        figure = peak(planned(recipe, command(recipe))) / GIB
+        rows.append([card, f"[{recipe}]({recipe}.yaml)", what, f"{figure:.1f}"])
+    return table(["GPUs", "recipe", "trains", "planned"], rows)
+
+
+PAGES = {
+    "docs/scaling.md": {"plans": plans_table},
+    "recipes/README.md": {"cards": cards_table},
+}
+
+
 def with_figure(recipe: str) -> str:
     """The recipe's text with the planned peak in its comment."""
     text = (ROOT / f"recipes/{recipe}.yaml").read_text()
@@ -165,7 +185,8 @@ def with_figure(recipe: str) -> str:
 def main() -> None:
     for recipe in CARDS:
         (ROOT / f"recipes/{recipe}.yaml").write_text(with_figure(recipe))
-    PAGE.write_text(fill(PAGE.read_text(), {"plans": plans_table}))
+    for name, tables in PAGES.items():
+        (ROOT / name).write_text(fill((ROOT / name).read_text(), tables))
 
 
 if __name__ == "__main__":
