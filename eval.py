@@ -16,6 +16,7 @@ Intervals are over problems (runtime/estimates.py). They do not cover other seed
 import json
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,6 @@ from runtime import args, data, distributed
 from runtime.args import option
 from runtime.estimates import bootstrap_interval, pass_at_k, share_interval
 from runtime.rollouts import micro_batches
-from vlm.policy import Policy
 
 
 @dataclass
@@ -79,14 +79,15 @@ def load_config(argv: list[str] = (), **options) -> Config:
 
 
 def evaluate_rows(
-    policy: Policy, sampler: args.Sampler, rows: list[dict], seeds: list[int], cfg: EvalArgs
+    sampler: args.Sampler, rows: list[dict], seeds: list[int], cfg: EvalArgs
 ) -> list[dict]:
     """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
+    policy = sampler.policy
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
-    T, options = cfg.max_new_tokens, {"read": sampler.read(prompts)}
-    wait = sampler.ask(prompts, 1, seeds, T, temperature=0.0, **options)
-    wait_sampled = sampler.ask(prompts, cfg.samples, seeds, T, cfg.temperature, **options)
-    greedy, sampled = wait(), wait_sampled()
+    T, read = cfg.max_new_tokens, cache(partial(policy.read, prompts))  # one prompt pass for both
+    wait = sampler.ask(prompts, 1, seeds, T, temperature=0.0)
+    wait_sampled = sampler.ask(prompts, cfg.samples, seeds, T, cfg.temperature)
+    greedy, sampled = wait(read), wait_sampled(read)
     greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1)
     cut = [x.truncated(policy.eos_ids).view(len(rows), -1) for x in (greedy, sampled)]
@@ -106,12 +107,7 @@ def evaluate_rows(
 
 
 def evaluate_split(
-    policy: Policy,
-    sampler: args.Sampler,
-    split: str,
-    rows: data.Rows,
-    cfg: EvalArgs,
-    accelerator: Accelerator,
+    sampler: args.Sampler, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
 ) -> list[dict]:
     """All processes' records, each row once, in the split's order, on every process."""
     records = []
@@ -119,7 +115,7 @@ def evaluate_split(
     bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
     for numbers in (mine[part] for part in bar):
         seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in numbers]
-        for record in evaluate_rows(policy, sampler, [rows[i] for i in numbers], seeds, cfg):
+        for record in evaluate_rows(sampler, [rows[i] for i in numbers], seeds, cfg):
             records.append(record | {"split": split})
     return sorted(gather_object(records), key=lambda record: record["row"])
 
@@ -171,8 +167,7 @@ def main(config: Config) -> dict:
         with config.engine.sampler(policy, config.model.model, precision) as sampler:
             sampler.load_weights()
             for split in cfg.splits:
-                arguments = (policy, sampler, split, rows[split], cfg, accelerator)
-                records[split] = evaluate_split(*arguments)
+                records[split] = evaluate_split(sampler, split, rows[split], cfg, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     result["seconds"] = round(time.time() - start, 1)

@@ -92,6 +92,7 @@ class Config(NamedTuple):
     memory: args.MemoryArgs
     data: args.TrainDataArgs
     run: args.RunArgs
+    engine: args.EngineArgs
 
 
 def load_config(argv: list[str] = (), **options) -> Config:
@@ -125,6 +126,7 @@ def main(config: Config) -> None:
         with accelerator.autocast(), distributed.gathered(policy):
             differences = policy.self_check()
         accelerator.print(f"self-check: differences to transformers: {json.dumps(differences)}")
+    sampler = config.engine.sampler(policy, config.model.model, accelerator.mixed_precision)
 
     for step in run.steps():
         batch = batches.of_step(step)
@@ -133,34 +135,43 @@ def main(config: Config) -> None:
         cuts, clock = (cfg.tsec_low, cfg.tsec_high), Clock(accelerator.device)
 
         with accelerator.autocast(), distributed.gathered(policy):
-            # One pass over the prompts serves sampling, attack and update, where that can be
-            passes = Passes()
-            if distributed.one_prompt_pass(accelerator):
-                for part in micro_batches(len(prompts), micro):
-                    to_pixels = cfg.intervention == "egas"
-                    passes.reads[part.start] = policy.read(prompts[part], to_pixels)
-            clock.lap("read")
-
-            # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
+            sampler.load_weights()  # an engine's, which the last update has changed
+            parts, passes, rolled = sampler.parts(len(prompts), micro), Passes(), []
             n, seeds = cfg.clean_rollouts, batch.seeds(CLEAN)
-            clean = policy.sample(prompts, n, seeds, *settings, passes.values())
-            clock.lap("sample")
+            asked = [sampler.ask(prompts[part], n, seeds[part], *settings) for part in parts]
+            for part, wait in zip(parts, asked, strict=True):  # an engine goes on with the others
+                # One pass over the prompts serves sampling, attack and update, where that can be
+                if distributed.one_prompt_pass(accelerator):
+                    passes.read(policy, prompts, part, micro, cfg.intervention == "egas")
+                clock.lap("read")
 
-            # 2  TsEC: tokens of moderate entropy
-            tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
+                # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
+                clean = wait(passes.values)
+                clock.lap("sample")
 
-            # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            objective_of = partial(
-                EntropyObjective, policy, prompts, clean, tsec_mask, cfg.temperature
-            )
-            seeds, noise_t = batch.seeds(ATTACK), egas.annealed_time(step, config.run.steps)
-            attacked = intervene(cfg, policy, prompts, passes, objective_of, micro, seeds, noise_t)
-            clock.lap("attack")
+                # 2  TsEC: tokens of moderate entropy
+                chosen = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
 
-            # 4  y ~ pi_old(. | I_adv, Q)
-            responses, n = [clean], cfg.adversarial_rollouts
-            if n:
-                responses.append(policy.sample(attacked, n, batch.seeds(ADVERSARIAL), *settings))
+                # 3  EgAS: the image that raises their entropy (or what the other arms do to it)
+                tensors = (prompts[part], clean, chosen, cfg.temperature)
+                objective_of, start = partial(EntropyObjective, policy, *tensors), part.start
+                seeds, noise_t = (
+                    batch.seeds(ATTACK)[part],
+                    egas.annealed_time(step, config.run.steps),
+                )
+                attacked = intervene(
+                    cfg, policy, prompts[part], passes, objective_of, micro, seeds, noise_t, start
+                )
+                clock.lap("attack")
+
+                # 4  y ~ pi_old(. | I_adv, Q)
+                n, seeds, adversarial = cfg.adversarial_rollouts, batch.seeds(ADVERSARIAL), None
+                if n:
+                    adversarial = sampler.ask(attacked, n, seeds[part], *settings)
+                rolled.append((clean, chosen, attacked, adversarial))
+            responses, tsec_mask, attacked = rollouts.collect(prompts, rolled, policy.pad_id)
+            sampler.check(prompts, responses[0], cfg.temperature)
+            sampler.rest()
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group: (P, G) each
@@ -169,6 +180,8 @@ def main(config: Config) -> None:
         sampled = Rollouts(
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
+        tensors = (prompts, responses[0], tsec_mask, cfg.temperature)
+        objective_of = partial(EntropyObjective, policy, *tensors)
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
             metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro, step)
         clock.lap("measure")
@@ -182,6 +195,7 @@ def main(config: Config) -> None:
         run.log_samples(step, sampled, policy)
         run.save_if_due(step, wrapped)
     run.finish()
+    sampler.close()
 
 
 # ------------------------------------------------------------------------------ steps in detail
@@ -232,12 +246,13 @@ def intervene(
     micro: int,
     seeds: list[int],
     noise_t: float,
+    first: int = 0,
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
     egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen parameters.
     With a prompt pass in `passes` the first gradient goes through it. The clean responses' scores
-    are kept there for the update.
+    are kept there for the update, by the number of their first prompt in the step: here is `first`.
     random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
     """
     images = []
@@ -246,8 +261,8 @@ def intervene(
         generator = torch.Generator().manual_seed(seeds[part][0])
         if cfg.intervention == "egas" and clean:  # else text alone: nothing to attack
             objective, grads = objective_of(part), None
-            if read := passes.reads.get(part.start):
-                passes.scores[part.start] = scores = objective.score(clean, read)
+            if read := passes.reads.get(first + part.start):
+                passes.scores[first + part.start] = scores = objective.score(clean, read)
                 value = objective.of(scores[1]).sum()
                 grads = egas.image_gradients(value, read.images, retain_graph=True)
             with distributed.frozen(policy):
@@ -290,7 +305,7 @@ def update(
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    old_logprobs, ref_logprobs = {}, {}
+    old_logprobs, ref_logprobs, on_attacked = {}, {}, {}
     first, *further = micro_batches(P, P // cfg.updates_per_step)  # one optimiser step each
     for chunk in further:
         old_logprobs |= rollouts.score_all(batches, wrapped, cfg.temperature, micro, chunk, passes)
@@ -298,7 +313,11 @@ def update(
         with accelerator.autocast():  # as accelerate does for `wrapped`
             options = (cfg.temperature, micro, slice(0, P), Passes())
             ref_logprobs = rollouts.score_all(batches, reference, *options)
-    sums, norms = Counter(), []
+    if config.engine.is_used and cfg.condition == "clean" and sampled.adversarial is not None:
+        _, batch = rollouts.by_condition(whole, sampled, "sampled")
+        options = (cfg.temperature, micro, slice(0, P), Passes())
+        on_attacked = rollouts.score_all([batch], wrapped, *options)
+    sums, norms, largest = Counter(), [], []
     for chunk in (first, *further):
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # the normaliser of all processes
@@ -309,8 +328,11 @@ def update(
                     old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
                     kept = passes if k == 0 else Passes()  # the clean images come first
                     scores = kept.score(wrapped, batch, part, cfg.temperature)
-                    loss, metrics = batch_loss(config, scores, batch.take(part), old, ref, tokens)
+                    adversarial = on_attacked.get((part.start, 0))
+                    arguments = (batch.take(part), old, ref, adversarial, tokens)
+                    loss, metrics = batch_loss(config, scores, *arguments)
                     losses.append(loss)
+                    largest.append(metrics.pop("engine/ratio_max", torch.tensor(1.0)))
                     sums.update(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -325,6 +347,8 @@ def update(
     names = sorted(sums)
     means = torch.stack([sums[name] for name in names]) / cfg.updates_per_step
     means = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
+    if config.engine.is_used:
+        means["engine/ratio_max"] = accelerator.gather(torch.stack(largest).max()).max().item()
     return means | {"grad_norm": sum(norms) / len(norms), "lr": lr}
 
 
@@ -334,15 +358,25 @@ def batch_loss(
     batch: TrainingBatch,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    on_attacked: Tensor | None,
     tokens: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`."""
+    """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`.
+
+    on_attacked: the adversarial responses' old log-probs on the images they were sampled on, where
+    the update has other images and an engine sampled.
+    """
     cfg, control = config.saei, config.control.update_control
     logprobs, entropy = scores  # (P * n, T)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     clip = (1.0, math.inf) if control in apply_control.UNCLIPPED else (cfg.clip_low, cfg.clip_high)
     advantages, loss_mask = batch.advantages.flatten(), batch.loss_mask.flatten(0, 1)
-    loss, metrics = grpo.policy_loss(logprobs, old, advantages, loss_mask, *clip, tokens)
+    weights, engine_metrics = None, {}
+    if config.engine.is_used:
+        arguments = (old, on_attacked, config.engine.engine_cap, tokens)
+        weights, engine_metrics = rollouts.engine_weights(batch, *arguments)
+    loss, metrics = grpo.policy_loss(logprobs, old, advantages, loss_mask, *clip, tokens, weights)
+    metrics |= engine_metrics
     if control != "none":
         metrics |= apply_control.terms(batch, logprobs, old, entropy, tokens)
         loss = loss + metrics["control/loss"]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import gpu_table
 from study import tables as study_tables
 from study.tables import table
 
@@ -212,6 +213,12 @@ def parallel() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+def gpu(name: str) -> str:
+    """A results.json of benchmarks/gpu.py as tables. Not run if the file is not there."""
+    stored = (ROOT / "benchmarks" / f"{name}.json").exists()
+    return gpu_table.table_of(read(name) if stored else None).rstrip()
+
+
 # ------------------------------------------------------------- the ranges of docs/metrics.md
 
 RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of study/results/shifted
@@ -323,6 +330,7 @@ PAGES = {  # page -> marker -> what makes it
     "docs/walkthrough/README.md": {},
     "docs/scaling.md": {"parallel": parallel},
     "docs/grading.md": {"graders": graders, "reasons": reasons},
+    "docs/gpu.md": {"gpu": partial(gpu, "gpu"), "rehearsal": partial(gpu, "gpu_rehearsal")},
     "docs/speed.md": {"step": step, "phases": phases},
     "docs/study.md": {name: partial(make, STUDY) for name, (_, make) in study_tables.PARTS.items()},
 }

@@ -238,9 +238,14 @@ class EngineArgs(Options):
             rule = f"--engine own, vllm, or URLs such as http://host:8700, got {where!r:.80}"
             require(alone or where.startswith(("http://", "https://")), rule)
 
+    @property
+    def is_used(self) -> bool:
+        """Does an engine sample, and not the policy itself?"""
+        return self.engine != ["own"]
+
     def sampler(self, policy: Policy, model: str, mixed_precision: str = "no") -> "Sampler":
         """Who samples. Its weights are in the precision that the trainer computes in."""
-        if self.engine == ["own"]:
+        if not self.is_used:
             return OwnSampler(policy)
         low = mixed_precision == "bf16" or next(policy.parameters()).dtype == torch.bfloat16
         options = (self.engine, self.engine_python, self.engine_memory)

@@ -44,6 +44,24 @@ class Rollouts:
         return self.responses[1] if len(self.responses) > 1 else None
 
 
+def collect(
+    prompts: Prompts, parts: list[tuple], pad_id: int
+) -> tuple[list[Responses], Tensor, Prompts]:
+    """Wait for the adversarial responses, and join what was made of some prompts after others.
+
+    parts: (clean responses, TsEC's mask, attacked prompts, wait or None), in the prompts' order.
+    -> responses (clean, and adversarial if there are any), TsEC's mask, the attacked prompts
+    """
+    clean, masks, attacked, waits = zip(*parts, strict=True)
+    responses = [Responses.concatenate(list(clean), pad_id)]
+    if waits[0] is not None:
+        responses.append(Responses.concatenate([wait() for wait in waits], pad_id))
+    T = responses[0].tokens.shape[1]
+    tsec_mask = torch.cat([right_padded(mask, T, False) for mask in masks])
+    images = [x for part in attacked for x in part.images]
+    return responses, tsec_mask, prompts.with_images(images)
+
+
 def by_prompt(x: Tensor, prompts: int) -> Tensor:
     """(P * n, ...) -> (P, n, ...)"""
     return x.unflatten(0, (prompts, -1))
@@ -229,6 +247,7 @@ class TrainingBatch(NamedTuple):
     penalty_weights: Tensor  # (P, n, T) of |log pi - log pi_old|
     advantages: Tensor  # (P, n)
     entropy_coef: Tensor  # (P, n) of the entropy bonus
+    sampler_logprobs: Tensor  # (P, n, T), of who sampled, on the image of the sampling
 
     def take(self, prompts: slice) -> "TrainingBatch":
         """The part of some prompts."""
@@ -271,6 +290,7 @@ def all_responses(rollouts: Rollouts, zero_variance: str) -> TrainingBatch:
         penalty_weights=torch.zeros(mask.shape, device=mask.device),
         advantages=rollouts.advantages,
         entropy_coef=torch.zeros_like(rollouts.advantages),
+        sampler_logprobs=joined(rollouts, "logprobs"),
     )
 
 
@@ -295,6 +315,13 @@ class Passes:
     def __init__(self):
         self.reads: dict[int, ReadPrompts] = {}
         self.scores: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def read(
+        self, policy: Policy, prompts: Prompts, part: slice, micro: int, to_pixels: bool
+    ) -> None:
+        """Read the prompts of `part`, `micro` at a time."""
+        for some in micro_batches(part.stop, micro, part.start):
+            self.reads[some.start] = policy.read(prompts[some], to_pixels)
 
     def values(self) -> ReadPrompts | None:
         """All prompts' pass without its graph, to sample from."""
@@ -339,3 +366,26 @@ def score_all(
             kept = passes if k == 0 else Passes()  # the clean images come first
             found[part.start, k] = kept.score(policy, batch, part, temperature)[0].detach()
     return found
+
+
+def engine_weights(
+    batch: TrainingBatch, old: Tensor, on_attacked: Tensor | None, cap: float, tokens: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss's weights where an engine sampled, and the metrics of the ratio to the trainer.
+
+    old: the trainer's log-probs in the update; on_attacked: those of the adversarial responses, the
+    last of each prompt, where they were sampled on other images than `old` is of.
+    -> (P * n, T), sums over tokens divided by `tokens`
+    """
+    P, n, T = batch.mask.shape
+    trainer = by_prompt(old.detach(), P)
+    if on_attacked is not None:
+        on_attacked = by_prompt(right_padded(on_attacked, T), P)
+        trainer = torch.cat([trainer[:, : n - on_attacked.shape[1]], on_attacked], dim=1)
+    weights, ratio = grpo.importance_weights(trainer, batch.sampler_logprobs, batch.mask, cap)
+    metrics = {
+        "engine/ratio": ratio.masked_fill(~batch.mask, 0.0).sum() / tokens,
+        "engine/cut": (ratio > cap).sum() / tokens,
+        "engine/ratio_max": ratio.max(),
+    }
+    return weights.flatten(0, 1), metrics

@@ -11,6 +11,7 @@ from conftest import comparable, metrics_of, parameters, short
 
 import train_saei
 from tests import device_cases as cases
+from tests import families
 from vlm.policy import Policy
 
 DEVICE = cases.device()
@@ -22,6 +23,9 @@ TOLERANCE = {  # of float32; attacked images: the share of pixels that may diffe
     "gradients": 1e-3,
 }
 FAMILIES = ["qwen3_vl", "smolvlm", "gemma3", "qwen3_5"]
+if DEVICE.type == "cuda":
+    FAMILIES += ["qwen2_vl", "llava", "llava_onevision", "internvl", "gemma3n", "gemma4", "glm4v"]
+    FAMILIES += ["mistral3", "lfm2_vl", "cohere2_vision"]
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +91,6 @@ def test_sampling_and_scoring_agree(way, limit):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_family_scores_on_the_device_as_in_float64(kind):
-    families = pytest.importorskip(
-        "tests.families", reason="a later transformers has this family", exc_type=ImportError
-    )
     policy, found = families.make_policy(kind), []
     tokens, mask = families.responses(policy, P=3, n=2, T=6)
     for device in (DEVICE, "cpu"):

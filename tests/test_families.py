@@ -1,5 +1,6 @@
 """Every family of vlm.families, on tiny random models of the real classes (tests/families.py)."""
 
+import copy
 import json
 
 import numpy as np
@@ -371,7 +372,7 @@ def test_the_self_check_refuses_a_wrong_position(policy, monkeypatch):
 def test_the_self_check_refuses_a_wrong_position_in_bfloat16_too(policy, monkeypatch):
     """Beyond the limit, 0.5, which is above rounding. Or below it (qwen3_5: 0.14), and then because
     positions moved back by one fit better."""
-    low = make_policy(policy.model.config.model_type).to(torch.bfloat16)
+    low = Policy.from_pretrained(checkpoint(policy.model.config.model_type), dtype="bfloat16")
     assert low.self_check()["logits"] < 0.3
     monkeypatch.setattr(Policy, "_positions", late_positions)
     small = policy.model.config.model_type in ("qwen3_5", "qwen3_5_moe")
@@ -386,6 +387,33 @@ def test_the_self_check_refuses_a_prompt_without_its_token_types():
     message = "self-check of gemma3: logits after the shared prompt differ"
     with pytest.raises(RuntimeError, match=message):
         policy.self_check()
+
+
+def rotations(policy) -> list[torch.Tensor]:
+    buffers = dict(policy.named_buffers())
+    return [x for name, x in buffers.items() if name.endswith("inv_freq")]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x.zero_(), lambda x: x.copy_(x.bfloat16()), lambda x: x.mul_(torch.nan)],
+    ids=["empty", "rounded", "not finite"],
+)
+def test_the_self_check_refuses_wrong_rotations(policy, spoil):
+    """Of any rotary module, of the tower, too. Both ways of the check would rotate wrongly."""
+    assert rotations(policy)
+    for i, x in enumerate(rotations(policy)):
+        spoilt = copy.deepcopy(policy)
+        spoil(rotations(spoilt)[i])
+        if x.equal(rotations(spoilt)[i]):
+            continue  # bfloat16 holds them
+        with pytest.raises(RuntimeError, match="rotary frequencies of .*torch.float32.* not those"):
+            spoilt.self_check()
+
+
+def test_the_self_check_refuses_a_model_cast_with_its_rotations(policy):
+    with pytest.raises(RuntimeError, match="rotary frequencies of .*torch.bfloat16.* not those"):
+        copy.deepcopy(policy).to(torch.bfloat16).self_check()
 
 
 def test_the_self_check_can_be_switched_off(rows, tmp_path, monkeypatch):

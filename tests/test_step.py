@@ -89,8 +89,8 @@ def train(processor, out, monkeypatch, rows=ROWS, **changes) -> SimpleNamespace:
         seen.rows = [by_problem[problem] for problem in problems]
         return encode(self, problems, images, max_tokens)
 
-    def listen_sample(self, prompts, n, *rest):
-        responses = sample(self, prompts, n, *rest)
+    def listen_sample(self, prompts, n, *rest, **options):
+        responses = sample(self, prompts, n, *rest, **options)
         tokens = []
         for row, mask in zip(responses.tokens, responses.mask, strict=True):
             tokens.append(row[mask].tolist())

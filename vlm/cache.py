@@ -15,13 +15,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
+
+# Earlier versions (5.17) have no entry in the cache for a layer that reads another's keys.
+DummyLayer = getattr(cache_utils, "DummyLayer", object)
 
 
 class PromptLayer(DynamicLayer):

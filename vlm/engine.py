@@ -39,14 +39,16 @@ from torch import Tensor, distributed
 from transformers.core_model_loading import revert_weight_conversion
 
 from vlm import adapt
+from vlm.cache import ReadPrompts
 from vlm.engine_child import SUPPORTED, TOKEN, Message, pack, receive, send, unpack
 from vlm.policy import Policy, Prompts, Responses, _uniforms
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYTHON = PROJECT / ".venv-engine/bin/python"  # made by `bash run.sh engine`
+CHILD = "vlm.engine_child"
 RESTARTS = 3  # of a child that dies, in a row
 PATIENCE = 600  # seconds that a server may be away in the middle of a run
-CHECKED_PROMPTS = 4
+CHECK_EVERY, CHECKED_PROMPTS = 10, 4  # steps, prompts of such a step
 
 # Families whose vision features vLLM takes as they are (image_embeds).
 EMBEDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
@@ -80,25 +82,37 @@ class OwnSampler:
     """Policy.sample behind Engine's interface. An answer is computed when it is waited for."""
 
     def __init__(self, policy: Policy):
-        self.sample, self.read = policy.sample, policy.read
+        self.policy = policy
 
     def __enter__(self) -> "OwnSampler":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Nothing runs."""
+        self.close()
 
-    def ask(self, *args: Any, **options: Any) -> Callable[[], Responses]:
-        return partial(self.sample, *args, **options)
+    def parts(self, prompts: int, size: int) -> list[slice]:
+        """All at once: the more rows a pass has, the less a token costs."""
+        return [slice(0, prompts)]
+
+    def ask(self, *args: Any, **options: Any) -> Callable[..., Responses]:
+        """Policy.sample's arguments but `read` -> a function of `read`, a function or None."""
+
+        def wait(read: Callable[[], ReadPrompts | None] | None = None) -> Responses:
+            return self.policy.sample(*args, read=read and read(), **options)
+
+        return wait
 
     def load_weights(self) -> None:
         """They are the policy's own."""
 
-    def check(self, *args: Any) -> dict[str, float]:
-        return {}
+    def check(self, *args: Any) -> None:
+        """There is nothing to compare."""
 
     def rest(self) -> None:
         """It holds no memory of its own."""
+
+    def close(self) -> None:
+        """Nothing runs."""
 
 
 class Engine:
@@ -169,8 +183,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ sample
 
-    def read(self, prompts: Prompts) -> None:
-        """vLLM makes the prompt pass itself."""
+    def parts(self, prompts: int, size: int) -> list[slice]:
+        """`size` at a time: while some are attacked, others are sampled."""
+        return [slice(i, min(i + size, prompts)) for i in range(0, prompts, size)]
 
     def sample(self, *args: Any, **options: Any) -> Responses:
         """As Policy.sample."""
@@ -185,11 +200,11 @@ class Engine:
         max_new_tokens: int,
         temperature: float = 1.0,
         prompts_at_a_time: int = 0,
-        read: Any = None,
-    ) -> Callable[[], Responses]:
-        """Policy.sample's arguments -> a function that waits and gives what it gives.
+    ) -> Callable[..., Responses]:
+        """Policy.sample's arguments but `read` -> a function that waits and gives what it gives.
 
-        prompts_at_a_time and read are not used: vLLM keeps its own order and its own cache.
+        prompts_at_a_time is not used, nor what the function is given: vLLM has its own order and
+        its own prompt pass.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"one seed per prompt: got {len(seeds)} for {len(prompts)}")
@@ -202,7 +217,7 @@ class Engine:
                 message = {"kind": "sample", "prompts": mine, "temperature": temperature}
                 message["stop"] = self.policy.eos_ids
                 waits.append(self._ask_one(connection, message))
-        return partial(self._collect, waits, len(prompts), n)
+        return lambda read=None: self._collect(waits, len(prompts), n)
 
     def _ask_one(self, connection: "Child | Server", message: Message) -> Callable[[], list]:
         """Ask at once. -> a function that waits for the rows.
@@ -435,7 +450,7 @@ class Child:
         ours, theirs = os.pipe()
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [self.python, "-m", "vlm.engine_child", "--pipe", str(theirs)],
+                [self.python, "-m", CHILD, "--pipe", str(theirs)],
                 cwd=PROJECT,
                 env=child_environment(self.device),
                 stdin=subprocess.PIPE,

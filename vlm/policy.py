@@ -20,6 +20,7 @@ Symbols: P prompts, n responses per prompt, N = P * n rows (a prompt's rows are 
 L prompt tokens (left padded), T response tokens (right padded), V vocabulary, D hidden size.
 """
 
+import copy
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
@@ -716,6 +718,7 @@ class Policy(nn.Module):
         RuntimeError when one is more than rounding: the library has changed, or the checkpoint is
         unlike its family.
         """
+        self._refuse_wrong_rotations()
         self._refuse_cut_prompts()
         wide = 56 if self.family.one_tile else 84  # oblong, its two tiles would differ
         rng = np.random.default_rng(0)
@@ -767,6 +770,23 @@ class Policy(nn.Module):
                 f"self-check: prompts are cut to {tokens} tokens; look for truncation in the "
                 "processor's and the tokenizer's files. --self_check false trains on cut prompts"
             )
+
+    def _refuse_wrong_rotations(self) -> None:
+        """Rotary frequencies must be those of the config. Both ways of the check rotate by them."""
+        for module, model in _models_of_modules(self.model).items():
+            for name, found in module.named_buffers(recurse=False):
+                if not name.endswith("inv_freq"):
+                    continue
+                fresh = copy.deepcopy(module)
+                setattr(fresh, name, torch.zeros(found.shape))
+                model._init_weights(fresh)
+                wanted = getattr(fresh, name)
+                if not torch.allclose(found.float().cpu(), wanted, rtol=1e-5, atol=0):
+                    raise RuntimeError(
+                        f"self-check of {self.model.config.model_type}: the rotary frequencies of "
+                        f"{type(module).__name__} ({found.dtype}) are not those of its config: "
+                        "were they rounded or left empty when the model was loaded or cast?"
+                    )
 
     def _pixel_difference(self, pictures: list[Image.Image], prompts: Prompts) -> float:
         """The largest difference of our pixel_values from the processor's; inf if they are more.
@@ -827,6 +847,15 @@ class Policy(nn.Module):
                 end = torch.ones_like(response)
             inputs[name] = torch.cat([x, end[None]], dim=1)
         return self.model(**inputs, use_cache=False).logits[0, -T - 1 : -1].float()
+
+
+def _models_of_modules(model: nn.Module) -> dict[nn.Module, PreTrainedModel]:
+    """{module: the innermost transformers model that holds it}"""
+    models = {}
+    for module in model.modules():  # the outer ones first
+        if isinstance(module, PreTrainedModel):
+            models |= dict.fromkeys(module.modules(), module)
+    return models
 
 
 def logprobs_and_entropy(

@@ -413,7 +413,7 @@ def variants_6(step: Step) -> list[list[str]]:
     sampled = []
     for batch in rollouts.by_condition(step.training, step, "sampled"):
         scores = batch.score(step.policy, SAEI.temperature)
-        loss, _ = train_saei.batch_loss(CONFIG, scores, batch, None, None, tokens)
+        loss, _ = train_saei.batch_loss(CONFIG, scores, batch, None, None, None, tokens)
         sampled.append(loss)
     return [
         [f"{lengths.min():.0f}", f"{lengths.max():.0f}", *step.compared(per_response)],

@@ -1,0 +1,226 @@
+"""benchmarks/gpu.py: its rehearsal on a CPU with a bare machine's packages, and its faults."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, gpu_jobs, gpu_table
+
+ROOT = Path(gpu.__file__).resolve().parent.parent
+ABSENT = ("datasets", "pyarrow", "math_verify", "trl", "flash_attn")  # of a bare machine
+needs_no_gpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a rehearsal for a machine without a GPU"
+)
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """The folder that the command leaves, its standard output. Nothing of ABSENT is importable."""
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "absent").mkdir()
+    (folder / "absent/sitecustomize.py").write_text(HIDE.format(absent=ABSENT))
+    command = [sys.executable, "benchmarks/gpu.py", "--output", str(folder / "out"), "--toy"]
+    command += ["--work", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(folder / "absent"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "out", done.stdout
+
+
+HIDE = """
+import importlib.util
+import sys
+
+found, absent = importlib.util.find_spec, {absent}
+
+
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+
+sys.meta_path.insert(0, Hidden)
+importlib.util.find_spec = lambda name, *rest: None if name in absent else found(name, *rest)
+"""
+
+
+@needs_no_gpu
+def test_the_rehearsal_runs_every_part(rehearsed):
+    folder, output = rehearsed
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["parts"]) == list(gpu.SHARES) == list("abcd")
+    for name, part in results["parts"].items():
+        assert "error" not in part, (name, part["error"])
+        assert json.loads((folder / f"{name}.json").read_text()) == part
+        for job in gpu_jobs.JOBS[name]:
+            assert part[job] and "error" not in part[job], (job, part[job])
+    assert results["commit"] and len(results["checksum of sources"]) == 8
+    assert (folder / "table.md").read_text() in output
+    assert {"log.txt", "table.md", "results.json"} < {path.name for path in folder.iterdir()}
+    assert not list(folder.parent.glob("saei-gpu-*"))  # models and runs are gone
+
+
+@needs_no_gpu
+def test_the_rehearsal_finds_what_a_cpu_can_find(rehearsed):
+    parts = json.loads((rehearsed[0] / "results.json").read_text())["parts"]
+    apart = parts["a"]["numbers"]["cpu against float64"]
+    assert 0 < apart["log-probs"] < 1e-4 and apart["gradients"] < 1e-3
+    assert parts["a"]["numbers"]["|ratio - 1|, float32"]["largest"] < 1e-4
+    assert parts["a"]["numbers"]["|ratio - 1|, bfloat16"]["largest"] > 1e-4
+    assert set(parts["a"]["tests"]["outcomes"].values()) == {"passed"}
+    demo = parts["a"]["demo"]["against the CPU"]
+    assert demo["the same learning"] and demo["first step's difference"] < 0.02
+    for model in ("3B", "7B"):
+        steps = {name: x for name, x in parts["b"][model].items() if "image tokens" in name}
+        assert len(steps) == 3
+        for name, found in steps.items():
+            assert found["tokens"] == 2 * 4 * 6, "a response ended early"
+            phases = sum(found.get(f"seconds/{x}", 0) for x in gpu_table.PHASES[:-1])
+            assert phases == pytest.approx(found["seconds/step"], rel=0.05)
+            assert found["planned GiB"] > 0 and found["peak GiB"] > 0
+            assert (found["seconds/attack"] > 0.01) == ("SaEI" in name)
+    for name in ("sdpa", "eager"):
+        assert parts["b"]["decode"][name]["token"] > 0
+    resumed = parts["d"]["resume"]
+    assert resumed["killed with"] == -9 and resumed["checkpoints left"] == ["step-000002"]
+    for name, found in resumed.items():
+        if "operators" in name:
+            assert found["equal parameters"] and all(found["equal metrics of steps"]), name
+    assert parts["d"]["processes"]["apart, share of the distance moved"] < 1e-3
+
+
+@needs_no_gpu
+def test_what_is_not_there_is_said(rehearsed):
+    parts = json.loads((rehearsed[0] / "results.json").read_text())["parts"]
+    assert parts["c"]["baseline"]["TRL"] == {"left out": "trl is not installed"}
+    table = (rehearsed[0] / "table.md").read_text()
+    assert table.startswith(gpu_table.NOT_RUN)
+    for line in ("TRL: left out: trl is not installed", "flash_attn is not installed"):
+        assert line in table
+    assert "| 3B | 4 | SaEI, 3 PGD steps |" in table and "equal bit for bit" in table
+
+
+def test_trls_arm_where_it_is_installed(tmp_path):
+    pytest.importorskip("trl")
+    work = gpu_jobs.Work("3B", tmp_path, toy=True)
+    found = gpu_jobs.trl(work, 4)
+    assert found["tokens"] == work.P * work.G * work.T
+    assert 0 < found["seconds/sample"] < found["seconds/step"]
+
+
+# ------------------------------------------------------------------------------------------ faults
+
+FAULTS = {
+    "fails": "raise SystemExit('it is broken')",
+    "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+    "hangs": "import subprocess, sys; subprocess.run([sys.executable, '-c', "
+    "'import pathlib, time; time.sleep(4); pathlib.Path(\"late\").touch()'])",
+}
+SAID = {"fails": "exit code 1: it is broken", "killed": "exit code -9", "hangs": "its limit of 2 s"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_part_that_does_not_end_well_leaves_what_it_found(fault, tmp_path):
+    code = "import json, pathlib; pathlib.Path('a.json').write_text(json.dumps({'found': 1}));"
+    code = f"import os; os.chdir({str(tmp_path)!r}); {code} {FAULTS[fault]}"
+    start = time.monotonic()
+    command = [sys.executable, "-c", code]
+    found = gpu.run_part(command, tmp_path / "a.json", tmp_path / "log.txt", seconds=2)
+    assert time.monotonic() - start < 4
+    assert found["found"] == 1 and SAID[fault] in found["error"]
+    assert json.loads((tmp_path / "a.json").read_text()) == found
+    if fault == "hangs":
+        time.sleep(4)
+        assert not (tmp_path / "late").exists()  # the processes that it started are gone, too
+
+
+def test_a_broken_part_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """Of the command: part c dies, and the table is there all the same."""
+
+    def run_part(command, report, log, seconds):
+        log.touch()
+        seen.append((command[3], seconds))
+        if command[3] == "c":
+            command = [sys.executable, "-c", FAULTS["killed"]]
+        else:
+            command = [sys.executable, "-c", f"open({str(report)!r}, 'w').write('{{}}')"]
+        return real(command, report, log, seconds)
+
+    seen, real = [], gpu.run_part
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    gpu.main(["--output", str(tmp_path / "out"), "--work", str(tmp_path), "--minutes", "10"])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [name for name, _ in seen] == list("abcd")
+    assert {name: "error" in part for name, part in results["parts"].items()} == {
+        "a": False,
+        "b": False,
+        "c": True,
+        "d": False,
+    }
+    assert "part c: error: exit code -9" in (tmp_path / "out/table.md").read_text()
+    assert seen[0][1] < 0.31 * 600 and seen[-1][1] <= 600  # the last gets what the others left
+
+
+def test_a_broken_job_does_not_stop_the_others_of_its_part(tmp_path, monkeypatch):
+    def fails(report, folder, toy):
+        report["entry"] = 1
+        raise RuntimeError("it is broken\nin two lines")
+
+    def works(report, folder, toy):
+        report.try_to("fails", lambda: 1 / 0)
+        report.try_to("no time", lambda: 1, needs=1e6)
+        report.try_to("works", lambda: {"value": 2})
+
+    monkeypatch.setitem(gpu_jobs.JOBS, "a", {"one": (fails, 0.5), "two": (works, 1.0)})
+    gpu_jobs.run_jobs("a", gpu_jobs.Report(tmp_path / "a.json", 60), tmp_path, toy=True)
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["one"] == {"entry": 1, "error": "RuntimeError: it is broken"}
+    assert found["two"]["fails"]["error"] == "ZeroDivisionError: division by zero"
+    assert found["two"]["no time"] == {"skipped": "time"} and found["two"]["works"]["value"] == 2
+    lines = gpu_table.missing({"a": found})
+    assert "- part a, two, no time: skipped: time" in lines[1]
+
+
+def test_memory_that_does_not_suffice_leads_to_the_next_setting(monkeypatch):
+    asked = []
+
+    def train(accuracy, precision, **options):
+        asked.append(options)
+        if "gradient_checkpointing" not in options:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        line = {"seconds/step": 1.0, "memory_gib": 2.0, "length": 6.0}
+        return [line, line]
+
+    monkeypatch.setattr(gpu_jobs, "train", train)
+    monkeypatch.setattr(gpu_jobs, "planned", lambda *_: 2**30)
+    found = gpu_jobs.measured_steps({"prompts_per_step": 2, "rollouts": 4}, "no")
+    assert len(asked) == len(gpu_jobs.SETTINGS) and found["setting"] == "recomputed layers"
+    assert found["planned GiB"] == 1 and found["tokens"] == 48
+    assert set(found["out of memory"].values()) == {"OutOfMemoryError: CUDA out of memory."}
+
+
+def test_the_reference_is_of_several_runs_that_learn():
+    reference = json.loads(gpu_jobs.REFERENCE.read_text())
+    curves = [run["accuracy"] for run in reference["runs"]]
+    assert len(curves) == 3 and {len(curve) for curve in curves} == {80}
+    for i, run in enumerate(reference["runs"]):
+        others = reference["runs"][:i] + reference["runs"][i + 1 :]
+        found = gpu_jobs.compare_curves(run, others)
+        assert found["the same learning"]
+        assert found["accuracy, blocks"][-1] > found["accuracy, blocks"][0] + 0.1
+    flat = {"accuracy": [curves[0][0]] * 80}  # a device on which nothing is learnt
+    assert not gpu_jobs.compare_curves(flat, reference["runs"])["the same learning"]
+
+
+def test_the_answer_is_the_last_number_in_a_box():
+    texts = ["\\boxed{3} then \\boxed{ 12 }", "12", "\\boxed{12", "\\boxed{1.2}", "\\boxed{-12}"]
+    assert gpu_jobs.last_number(texts, ["12"] * 5) == [1.0, 0.0, 0.0, 0.0, 0.0]
