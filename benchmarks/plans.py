@@ -1,9 +1,9 @@
 """The memory that each GPU recipe is planned to take: python -m benchmarks.plans
 
 Writes the tables of docs/scaling.md and recipes/README.md and the figures in the recipes' comments,
-for the longest prompt that a recipe allows and pictures of the largest size. The plan is that of --dry_run (runtime/
-memory.py). Beside it stands `by_hand`: a few products of published sizes, which share no code with
-the plan. Nothing is downloaded (benchmarks/models.py), and no GPU is needed.
+for the longest prompt that a recipe allows and pictures of the largest size. The plan is that of
+--dry_run (runtime/memory.py). Beside it stands `by_hand`: a few products of published sizes, which
+share no code with the plan. Nothing is downloaded (benchmarks/models.py), and no GPU is needed.
 """
 
 import re

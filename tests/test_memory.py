@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 from functools import partial
 from unittest import mock
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import plans, tables
+from benchmarks import models, plans, tables
 from runtime import distributed, memory, plan
 from runtime.memory import Launch, Work, activations, estimate, prompts_kept
 from tests.families import KINDS, PROBLEMS, make_policy, picture, responses
@@ -309,7 +310,7 @@ def test_plan_and_hand_arithmetic_agree(recipe, words):
     if recipe == "smolvlm_small_gpu":
         assert total < planned
     else:
-        assert 0.9 < total / planned < 1.1, (total, planned)
+        assert 0.88 < total / planned < 1.05, (total, planned)
 
 
 def test_the_hand_arithmetic_of_7b_and_of_lora():
@@ -328,3 +329,24 @@ def test_the_hand_arithmetic_of_7b_and_of_lora():
     fewer = load_config(["--config", path], sample_prompts=8)
     peak = memory.peak(estimate(fewer, policy, plans.longest(fewer, Launch()), Launch()))
     assert abs(peak / 2**30 - 13.0) < 0.3
+
+
+@pytest.mark.parametrize(
+    "start, size, launch, said",
+    [
+        ("python train_saei.py --model", "3B", Launch(), r"\((\d+) GiB by the plan"),
+        ("python -m runtime.launch", "3B", Launch(8, "FSDP2", True), r"\(3B: (\d+) GiB per GPU"),
+        ("python -m runtime.launch", "7B", Launch(8, "FSDP2", True), r"7B: (\d+) GiB\)"),
+    ],
+)
+def test_the_readmes_figures_are_planned(start, size, launch, said, tmp_path):
+    page = (ROOT / "README.md").read_text()
+    text = re.search(rf"\n({start}(?:.*\\\n)+.*--steps.*)", page)[1].replace("\\\n", " ")
+    words = text[text.index("--model") :].split()[2:]
+    models.write(size, tmp_path)
+    config = load_config(["--model", str(tmp_path), *words])
+    policy = plan.load_policy(config)
+    config.model.model = models.MODELS[size].hub
+    work = plans.longest(config, launch)
+    peak = memory.peak(estimate(config, policy, work, launch)) / 2**30
+    assert int(re.search(said, page)[1]) == round(peak)
