@@ -27,6 +27,7 @@ from vlm.policy import LOGITS_PER_CHUNK, Policy
 ROOT = Path(__file__).resolve().parent.parent
 ZERO_2 = "recipes/accelerate/zero2.yaml"
 DEFAULTS = ["--num_machines", "1", "--dynamo_backend", "no"]  # else accelerate says them
+ROOM = 0.87  # the share of a card that a plan may take: the allocator wastes some, CUDA takes some
 CARDS = {  # recipe -> what it is written for
     "geometry3k_saei": "8 x 80 GB",
     "geometry3k_noisyrollout": "8 x 80 GB",
@@ -165,8 +166,27 @@ def cards_table() -> str:
         elif config.memory.freeze == "vision":
             what += ", vision tower frozen"
         figure = peak(planned(recipe, command(recipe))) / GIB
-        rows.append([card, f"[{recipe}]({recipe}.yaml)", what, f"{figure:.1f}"])
-    return table(["GPUs", "recipe", "trains", "planned"], rows)
+        row = [card, f"[{recipe}]({recipe}.yaml)", what, f"{figure:.1f}"]
+        rows.append([*row, with_vllm(recipe)])
+    return table(["GPUs", "recipe", "trains", "planned", "with `--engine vllm`"], rows)
+
+
+def with_vllm(recipe: str) -> str:
+    """GiB with a vLLM in each GPU, or nothing where both do not fit, or its cache does not."""
+    (config, policy), launched = load(recipe), launch_of(command(recipe))
+    words = ["--config", str(ROOT / f"recipes/{recipe}.yaml"), "--engine", "vllm"]
+    config, card = train_saei.load_config(words), card_bytes(recipe)
+    share = config.engine.engine_memory * card
+    weights = 2 * models.MODELS[models.BY_HUB_ID[config.model.model]].parameters
+    parts = estimate(config, policy, longest(config, launched), launched)
+    together = peak(parts | {"attack, sampling: vLLM": int(share)})
+    fits = together < ROOM * card and share > 1.2 * weights
+    return f"{together / GIB:.1f}" if fits else ""
+
+
+def card_bytes(recipe: str) -> float:
+    """Of the memory of the GPU that a recipe is written for."""
+    return int(CARDS[recipe].split()[-2]) * 1e9
 
 
 PAGES = {
