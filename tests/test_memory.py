@@ -9,7 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.testing._internal.distributed.fake_pg
 from conftest import ROOT
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks import models, plans, tables
 from runtime import distributed, memory, plan
@@ -259,6 +261,30 @@ def test_fsdp2_shards_the_state_and_gathers_the_rest(policy):
     parts = estimate(load_config(), policy, WORK, Launch(4, "FSDP2", True))
     assert parts["reduction: gradients of the root"] == 6 * trained
     assert parts["update: root, parameters and gradients"] == 2 * (root + trained)
+
+
+@pytest.fixture
+def one_of_four():
+    """The first of four processes that do not exist: collectives do nothing."""
+    if torch.distributed.is_initialized():
+        pytest.skip("another test has left its process group")
+    store = torch.testing._internal.distributed.fake_pg.FakeStore()
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=store)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (4,))
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp2s_shards_and_root_are_those_of_torch(policy, one_of_four):
+    """Sharded as accelerate does: each of _no_split_modules is a unit, the root has the rest."""
+    planned = estimate(load_config(), policy, WORK, Launch(4, "FSDP2"))
+    units = [m for m in policy.modules() if type(m).__name__ in policy._no_split_modules]
+    for module in [*units, policy]:
+        fully_shard(module, mesh=one_of_four)
+    local = sum(p.to_local().nbytes for p in policy.parameters())
+    assert abs(local - planned["parameters"]) < 0.02 * local  # the last shards may be smaller
+    root = policy._get_fsdp_state()._fsdp_param_group.fsdp_params
+    count = sum(x._orig_size.numel() for x in root)
+    assert planned["update: root, parameters and gradients"] == 4 * 2 * count
 
 
 def test_zero_2_computes_in_bfloat16_and_shards_float32_state(policy):
