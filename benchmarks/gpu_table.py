@@ -57,6 +57,7 @@ def step_table(parts: dict) -> str:
             if not isinstance(found, dict) or "seconds/step" not in found:
                 continue
             tokens, _, arm = name.partition(" image tokens, ")
+            arm += ", first step" if found.get("steps") == 1 else ""
             row = [model, tokens, arm, found.get("setting", "")]
             row += [number(found.get(f"seconds/{phase}")) for phase in PHASES]
             row += [number(found.get("peak GiB"), ".1f"), number(found.get("planned GiB"), ".1f")]

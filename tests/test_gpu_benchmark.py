@@ -190,6 +190,23 @@ def test_a_broken_job_does_not_stop_the_others_of_its_part(tmp_path, monkeypatch
     assert "- part a, two, no time: skipped: time" in lines[1]
 
 
+def test_arms_take_one_step_or_none_where_time_is_short(tmp_path, monkeypatch):
+    """The first takes 60 of 100 seconds for two steps."""
+    now, asked = [0.0], []
+
+    def measured(options, precision):
+        now[0] += 30.0 * options["steps"]
+        asked.append(options["steps"])
+        return {}
+
+    monkeypatch.setattr(gpu_jobs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(gpu_jobs, "measured_steps", measured)
+    report = gpu_jobs.Report(tmp_path / "b.json", 100)
+    gpu_jobs.steps(report, tmp_path, toy=True, model="3B")
+    assert asked == [2, 1]
+    assert list(report.found.values())[-1] == {"skipped": "time"} and len(report.found) == 4
+
+
 def test_memory_that_does_not_suffice_leads_to_the_next_setting(monkeypatch):
     asked = []
 
@@ -204,6 +221,7 @@ def test_memory_that_does_not_suffice_leads_to_the_next_setting(monkeypatch):
     monkeypatch.setattr(gpu_jobs, "planned", lambda *_: 2**30)
     found = gpu_jobs.measured_steps({"prompts_per_step": 2, "rollouts": 4}, "no")
     assert len(asked) == len(gpu_jobs.SETTINGS) and found["setting"] == "recomputed layers"
+    assert found["steps"] == 2
     assert found["planned GiB"] == 1 and found["tokens"] == 48
     assert set(found["out of memory"].values()) == {"OutOfMemoryError: CUDA out of memory."}
 
