@@ -191,6 +191,7 @@ def main(config: Config) -> None:
         clock.lap("update")
 
         run.log(step, metrics | clock.seconds(), losses)
+        plan.compare(config, run, sampled, step)
         run.log_samples(step, sampled, policy)
         run.save_if_due(step, wrapped)
     run.finish()

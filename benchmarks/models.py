@@ -3,9 +3,9 @@
     side = write("3B", folder)  # a folder that --model takes, for --dry_run and random weights
     Policy.from_pretrained(folder, weights=False)
 
-Sizes and settings of the image processor are the published ones (tests/test_models.py counts the
-parameters). The tokenizer is the demo's: its few tokens are the first of the model's vocabulary,
-the others are never sampled.
+Sizes and settings of the image processor are the published ones (tests/test_models.py counts
+parameters and image tokens). The tokenizer is the demo's: its few tokens are the first of the
+model's vocabulary, the others are never sampled.
 """
 
 from pathlib import Path
@@ -42,6 +42,7 @@ class Model(NamedTuple):
     text: dict
     vision: dict
     tied: bool
+    parameters: int  # of the released weights
     least_pixels: int = 0  # limits of a picture's area
     most_pixels: int = 0
     options: dict = {}
@@ -79,6 +80,7 @@ MODELS = {
         sizes(2048, 11008, 36, 16, 2, 151_936) | ROPE_2_5,
         TOWER_2_5 | dict(out_hidden_size=2048),
         True,
+        3_754_622_976,
         *LIMITS_2_5,
     ),
     "7B": Model(
@@ -87,6 +89,7 @@ MODELS = {
         sizes(3584, 18944, 28, 28, 4, 152_064) | ROPE_2_5,
         TOWER_2_5 | dict(out_hidden_size=3584),
         False,
+        8_292_166_656,
         *LIMITS_2_5,
     ),
     "Qwen3-VL-4B": Model(
@@ -95,6 +98,7 @@ MODELS = {
         sizes(2560, 9728, 36, 32, 8, 151_936) | ROPE_3 | dict(head_dim=128),
         TOWER_3 | dict(out_hidden_size=2560, deepstack_visual_indexes=[5, 11, 17]),
         True,
+        4_437_815_808,
         *LIMITS_3,
     ),
     "Qwen3.5-4B": Model(
@@ -103,6 +107,7 @@ MODELS = {
         sizes(2560, 9216, 32, 16, 4, 248_320) | ROPE_3_5 | dict(head_dim=256),
         TOWER_3 | dict(out_hidden_size=2560),
         True,
+        4_539_265_536,
         *LIMITS_3,
     ),
     "SmolVLM-256M": Model(
@@ -111,6 +116,7 @@ MODELS = {
         sizes(576, 1536, 30, 9, 3, 49_280) | dict(model_type="llama", rms_norm_eps=1e-5),
         SIGLIP | dict(image_size=512, patch_size=16),
         False,
+        256_484_928,
         options=dict(scale_factor=4),
     ),
 }

@@ -257,6 +257,7 @@ class Run:
         )
         for step in self.bar:
             self.step, trace = step, step == traced and self.is_main
+            reset_peak_memory()
             with profile(self.folder) if trace else contextlib.nullcontext():
                 yield step
             if self.signals.agreed:
@@ -610,6 +611,12 @@ class Clock:
         """{"seconds/PHASE": ..., "seconds/step": ...}"""
         found = {f"seconds/{phase}": seconds for phase, seconds in self.phases.items()}
         return found | {"seconds/step": self.last - self.start}
+
+
+def reset_peak_memory() -> None:
+    """`peak_memory` counts from here. Resident memory has no such thing."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> float:
