@@ -43,7 +43,7 @@ import rewards
 import train_saei
 from benchmarks import models
 from demo.task import make_row
-from runtime import plan
+from runtime import memory, plan
 from runtime import run as runs
 from runtime.run import Clock
 from tests.short_run import write_rows
@@ -327,10 +327,19 @@ ARMS = {
 # From the quickest to the one that takes least memory. The first that the plan finds room for is
 # taken, and the next one if memory does not suffice.
 SETTINGS = {
-    "all prompts at a time": {"micro_prompts": 4},
-    "1 prompt, 8 responses at a time": {"micro_prompts": 1},
-    "1 prompt, 4 responses at a time": {"micro_prompts": 1, "micro_responses": 4},
-    "recomputed layers": {"micro_prompts": 1, "micro_responses": 4, "gradient_checkpointing": True},
+    "all prompts": {"micro_prompts": 4},
+    "1 prompt, 8 responses": {"micro_prompts": 1},
+    "1 prompt, 4 responses": {"micro_prompts": 1, "micro_responses": 4},
+    "all prompts, 8 responses, layers recomputed": {
+        "micro_prompts": 4,
+        "micro_responses": 8,
+        "gradient_checkpointing": True,
+    },
+    "1 prompt, 4 responses, layers recomputed": {
+        "micro_prompts": 1,
+        "micro_responses": 4,
+        "gradient_checkpointing": True,
+    },
 }
 MODELS = {  # precision of the run, options
     "3B": ("bf16", {"dtype": "float32"}),
@@ -368,22 +377,19 @@ def random_weights() -> Iterator[None]:
 @functools.cache
 def without_weights(folder: str, options: tuple) -> Policy:
     """What a plan is made of. options: (name, value) pairs of train_saei.py"""
-    config = train_saei.load_config(model=folder, **dict(options))
-    policy = config.model.load(weights=False)
-    config.memory.apply(policy, config.run.seed)
-    return policy
+    return plan.load_policy(train_saei.load_config(model=folder, **dict(options)))
 
 
 def planned(options: dict, setting: dict, precision: str) -> float:
     """Bytes at the peak of a step, as --dry_run says."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    config = train_saei.load_config(**options, **setting)
+    config, launch = train_saei.load_config(**options, **setting), memory.read_launch()
     of_model = {name: options[name] for name in ("dtype", "lora_rank") if name in options}
     policy = without_weights(options["model"], tuple(of_model.items()))
     measured = plan.measure([config.data.load(config.data.split)[0]], policy)
-    P, micro = config.saei.prompts_per_step, config.memory.micro_prompts
-    work = plan.Work(P, min(micro, P), measured.L, measured.patches)
-    return plan.peak(plan.estimate(config, policy, work))
+    T = config.saei.max_new_tokens
+    work = plan.work_of(config, launch, measured.L, measured.patches, T)
+    return memory.peak(memory.estimate(config, policy, work, launch))
 
 
 def steps(report: Report, folder: Path, toy: bool, model: str) -> None:
