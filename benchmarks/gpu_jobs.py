@@ -541,6 +541,15 @@ def plain_inputs(policy: Policy, work: Work, image_tokens: int) -> dict[str, Ten
     return columns
 
 
+@torch.no_grad()
+def generate(policy: Policy, inputs: dict[str, Tensor], T: int) -> Tensor:
+    """transformers' own sampling, T tokens whatever they are.   -> (N, T)"""
+    banned = policy.banned[: len(policy.processor.tokenizer)].nonzero().flatten().tolist()
+    options = {"max_new_tokens": T, "min_new_tokens": T, "suppress_tokens": banned}
+    options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    return policy.model.eval().generate(**inputs, **options)[:, -T:]
+
+
 def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
     """A GRPO step as trainers take it: generate, then forward and backward of prompt and response.
 
@@ -552,18 +561,9 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
         policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa").to(device)
     model, N = policy.model, work.P * work.G
     model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=CUDA)
     inputs = plain_inputs(policy, work, image_tokens)
-    banned = policy.banned.nonzero().flatten().tolist()
     advantages = torch.tensor([-1.0, 1.0], device=device).repeat(N // 2)
-
-    def generate(T: int) -> Tensor:
-        """-> (N, T)"""
-        options = {"max_new_tokens": T, "min_new_tokens": T, "suppress_tokens": banned}
-        options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            found = model.eval().generate(**inputs, **options)
-        return found[:, -T:]
 
     def update(tokens: Tensor) -> None:
         model.train()
@@ -588,9 +588,13 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    update(generate(8))  # warms up
+    def sample(T: int) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return generate(policy, inputs, T)
+
+    update(sample(8))  # warms up
     laps = Clock(device)
-    tokens = generate(work.T)
+    tokens = sample(work.T)
     laps.lap("sample")
     update(tokens)
     laps.lap("update")
