@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import distributed
 from vlm.patches import PatchProduct
+from vlm.decode import BLOCK_TOKENS, round_up
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 # Of a chunk of float32 logits, measured: its log-softmax, its gradients, what the entropy keeps.
@@ -446,7 +447,9 @@ def estimate(
     parts["update, attack: a chunk of logits"] = int(LOGITS_COPIES * 4 * chunk * vocabulary)
     sampled = at_a_time(work.prompts, memory.sample_prompts)
     rows = sampled * max(cfg.clean_rollouts, cfg.adversarial_rollouts)
-    parts["sampling: keys and values"] = c * language.cache(rows, work.L + work.T)
+    parts["sampling: keys and values"] = c * language.cache(
+        rows, round_up(work.L + work.T, BLOCK_TOKENS)
+    )
     parts["sampling: logits"] = 24 * rows * vocabulary  # float32, float64 and cumulative sums
     return parts
 

@@ -40,8 +40,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vlm import adapt
 from vlm.cache import ReadPrompts
+from vlm.decode import uniforms
 from vlm.engine_child import SUPPORTED, TOKEN, Message, pack, receive, send, unpack
-from vlm.policy import Policy, Prompts, Responses, _uniforms
+from vlm.policy import Policy, Prompts, Responses
 
 PROJECT = Path(__file__).resolve().parent.parent
 PYTHON = PROJECT / ".venv-engine/bin/python"  # made by `bash run.sh engine`
@@ -210,7 +211,7 @@ class Engine:
             raise ValueError(f"one seed per prompt: got {len(seeds)} for {len(prompts)}")
         entries = self._entries(prompts)
         for entry, seed in zip(entries, seeds, strict=True):
-            entry["uniforms"] = _uniforms(seed, n, max_new_tokens).tolist()
+            entry["uniforms"] = uniforms(seed, n, max_new_tokens).tolist()
         servers, waits = len(self.connections), []
         for k, connection in enumerate(self.connections):
             if mine := entries[k::servers]:
