@@ -48,11 +48,13 @@ from runtime import run as runs
 from runtime.run import Clock
 from tests.short_run import write_rows
 from vlm import policy as policies
-from vlm.policy import Policy
+from vlm.decode import Decoder
+from vlm.policy import Policy, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "benchmarks/gpu_demo.json"  # the demo's curves on a CPU
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 GIB = 2**30
 BLOCK = 20  # steps of the demo's curve that are averaged
 NOT_METRICS = ("seconds", "memory")  # what differs between equal runs
@@ -299,15 +301,19 @@ class Work:
         else:
             self.side = models.write(model, self.folder)
 
+    def pictures(self, image_tokens: int) -> list[Image.Image]:
+        """P pictures of so many image tokens, a square number."""
+        side = self.side * int(image_tokens**0.5)
+        rows = [make_row("plain/train", i) for i in range(self.P)]
+        return [row["images"][0].resize((side, side)) for row in rows]
+
     def rows(self, image_tokens: int) -> str:
-        """A file of 2 * P rows with pictures of that many image tokens."""
+        """A file of P rows with a picture each."""
         folder = self.folder / f"rows-{image_tokens}"
         folder.mkdir(exist_ok=True)
-        side = self.side * int(image_tokens**0.5)
         rows = []
-        for i in range(2 * self.P):
-            row = make_row("plain/train", i)
-            rows.append((row["problem"], [row["images"][0].resize((side, side))]))
+        for i, picture in enumerate(self.pictures(image_tokens)):
+            rows.append((make_row("plain/train", i)["problem"], [picture]))
         return write_rows(folder, rows)
 
     def options(self, image_tokens: int, arm: str) -> dict:
@@ -358,7 +364,7 @@ def random_weights() -> Iterator[None]:
         if not weights:
             return load(folder, config, weights, **options)
         torch.manual_seed(0)
-        with torch.device("cuda" if CUDA else "cpu"):
+        with torch.device(DEVICE):
             return AutoModelForImageTextToText.from_config(config, **options)
 
     def endless(*args, **options) -> Policy:
@@ -473,30 +479,34 @@ def decode(report: Report, folder: Path, toy: bool) -> None:
 
 
 def attention_seconds(work: Work, attention: str) -> dict:
-    """Seconds. `token`: of one decode step of all P * n rows."""
-    device = "cuda" if CUDA else "cpu"
-    short, long = (4, 8) if work.toy else (16, 144)
+    """Seconds. `token`: of one decode step of all P * n rows, by each way."""
+    image_tokens = work.image_tokens[-1]
     with random_weights():
-        policy = Policy.from_pretrained(str(work.folder), "bfloat16", attention).to(device)
+        policy = Policy.from_pretrained(str(work.folder), "bfloat16", attention).to(DEVICE)
     policy.requires_grad_(False)
-    rows = [json.loads(line) for line in open(work.rows(work.image_tokens[-1]))][: work.P]
-    pictures = []
-    for row in rows:
-        path = work.folder / f"rows-{work.image_tokens[-1]}" / row["images"][0]
-        pictures.append([Image.open(path).convert("RGB")])
+    rows = [make_row("plain/train", i) for i in range(work.P)]
+    pictures = [[picture] for picture in work.pictures(image_tokens)]
     prompts = policy.encode([row["problem"] for row in rows], pictures)
-    seeds = list(range(work.P))
     with torch.no_grad():
         found = {"prompt pass": seconds_of(lambda: policy.read(prompts))}
         read = policy.read(prompts)
-        for T in (short, long):
-            sample = partial(policy.sample, prompts, work.G, seeds, T, read=read)
-            found[f"sample {T}"] = seconds_of(sample, times=1)
-        responses = policy.sample(prompts, work.G, seeds, long, read=read)
+        seeds = list(range(work.P))
+
+        def sample(T: int) -> Responses:
+            return policy.sample(prompts, work.G, seeds, T, read=read)
+
+        ways = {"static": False, "graph": True} if CUDA else {"static": False}
+        for way, graphs in ways.items():
+            with mock.patch.object(Decoder, "use_graphs", graphs):
+                found[f"token, {way}"] = seconds_per_token(sample, work.toy)
+                if graphs and not Decoder.use_graphs:
+                    found["graph"] = {"error": "the capture failed, see log.txt"}
+        inputs = plain_inputs(policy, work, image_tokens)
+        by_generate = partial(generate, policy, inputs)
+        found["token, transformers' generate"] = seconds_per_token(by_generate, work.toy)
+        responses = sample(8 if work.toy else 128)
         score = partial(policy.score, prompts, responses.tokens, responses.mask)
         found["score"] = seconds_of(score, times=1)
-    del read
-    found["token"] = (found[f"sample {long}"] - found[f"sample {short}"]) / (long - short)
     one = prompts[:1]  # one prompt at a time, which fits without recomputation
     tokens, mask = responses.tokens[: work.G], responses.mask[: work.G]
 
@@ -505,8 +515,14 @@ def attention_seconds(work: Work, attention: str) -> dict:
 
     pgd = partial(egas.pgd_ascent, objective, one.images, 2 / 255, steps=1)
     found["PGD step of one prompt"] = seconds_of(pgd, times=1)
-    found["peak GiB"] = runs.peak_memory() / GIB
-    return found
+    return found | {"peak GiB": runs.peak_memory() / GIB}
+
+
+def seconds_per_token(sample: Callable, toy: bool) -> float:
+    """From two lengths, so that the prompt and a capture do not count. sample(T)"""
+    short, long = (2, 12) if toy else (32, 160)
+    seconds = [seconds_of(partial(sample, T), times=1) for T in (short, long)]
+    return (seconds[1] - seconds[0]) / (long - short)
 
 
 # ------------------------------------------------------------------------------ (c) other trainers
@@ -530,10 +546,7 @@ def baseline(report: Report, folder: Path, toy: bool) -> None:
 def plain_inputs(policy: Policy, work: Work, image_tokens: int) -> dict[str, Tensor]:
     """The processor's inputs of P prompts, each G times. All have one question: one length."""
     rows, columns = [], {}
-    for i in range(work.P):
-        row = make_row("plain/train", i)
-        side = work.side * int(image_tokens**0.5)
-        picture = row["images"][0].resize((side, side))
+    for picture in work.pictures(image_tokens):
         inputs = policy.tokenize("How many pips does the red die show?", [picture]).inputs
         rows += [inputs] * work.G
     for name in rows[0]:
@@ -556,14 +569,13 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
     Prompt and picture are computed once per response. Recomputed layers, micro-batches of 4 rows,
     float32 weights, autocast to bfloat16, AdamW.
     """
-    device = torch.device("cuda" if CUDA else "cpu")
     with random_weights():
-        policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa").to(device)
+        policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa").to(DEVICE)
     model, N = policy.model, work.P * work.G
     model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=CUDA)
     inputs = plain_inputs(policy, work, image_tokens)
-    advantages = torch.tensor([-1.0, 1.0], device=device).repeat(N // 2)
+    advantages = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(N // 2)
 
     def update(tokens: Tensor) -> None:
         model.train()
@@ -580,7 +592,7 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
                     end = torch.ones_like(tokens[rows]) if name == "attention_mask" else 0
                     end = tokens[rows] if name == "input_ids" else end
                     batch[name] = torch.cat([x[rows], end + torch.zeros_like(tokens[rows])], dim=1)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 logits = model(**batch, use_cache=False, logits_to_keep=T + 1).logits[:, :-1]
             logprobs = grpo.token_logprobs(logits, tokens[rows])
             (-(advantages[rows, None] * logprobs).sum() / (N * T)).backward()
@@ -589,11 +601,11 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
         optimizer.zero_grad()
 
     def sample(T: int) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             return generate(policy, inputs, T)
 
     update(sample(8))  # warms up
-    laps = Clock(device)
+    laps = Clock(DEVICE)
     tokens = sample(work.T)
     laps.lap("sample")
     update(tokens)
@@ -608,10 +620,8 @@ def trl(work: Work, image_tokens: int) -> dict[str, float]:
     with random_weights():
         policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa")
     on_gpu = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True} if CUDA else {}
-    side = work.side * int(image_tokens**0.5)
-    pictures = [make_row("plain/train", i)["images"][0].resize((side, side)) for i in range(work.P)]
     micro_batches = work.P * work.G // 4
-    runner = step.Trl(policy, pictures, work.G, work.T, micro_batches, **on_gpu)
+    runner = step.Trl(policy, work.pictures(image_tokens), work.G, work.T, micro_batches, **on_gpu)
     runner.step()
     synchronize()
     start = time.perf_counter()
@@ -669,7 +679,7 @@ def obey(order: dict) -> None:
     if backend := order.get("backend"):
         torch.distributed.init_process_group(backend)
     if order.get("collective"):
-        x = torch.ones(1, device="cuda" if CUDA else "cpu")
+        x = torch.ones(1, device=DEVICE)
         torch.distributed.all_reduce(x)
         print(f"sum {x.item():g}")
         return
