@@ -43,16 +43,18 @@ import rewards
 import train_saei
 from benchmarks import models
 from demo.task import make_row
-from runtime import plan
+from runtime import memory, plan
 from runtime import run as runs
 from runtime.run import Clock
 from tests.short_run import write_rows
 from vlm import policy as policies
-from vlm.policy import Policy
+from vlm.decode import Decoder
+from vlm.policy import Policy, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = ROOT / "benchmarks/gpu_demo.json"  # the demo's curves on a CPU
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 GIB = 2**30
 BLOCK = 20  # steps of the demo's curve that are averaged
 NOT_METRICS = ("seconds", "memory")  # what differs between equal runs
@@ -299,15 +301,19 @@ class Work:
         else:
             self.side = models.write(model, self.folder)
 
+    def pictures(self, image_tokens: int) -> list[Image.Image]:
+        """P pictures of so many image tokens, a square number."""
+        side = self.side * int(image_tokens**0.5)
+        rows = [make_row("plain/train", i) for i in range(self.P)]
+        return [row["images"][0].resize((side, side)) for row in rows]
+
     def rows(self, image_tokens: int) -> str:
-        """A file of 2 * P rows with pictures of that many image tokens."""
+        """A file of P rows with a picture each."""
         folder = self.folder / f"rows-{image_tokens}"
         folder.mkdir(exist_ok=True)
-        side = self.side * int(image_tokens**0.5)
         rows = []
-        for i in range(2 * self.P):
-            row = make_row("plain/train", i)
-            rows.append((row["problem"], [row["images"][0].resize((side, side))]))
+        for i, picture in enumerate(self.pictures(image_tokens)):
+            rows.append((make_row("plain/train", i)["problem"], [picture]))
         return write_rows(folder, rows)
 
     def options(self, image_tokens: int, arm: str) -> dict:
@@ -315,7 +321,7 @@ class Work:
         options = {"model": str(self.folder), "dataset": self.rows(image_tokens)}
         options |= {"split": "train", "output": str(self.folder / "run"), "overwrite": True}
         options |= {"prompts_per_step": self.P, "rollouts": self.G, "max_new_tokens": self.T}
-        options |= {"steps": 2, "self_check": False, "reward": ["accuracy:1"]} | ARMS[arm]
+        options |= {"self_check": False, "reward": ["accuracy:1"]} | ARMS[arm]
         return options | {"adversarial_rollouts": self.G // 2}
 
 
@@ -327,10 +333,19 @@ ARMS = {
 # From the quickest to the one that takes least memory. The first that the plan finds room for is
 # taken, and the next one if memory does not suffice.
 SETTINGS = {
-    "all prompts at a time": {"micro_prompts": 4},
-    "1 prompt, 8 responses at a time": {"micro_prompts": 1},
-    "1 prompt, 4 responses at a time": {"micro_prompts": 1, "micro_responses": 4},
-    "recomputed layers": {"micro_prompts": 1, "micro_responses": 4, "gradient_checkpointing": True},
+    "all prompts": {"micro_prompts": 4},
+    "1 prompt, 8 responses": {"micro_prompts": 1},
+    "1 prompt, 4 responses": {"micro_prompts": 1, "micro_responses": 4},
+    "all prompts, 8 responses, layers recomputed": {
+        "micro_prompts": 4,
+        "micro_responses": 8,
+        "gradient_checkpointing": True,
+    },
+    "1 prompt, 4 responses, layers recomputed": {
+        "micro_prompts": 1,
+        "micro_responses": 4,
+        "gradient_checkpointing": True,
+    },
 }
 MODELS = {  # precision of the run, options
     "3B": ("bf16", {"dtype": "float32"}),
@@ -349,7 +364,7 @@ def random_weights() -> Iterator[None]:
         if not weights:
             return load(folder, config, weights, **options)
         torch.manual_seed(0)
-        with torch.device("cuda" if CUDA else "cpu"):
+        with torch.device(DEVICE):
             return AutoModelForImageTextToText.from_config(config, **options)
 
     def endless(*args, **options) -> Policy:
@@ -368,22 +383,19 @@ def random_weights() -> Iterator[None]:
 @functools.cache
 def without_weights(folder: str, options: tuple) -> Policy:
     """What a plan is made of. options: (name, value) pairs of train_saei.py"""
-    config = train_saei.load_config(model=folder, **dict(options))
-    policy = config.model.load(weights=False)
-    config.memory.apply(policy, config.run.seed)
-    return policy
+    return plan.load_policy(train_saei.load_config(model=folder, **dict(options)))
 
 
 def planned(options: dict, setting: dict, precision: str) -> float:
     """Bytes at the peak of a step, as --dry_run says."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    config = train_saei.load_config(**options, **setting)
+    config, launch = train_saei.load_config(**options, **setting), memory.read_launch()
     of_model = {name: options[name] for name in ("dtype", "lora_rank") if name in options}
     policy = without_weights(options["model"], tuple(of_model.items()))
     measured = plan.measure([config.data.load(config.data.split)[0]], policy)
-    P, micro = config.saei.prompts_per_step, config.memory.micro_prompts
-    work = plan.Work(P, min(micro, P), measured.L, measured.patches)
-    return plan.peak(plan.estimate(config, policy, work))
+    T = config.saei.max_new_tokens
+    work = plan.work_of(config, launch, measured.L, measured.patches, T)
+    return memory.peak(memory.estimate(config, policy, work, launch))
 
 
 def steps(report: Report, folder: Path, toy: bool, model: str) -> None:
@@ -392,20 +404,25 @@ def steps(report: Report, folder: Path, toy: bool, model: str) -> None:
     if "lora_rank" in options and importlib.util.find_spec("peft") is None:
         report["left out"] = "peft is not installed: no LoRA"
         return
-    work, last = Work(model, folder, toy), 0.0
+    work, two_steps = Work(model, folder, toy), 0.0  # seconds of the last arm
     report["work"] = {"P": work.P, "G": work.G, "T": work.T, "precision": precision} | options
-    with random_weights():
+    cells = []
+    for arms in (("GRPO", "SaEI, 3 PGD steps"), ("SaEI, 1 PGD step",)):
         for image_tokens in reversed(work.image_tokens):
-            for arm in ("SaEI, 3 PGD steps", "GRPO", "SaEI, 1 PGD step"):
-                name = f"{image_tokens} image tokens, {arm}"
-                common = work.options(image_tokens, arm) | options
-                start = time.monotonic()
-                report.try_to(name, measured_steps, common, precision, needs=0.7 * last)
-                last = time.monotonic() - start
+            cells += [(image_tokens, arm) for arm in arms]
+    with random_weights():
+        for image_tokens, arm in cells:
+            common = work.options(image_tokens, arm) | options
+            steps = 2 if report.left() > two_steps else 1  # else the first has to do
+            start = time.monotonic()
+            name = f"{image_tokens} image tokens, {arm}"
+            needs, common = 0.5 * two_steps, common | {"steps": steps}
+            if report.try_to(name, measured_steps, common, precision, needs=needs):
+                two_steps = (time.monotonic() - start) * 2 / steps
 
 
 def measured_steps(options: dict, precision: str) -> dict:
-    """Of a run of two steps, the second: seconds per phase, peak memory, the plan's.
+    """Of a run's last step: seconds per phase, peak memory, the plan's.
 
     SETTINGS are tried one after the other.
     """
@@ -427,6 +444,7 @@ def measured_steps(options: dict, precision: str) -> dict:
         seconds = {k: value for k, value in lines[-1].items() if k.startswith("seconds/")}
         found = {"setting": name, "planned GiB": plans[name] / GIB}
         found |= {"peak GiB": lines[-1]["memory_gib"], "first step": lines[0]["seconds/step"]}
+        found["steps"] = len(lines)
         found |= {"tokens": lines[-1]["length"] * options["prompts_per_step"] * options["rollouts"]}
         return found | seconds | {"GiB held before": held / GIB, "out of memory": errors}
     raise MemoryError(f"no setting fits: {plans}, {errors}")
@@ -461,30 +479,34 @@ def decode(report: Report, folder: Path, toy: bool) -> None:
 
 
 def attention_seconds(work: Work, attention: str) -> dict:
-    """Seconds. `token`: of one decode step of all P * n rows."""
-    device = "cuda" if CUDA else "cpu"
-    short, long = (4, 8) if work.toy else (16, 144)
+    """Seconds. `token`: of one decode step of all P * n rows, by each way."""
+    image_tokens = work.image_tokens[-1]
     with random_weights():
-        policy = Policy.from_pretrained(str(work.folder), "bfloat16", attention).to(device)
+        policy = Policy.from_pretrained(str(work.folder), "bfloat16", attention).to(DEVICE)
     policy.requires_grad_(False)
-    rows = [json.loads(line) for line in open(work.rows(work.image_tokens[-1]))][: work.P]
-    pictures = []
-    for row in rows:
-        path = work.folder / f"rows-{work.image_tokens[-1]}" / row["images"][0]
-        pictures.append([Image.open(path).convert("RGB")])
+    rows = [make_row("plain/train", i) for i in range(work.P)]
+    pictures = [[picture] for picture in work.pictures(image_tokens)]
     prompts = policy.encode([row["problem"] for row in rows], pictures)
-    seeds = list(range(work.P))
     with torch.no_grad():
         found = {"prompt pass": seconds_of(lambda: policy.read(prompts))}
         read = policy.read(prompts)
-        for T in (short, long):
-            sample = partial(policy.sample, prompts, work.G, seeds, T, read=read)
-            found[f"sample {T}"] = seconds_of(sample, times=1)
-        responses = policy.sample(prompts, work.G, seeds, long, read=read)
+        seeds = list(range(work.P))
+
+        def sample(T: int) -> Responses:
+            return policy.sample(prompts, work.G, seeds, T, read=read)
+
+        ways = {"static": False, "graph": True} if CUDA else {"static": False}
+        for way, graphs in ways.items():
+            with mock.patch.object(Decoder, "use_graphs", graphs):
+                found[f"token, {way}"] = seconds_per_token(sample, work.toy)
+                if graphs and not Decoder.use_graphs:
+                    found["graph"] = {"error": "the capture failed, see log.txt"}
+        inputs = plain_inputs(policy, work, image_tokens)
+        by_generate = partial(generate, policy, inputs)
+        found["token, transformers' generate"] = seconds_per_token(by_generate, work.toy)
+        responses = sample(8 if work.toy else 128)
         score = partial(policy.score, prompts, responses.tokens, responses.mask)
         found["score"] = seconds_of(score, times=1)
-    del read
-    found["token"] = (found[f"sample {long}"] - found[f"sample {short}"]) / (long - short)
     one = prompts[:1]  # one prompt at a time, which fits without recomputation
     tokens, mask = responses.tokens[: work.G], responses.mask[: work.G]
 
@@ -493,8 +515,14 @@ def attention_seconds(work: Work, attention: str) -> dict:
 
     pgd = partial(egas.pgd_ascent, objective, one.images, 2 / 255, steps=1)
     found["PGD step of one prompt"] = seconds_of(pgd, times=1)
-    found["peak GiB"] = runs.peak_memory() / GIB
-    return found
+    return found | {"peak GiB": runs.peak_memory() / GIB}
+
+
+def seconds_per_token(sample: Callable, toy: bool) -> float:
+    """From two lengths, so that the prompt and a capture do not count. sample(T)"""
+    short, long = (2, 12) if toy else (32, 160)
+    seconds = [seconds_of(partial(sample, T), times=1) for T in (short, long)]
+    return (seconds[1] - seconds[0]) / (long - short)
 
 
 # ------------------------------------------------------------------------------ (c) other trainers
@@ -518,15 +546,21 @@ def baseline(report: Report, folder: Path, toy: bool) -> None:
 def plain_inputs(policy: Policy, work: Work, image_tokens: int) -> dict[str, Tensor]:
     """The processor's inputs of P prompts, each G times. All have one question: one length."""
     rows, columns = [], {}
-    for i in range(work.P):
-        row = make_row("plain/train", i)
-        side = work.side * int(image_tokens**0.5)
-        picture = row["images"][0].resize((side, side))
+    for picture in work.pictures(image_tokens):
         inputs = policy.tokenize("How many pips does the red die show?", [picture]).inputs
         rows += [inputs] * work.G
     for name in rows[0]:
         columns[name] = torch.cat([row[name] for row in rows]).to(policy.device)
     return columns
+
+
+@torch.no_grad()
+def generate(policy: Policy, inputs: dict[str, Tensor], T: int) -> Tensor:
+    """transformers' own sampling, T tokens whatever they are.   -> (N, T)"""
+    banned = policy.banned[: len(policy.processor.tokenizer)].nonzero().flatten().tolist()
+    options = {"max_new_tokens": T, "min_new_tokens": T, "suppress_tokens": banned}
+    options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True}
+    return policy.model.eval().generate(**inputs, **options)[:, -T:]
 
 
 def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
@@ -535,23 +569,13 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
     Prompt and picture are computed once per response. Recomputed layers, micro-batches of 4 rows,
     float32 weights, autocast to bfloat16, AdamW.
     """
-    device = torch.device("cuda" if CUDA else "cpu")
     with random_weights():
-        policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa").to(device)
+        policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa").to(DEVICE)
     model, N = policy.model, work.P * work.G
     model.gradient_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=CUDA)
     inputs = plain_inputs(policy, work, image_tokens)
-    banned = policy.banned.nonzero().flatten().tolist()
-    advantages = torch.tensor([-1.0, 1.0], device=device).repeat(N // 2)
-
-    def generate(T: int) -> Tensor:
-        """-> (N, T)"""
-        options = {"max_new_tokens": T, "min_new_tokens": T, "suppress_tokens": banned}
-        options |= {"do_sample": True, "top_k": 0, "top_p": 1.0, "use_cache": True}
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
-            found = model.eval().generate(**inputs, **options)
-        return found[:, -T:]
+    advantages = torch.tensor([-1.0, 1.0], device=DEVICE).repeat(N // 2)
 
     def update(tokens: Tensor) -> None:
         model.train()
@@ -568,7 +592,7 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
                     end = torch.ones_like(tokens[rows]) if name == "attention_mask" else 0
                     end = tokens[rows] if name == "input_ids" else end
                     batch[name] = torch.cat([x[rows], end + torch.zeros_like(tokens[rows])], dim=1)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 logits = model(**batch, use_cache=False, logits_to_keep=T + 1).logits[:, :-1]
             logprobs = grpo.token_logprobs(logits, tokens[rows])
             (-(advantages[rows, None] * logprobs).sum() / (N * T)).backward()
@@ -576,9 +600,13 @@ def repeated_prompts(work: Work, image_tokens: int) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad()
 
-    update(generate(8))  # warms up
-    laps = Clock(device)
-    tokens = generate(work.T)
+    def sample(T: int) -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return generate(policy, inputs, T)
+
+    update(sample(8))  # warms up
+    laps = Clock(DEVICE)
+    tokens = sample(work.T)
     laps.lap("sample")
     update(tokens)
     laps.lap("update")
@@ -592,10 +620,8 @@ def trl(work: Work, image_tokens: int) -> dict[str, float]:
     with random_weights():
         policy = Policy.from_pretrained(str(work.folder), "float32", "sdpa")
     on_gpu = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True} if CUDA else {}
-    side = work.side * int(image_tokens**0.5)
-    pictures = [make_row("plain/train", i)["images"][0].resize((side, side)) for i in range(work.P)]
     micro_batches = work.P * work.G // 4
-    runner = step.Trl(policy, pictures, work.G, work.T, micro_batches, **on_gpu)
+    runner = step.Trl(policy, work.pictures(image_tokens), work.G, work.T, micro_batches, **on_gpu)
     runner.step()
     synchronize()
     start = time.perf_counter()
@@ -653,7 +679,7 @@ def obey(order: dict) -> None:
     if backend := order.get("backend"):
         torch.distributed.init_process_group(backend)
     if order.get("collective"):
-        x = torch.ones(1, device="cuda" if CUDA else "cpu")
+        x = torch.ones(1, device=DEVICE)
         torch.distributed.all_reduce(x)
         print(f"sum {x.item():g}")
         return

@@ -57,6 +57,7 @@ def step_table(parts: dict) -> str:
             if not isinstance(found, dict) or "seconds/step" not in found:
                 continue
             tokens, _, arm = name.partition(" image tokens, ")
+            arm += ", first step" if found.get("steps") == 1 else ""
             row = [model, tokens, arm, found.get("setting", "")]
             row += [number(found.get(f"seconds/{phase}")) for phase in PHASES]
             row += [number(found.get("peak GiB"), ".1f"), number(found.get("planned GiB"), ".1f")]
@@ -67,14 +68,14 @@ def step_table(parts: dict) -> str:
 
 def decode_table(parts: dict) -> str:
     """Decoding, prompt pass, scoring and PGD step by attention."""
-    columns = {"prompt pass": "prompt pass", "token": "decode step", "score": "score"}
-    columns["PGD step of one prompt"] = "PGD step of one prompt"
+    names = ["prompt pass", "token, static", "token, graph", "token, transformers' generate"]
+    names += ["score", "PGD step of one prompt"]
     rows = []
-    for name, found in jobs_of(parts).get("decode", {}).items():
-        if isinstance(found, dict) and "token" in found:
-            rows.append([name, *(number(1000 * found[key]) for key in columns)])
-    head = ["attention", *columns.values()]
-    return f"Milliseconds, 3B in bfloat16:\n\n{table(head, rows)}" if rows else ""
+    for attention, found in jobs_of(parts).get("decode", {}).items():
+        if isinstance(found, dict) and "score" in found:
+            row = [number(1000 * found[name]) if name in found else "" for name in names]
+            rows.append([attention, *row])
+    return f"Milliseconds, 3B in bfloat16:\n\n{table(['attention', *names], rows)}" if rows else ""
 
 
 def numbers_table(parts: dict) -> str:

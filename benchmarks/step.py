@@ -184,7 +184,7 @@ class Trl:
         from trl import GRPOConfig, GRPOTrainer
 
         P, model = len(images), policy.model
-        banned = policy.banned.nonzero().flatten().tolist()
+        banned = policy.banned[: len(policy.processor.tokenizer)].nonzero().flatten().tolist()
         model.train()
         common = dict(
             output_dir="unused",
