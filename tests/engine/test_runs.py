@@ -50,6 +50,7 @@ def test_ten_steps_are_those_of_own_sampling(own, tmp_path):
     ours = train(tmp_path / "run", "--engine", "vllm")
     assert_same(ours, own)
     for metrics in ours:
+        assert metrics.keys() - own[0].keys() == {"engine/ratio", "engine/ratio_max", "engine/cut"}
         assert metrics["engine/ratio"] == pytest.approx(1, abs=1e-5)
         assert 1 <= metrics["engine/ratio_max"] < 1.001 and metrics["engine/cut"] == 0
 
