@@ -717,14 +717,14 @@ def resume(report: Report, folder: Path, toy: bool) -> None:
 
 
 def pair(order: dict, seconds: float) -> list[str]:
-    """The output of two processes. Raises RuntimeError if one fails or they do not end."""
+    """The last lines of two processes. Raises RuntimeError if one fails or they do not end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     started, outputs = [], []
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for rank in range(2):
-        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": "0"}  # one device for both
         environment |= {} if CUDA else {"ACCELERATE_USE_CPU": "true"}
         started.append(child(order, environment))
     try:
@@ -739,7 +739,7 @@ def pair(order: dict, seconds: float) -> list[str]:
         if process.returncode:
             lines = [line for line in output.splitlines() if "Error" in line] or [""]
             raise RuntimeError(f"exit code {process.returncode}: {lines[-1]:.250}")
-    return outputs
+    return [output.strip().splitlines()[-1][-200:] for output in outputs]
 
 
 def processes(report: Report, folder: Path, toy: bool) -> None:
