@@ -1,9 +1,9 @@
 """The memory that each GPU recipe is planned to take: python -m benchmarks.plans
 
-Writes the table of docs/scaling.md and the figure in the recipe's comment, for the longest prompt
-that the recipe allows and pictures of the largest size. The plan is that of --dry_run (runtime/
-memory.py). Beside it stands `by_hand`: a few products of published sizes, which share no code with
-the plan. Nothing is downloaded (benchmarks/models.py), and no GPU is needed.
+Writes the tables of docs/scaling.md and recipes/README.md and the figures in the recipes' comments,
+for the longest prompt that a recipe allows and pictures of the largest size. The plan is that of
+--dry_run (runtime/memory.py). Beside it stands `by_hand`: a few products of published sizes, which
+share no code with the plan. Nothing is downloaded (benchmarks/models.py), and no GPU is needed.
 """
 
 import re
@@ -25,9 +25,9 @@ from study.tables import table
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/scaling.md"
 ZERO_2 = "recipes/accelerate/zero2.yaml"
 DEFAULTS = ["--num_machines", "1", "--dynamo_backend", "no"]  # else accelerate says them
+ROOM = 0.87  # the share of a card that a plan may take: the allocator wastes some, CUDA takes some
 CARDS = {  # recipe -> what it is written for
     "geometry3k_saei": "8 x 80 GB",
     "geometry3k_noisyrollout": "8 x 80 GB",
@@ -155,6 +155,46 @@ def plans_table() -> str:
     return table(head, rows)
 
 
+def cards_table() -> str:
+    """The table of recipes/README.md: a row for each recipe."""
+    rows = []
+    for recipe, card in CARDS.items():
+        config, _ = load(recipe)
+        what = config.model.model.split("/")[1].removesuffix("-Instruct")
+        if config.memory.lora_rank:
+            what = f"LoRA adapters of {what}"
+        elif config.memory.freeze == "vision":
+            what += ", vision tower frozen"
+        figure = peak(planned(recipe, command(recipe))) / GIB
+        row = [card, f"[{recipe}]({recipe}.yaml)", what, f"{figure:.1f}"]
+        rows.append([*row, with_vllm(recipe)])
+    return table(["GPUs", "recipe", "trains", "planned", "with `--engine vllm`"], rows)
+
+
+def with_vllm(recipe: str) -> str:
+    """GiB with a vLLM in each GPU, or nothing where both do not fit, or its cache does not."""
+    (config, policy), launched = load(recipe), launch_of(command(recipe))
+    words = ["--config", str(ROOT / f"recipes/{recipe}.yaml"), "--engine", "vllm"]
+    config, card = train_saei.load_config(words), card_bytes(recipe)
+    share = config.engine.engine_memory * card
+    weights = 2 * models.MODELS[models.BY_HUB_ID[config.model.model]].parameters
+    parts = estimate(config, policy, longest(config, launched), launched)
+    together = peak(parts | {"attack, sampling: vLLM": int(share)})
+    fits = together < ROOM * card and share > 1.2 * weights
+    return f"{together / GIB:.1f}" if fits else ""
+
+
+def card_bytes(recipe: str) -> float:
+    """Of the memory of the GPU that a recipe is written for."""
+    return int(CARDS[recipe].split()[-2]) * 1e9
+
+
+PAGES = {
+    "docs/scaling.md": {"plans": plans_table},
+    "recipes/README.md": {"cards": cards_table},
+}
+
+
 def with_figure(recipe: str) -> str:
     """The recipe's text with the planned peak in its comment."""
     text = (ROOT / f"recipes/{recipe}.yaml").read_text()
@@ -165,7 +205,8 @@ def with_figure(recipe: str) -> str:
 def main() -> None:
     for recipe in CARDS:
         (ROOT / f"recipes/{recipe}.yaml").write_text(with_figure(recipe))
-    PAGE.write_text(fill(PAGE.read_text(), {"plans": plans_table}))
+    for name, tables in PAGES.items():
+        (ROOT / name).write_text(fill((ROOT / name).read_text(), tables))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runtime import distributed
-from vlm.patches import PatchProduct
 from vlm.decode import BLOCK_TOKENS, round_up
+from vlm.patches import PatchProduct
 from vlm.policy import LOGITS_PER_CHUNK, Policy
 
 # Of a chunk of float32 logits, measured: its log-softmax, its gradients, what the entropy keeps.
@@ -413,7 +413,7 @@ def estimate(
 ) -> dict[str, int]:
     """Bytes by part on one device. A part named "phase: ..." is there in that phase alone.
 
-    launch: None: what the environment says.
+    launch: None: what the environment says. What an engine takes is not among them.
     """
     launch = read_launch() if launch is None else launch
     cfg, memory, c = config.saei, config.memory, number_bytes(config, launch)
@@ -445,6 +445,8 @@ def estimate(
     tokens = at_a_time(work.micro * cfg.rollouts, memory.micro_responses) * work.T
     chunk = min(max(1, LOGITS_PER_CHUNK // vocabulary), tokens)
     parts["update, attack: a chunk of logits"] = int(LOGITS_COPIES * 4 * chunk * vocabulary)
+    if config.engine.is_used:
+        return parts
     sampled = at_a_time(work.prompts, memory.sample_prompts)
     rows = sampled * max(cfg.clean_rollouts, cfg.adversarial_rollouts)
     parts["sampling: keys and values"] = c * language.cache(

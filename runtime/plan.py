@@ -103,6 +103,11 @@ def describe(config: Any, launch: Launch) -> str:
         f"{cfg.max_new_tokens} tokens.\nThe waste of the allocator and CUDA itself come on top.\n"
     )
     text += in_gib(estimate(config, policy, work, launch))
+    if config.engine.engine == ["vllm"]:
+        text += (
+            f"vLLM takes {config.engine.engine_memory:.0%} of the device on top, and gives most "
+        )
+        text += "of it back in the update.\n"
     text += "\nSettings that differ from the defaults:\n"
     text += yaml.safe_dump(args.changed(config), sort_keys=False)
     return text + "\ndry run: nothing was trained or written"
