@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -280,6 +281,28 @@ def test_the_reference_is_of_several_runs_that_learn():
         assert found["accuracy, blocks"][-1] > found["accuracy, blocks"][0] + 0.1
     flat = {"accuracy": [curves[0][0]] * 80}  # a device on which nothing is learnt
     assert not gpu_jobs.compare_curves(flat, reference["runs"])["the same learning"]
+
+
+def test_a_demo_that_is_stopped_has_the_steps_until_then(tmp_path, monkeypatch):
+    """The timer's SIGTERM ends a run with SystemExit, after a step."""
+    reference = json.loads(gpu_jobs.REFERENCE.read_text())["runs"][1]
+
+    def train(accuracy, output, **options):
+        lines = []
+        for i in range(30):
+            line = {name: reference[name][i] for name in gpu_jobs.CURVES} | {"seconds/step": 2.0}
+            lines.append(json.dumps(line) + "\n")
+        Path(output).mkdir()
+        (Path(output) / "metrics.jsonl").write_text("".join(lines))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_jobs, "train", train)
+    report = gpu_jobs.Report(tmp_path / "a.json", 100)
+    gpu_jobs.demo(report, tmp_path, toy=False)
+    assert len(report.found["curves"]["accuracy"]) == 30
+    found = report.found["against the CPU"]
+    assert found["the same learning"] and len(found["accuracy, blocks"]) == 2
+    assert threading.active_count() == 1  # the timer is gone
 
 
 def test_the_answer_is_the_last_number_in_a_box():
