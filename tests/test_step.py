@@ -66,7 +66,7 @@ class Listener(torch.optim.SGD):
 
     grads: list[list[torch.Tensor]]
 
-    def __init__(self, params, lr, weight_decay):
+    def __init__(self, params, lr, weight_decay, **options):
         super().__init__(params, lr=lr)
 
     def step(self, closure=None):
