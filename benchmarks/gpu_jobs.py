@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -180,16 +181,29 @@ CURVES = ("accuracy", "reward", "entropy/clean", "entropy/attacked", "grad_norm"
 
 
 def train_demo(folder: Path, steps: int, micro_prompts: int = 16) -> dict[str, list[float]]:
-    """recipes/demo.yaml on this device.   -> {metric: a value per step}"""
+    """recipes/demo.yaml on this device.   -> {metric: a value per step}
+
+    Where a SIGTERM stops it, of the steps until then.
+    """
     options = {"config": str(ROOT / "recipes/demo.yaml"), "output": str(folder)}
     options |= {"overwrite": True, "steps": steps, "micro_prompts": micro_prompts}
-    lines = train(last_number, **options)
+    with contextlib.suppress(SystemExit):
+        train(last_number, **options)
+    lines = metrics_of(folder)
     return {name: [line[name] for line in lines] for name in (*CURVES, "seconds/step")}
 
 
 def demo(report: Report, folder: Path, toy: bool) -> None:
-    """80 steps of the demo on this device, beside the same steps on a CPU."""
-    curves = train_demo(folder / "demo", 1 if toy else 80)
+    """80 steps of the demo on this device, fewer if time ends, beside the same steps on a CPU."""
+    if report.left() < 30:
+        report["skipped"] = "time"
+        return
+    stop = threading.Timer(report.left() - 10, os.kill, (os.getpid(), signal.SIGTERM))
+    stop.start()
+    try:
+        curves = train_demo(folder / "demo", 1 if toy else 80)
+    finally:
+        stop.cancel()
     report["seconds per step"] = median(curves["seconds/step"])
     report["curves"] = curves
     reference = json.loads(REFERENCE.read_text())
@@ -533,9 +547,9 @@ def baseline(report: Report, folder: Path, toy: bool) -> None:
     precision, options = MODELS["3B"]
     work = Work("3B", folder, toy)
     report["work"] = {"P": work.P, "G": work.G, "T": work.T, "precision": precision} | options
-    for image_tokens in work.image_tokens:
+    for image_tokens in reversed(work.image_tokens):
         name = f"{image_tokens} image tokens, generate and repeated prompts"
-        report.try_to(name, repeated_prompts, work, image_tokens, needs=40 * (not toy))
+        report.try_to(name, repeated_prompts, work, image_tokens, needs=30 * (not toy))
         if importlib.util.find_spec("trl") is None:
             report["TRL"] = {"left out": "trl is not installed"}
         else:
@@ -717,14 +731,14 @@ def resume(report: Report, folder: Path, toy: bool) -> None:
 
 
 def pair(order: dict, seconds: float) -> list[str]:
-    """The output of two processes. Raises RuntimeError if one fails or they do not end."""
+    """The last lines of two processes. Raises RuntimeError if one fails or they do not end."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     started, outputs = [], []
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for rank in range(2):
-        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = common | {"RANK": str(rank), "LOCAL_RANK": "0"}  # one device for both
         environment |= {} if CUDA else {"ACCELERATE_USE_CPU": "true"}
         started.append(child(order, environment))
     try:
@@ -739,7 +753,7 @@ def pair(order: dict, seconds: float) -> list[str]:
         if process.returncode:
             lines = [line for line in output.splitlines() if "Error" in line] or [""]
             raise RuntimeError(f"exit code {process.returncode}: {lines[-1]:.250}")
-    return outputs
+    return [output.strip().splitlines()[-1][-200:] for output in outputs]
 
 
 def processes(report: Report, folder: Path, toy: bool) -> None:

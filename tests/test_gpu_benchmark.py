@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,12 +12,19 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_jobs, gpu_table
+from vlm.policy import Policy
 
 ROOT = Path(gpu.__file__).resolve().parent.parent
 ABSENT = ("datasets", "pyarrow", "math_verify", "trl", "flash_attn")  # of a bare machine
 needs_no_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="a rehearsal for a machine without a GPU"
 )
+
+
+@pytest.fixture(autouse=True)
+def precision(monkeypatch):
+    """A job sets it for its runs. Other tests must not see it."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +124,41 @@ def test_trls_arm_where_it_is_installed(tmp_path):
     found = gpu_jobs.trl(work, 4)
     assert found["tokens"] == work.P * work.G * work.T
     assert 0 < found["seconds/sample"] < found["seconds/step"]
+
+
+# ------------------------------------------------------------------------------- models and plans
+
+
+def test_random_weights_are_drawn_and_no_response_ends(tmp_path):
+    work = gpu_jobs.Work("3B", tmp_path, toy=True)
+    stored = Policy.from_pretrained(str(work.folder)).model.state_dict()
+    with gpu_jobs.random_weights():
+        drawn = [Policy.from_pretrained(str(work.folder)) for _ in range(2)]
+    assert all(policy.banned[policy.eos_ids].all() for policy in drawn)
+    one, other = (policy.model.state_dict() for policy in drawn)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(one[name], stored[name])
+    after = Policy.from_pretrained(str(work.folder))
+    assert torch.equal(after.model.state_dict()[name], stored[name])
+    assert not after.banned[after.eos_ids].any()
+
+
+def test_models_of_real_widths_have_a_setting_for_80_gb(tmp_path):
+    """Plans alone: nothing of that size is made here."""
+    for model, fits in (("3B", 75), ("7B", 75)):
+        precision, more = gpu_jobs.MODELS[model]
+        work = gpu_jobs.Work(model, tmp_path, toy=False)
+        assert (work.P, work.G, work.T, work.image_tokens) == (4, 8, 512, (256, 1024))
+        options = work.options(1024, "SaEI, 3 PGD steps") | more
+        policy = gpu_jobs.without_weights(options["model"], tuple(more.items()))
+        row = policy.tokenize("How many?", work.pictures(1024)[:1])
+        assert (row.inputs["input_ids"] == policy.model.config.image_token_id).sum() == 1024
+        plans = []
+        for setting in gpu_jobs.SETTINGS.values():
+            plans.append(gpu_jobs.planned(options, setting, precision) / gpu_jobs.GIB)
+        assert plans == sorted(plans, reverse=True)
+        assert plans[0] > 2 * fits and plans[-1] < fits, (model, plans)
 
 
 # ------------------------------------------------------------------------------------------ faults
@@ -238,6 +281,29 @@ def test_the_reference_is_of_several_runs_that_learn():
         assert found["accuracy, blocks"][-1] > found["accuracy, blocks"][0] + 0.1
     flat = {"accuracy": [curves[0][0]] * 80}  # a device on which nothing is learnt
     assert not gpu_jobs.compare_curves(flat, reference["runs"])["the same learning"]
+
+
+def test_a_demo_that_is_stopped_has_the_steps_until_then(tmp_path, monkeypatch):
+    """The timer's SIGTERM ends a run with SystemExit, after a step."""
+    reference = json.loads(gpu_jobs.REFERENCE.read_text())["runs"][1]
+
+    def train(accuracy, output, **options):
+        lines = []
+        for i in range(30):
+            line = {name: reference[name][i] for name in gpu_jobs.CURVES} | {"seconds/step": 2.0}
+            lines.append(json.dumps(line) + "\n")
+        Path(output).mkdir()
+        (Path(output) / "metrics.jsonl").write_text("".join(lines))
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_jobs, "train", train)
+    report = gpu_jobs.Report(tmp_path / "a.json", 100)
+    gpu_jobs.demo(report, tmp_path, toy=False)
+    assert len(report.found["curves"]["accuracy"]) == 30
+    found = report.found["against the CPU"]
+    assert found["the same learning"] and len(found["accuracy, blocks"]) == 2
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers)  # no signal comes later
 
 
 def test_the_answer_is_the_last_number_in_a_box():
