@@ -213,6 +213,24 @@ def parallel() -> str:
     return f"{table(head, rows)}\n\n{note}"
 
 
+def engine() -> str:
+    """vLLM against own sampling: seconds, differences, what two phases keep."""
+    result = read("engine")
+    rows = [[name, f"{value:.2f}"] for name, value in result["seconds"].items()]
+    parts = [table(["64 prompts, 8 responses of up to 64 tokens", "s"], rows)]
+    head = ["engine", "trainer", "log-prob, largest", "mean", "entropy, largest", "ratio"]
+    rows = []
+    for row in result["differences"]:
+        ratio = f"{row['lowest ratio']:.4f} to {row['highest ratio']:.4f}"
+        numbers = [f"{row[name]:.1e}" for name in ("log-prob", "mean", "entropy")]
+        rows.append([row["engine"], row["trainer"], *numbers, ratio])
+    parts.append(table(head, rows))
+    rows = [[str(size), f"{share:.2f}"] for size, share in result["kept"].items()]
+    parts.append(table(["prompts waited for together", "responses per second, plain = 1"], rows))
+    note = f"{result['model']} on 2 CPU cores, beside other work. `python -m benchmarks.engine`"
+    return "\n\n".join([*parts, note])
+
+
 def gpu(name: str) -> str:
     """A results.json of benchmarks/gpu.py as tables. Not run if the file is not there."""
     stored = (ROOT / "benchmarks" / f"{name}.json").exists()
@@ -329,6 +347,7 @@ PAGES = {  # page -> marker -> what makes it
     "docs/families.md": {"families": families},
     "docs/walkthrough/README.md": {},
     "docs/scaling.md": {"parallel": parallel},
+    "docs/engine.md": {"engine": engine},
     "docs/grading.md": {"graders": graders, "reasons": reasons},
     "docs/gpu.md": {"gpu": partial(gpu, "gpu"), "rehearsal": partial(gpu, "gpu_rehearsal")},
     "docs/speed.md": {"step": step, "phases": phases},

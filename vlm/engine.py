@@ -47,6 +47,7 @@ from vlm.policy import Policy, Prompts, Responses
 PROJECT = Path(__file__).resolve().parent.parent
 PYTHON = PROJECT / ".venv-engine/bin/python"  # made by `bash run.sh engine`
 CHILD = "vlm.engine_child"
+MEMORY = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
 RESTARTS = 3  # of a child that dies, in a row
 PATIENCE = 600  # seconds that a server may be away in the middle of a run
 CHECK_EVERY, CHECKED_PROMPTS = 10, 4  # steps, prompts of such a step
@@ -62,7 +63,7 @@ MENDS = {
     OUT_OF_MEMORY: "give it another share of the GPU's memory (--engine_memory)",
     r"No module named 'vllm'": "`bash run.sh engine` makes an environment that has it",
     r"is not supported": "`bash run.sh engine` makes an environment with the right one",
-    r"other tokens than the trainer": "this family cannot be sampled by vLLM: use --engine own",
+    r"other tokens than the trainer": "use --engine own",
 }
 
 
@@ -137,7 +138,11 @@ class Engine:
         self.policy, self.dtype = policy, dtype
         model = str(Path(model).absolute()) if Path(model).exists() else model
         kind = policy.model.config.model_type
-        self.embeds = kind in EMBEDS
+        if kind not in EMBEDS:
+            raise ValueError(
+                f"--engine: vLLM takes the features of attacked pictures as floats for "
+                f"{', '.join(EMBEDS)}, not for {kind}: use --engine own"
+            )
         self.image_id = getattr(policy.model.config, "image_token_id", None)
         self.trained = set()  # names of weights that change
         for name, parameter in policy.model.named_parameters():
@@ -150,7 +155,7 @@ class Engine:
         atexit.register(self.close)
         if self.ours:
             options = {"model": model, "dtype": dtype, "memory": memory, "sleeps": True}
-            options |= {"embeds": self.embeds, "tensor_parallel_size": 1}
+            options["tensor_parallel_size"] = 1
             device = policy.device.index if policy.device.type == "cuda" else None
             python = python or str(PYTHON)
             self.connections = [Child(python, options, self.folder / "vllm.log", device)]
@@ -165,15 +170,13 @@ class Engine:
         text = config.get_text_config()
         wanted = {"model": Path(model).name, "type": config.model_type, "dtype": self.dtype}
         wanted |= {"vocabulary": text.vocab_size, "hidden": text.hidden_size}
-        wanted |= {"embeds": self.embeds}
         found = connection.info | {"model": Path(connection.info["model"]).name}
         for name, value in wanted.items():
             if found[name] != value:
-                pixels = "" if self.embeds else " --pixels"
                 raise ValueError(
                     f"{connection.name} has {name} {str(found[name])[:80]!r}, the trainer "
                     f"{str(value)[:80]!r}: start it with --model {model[:80]} "
-                    f"--dtype {self.dtype}{pixels}"
+                    f"--dtype {self.dtype}"
                 )
 
     def __enter__(self) -> "Engine":
@@ -330,9 +333,8 @@ class Engine:
         state = adapt.merged(dict(policy.model.named_parameters()))
         for name, w in state.items():
             inner = name.removeprefix("model.")
-            seen = policy.family.in_tower(inner) or policy.family.in_projector(inner)
-            if self.embeds and seen:  # the trainer computes the features
-                continue
+            if policy.family.in_tower(inner) or policy.family.in_projector(inner):
+                continue  # the trainer computes the features
             if whole or name in self.trained:
                 sent[name] = w.detach()
         for tied, source in policy.model.all_tied_weights_keys.items():
@@ -344,9 +346,17 @@ class Engine:
 
     # ------------------------------------------------------------------------------------- check
 
+    def check(self, prompts: Prompts, responses: Responses, temperature: float) -> None:
+        """`compare` in the first call and in every CHECK_EVERY-th after it."""
+        if self.checks % CHECK_EVERY == 0:
+            self.compare(prompts, responses, temperature)
+        self.checks += 1
+
     @torch.no_grad()
-    def check(self, prompts: Prompts, responses: Responses, temperature: float) -> dict[str, float]:
-        """Score some of the engine's responses with the policy, and compare.
+    def compare(
+        self, prompts: Prompts, responses: Responses, temperature: float
+    ) -> dict[str, float]:
+        """Score some of the engine's responses with the policy.
 
         -> the mean differences of log-probs and entropies. Raises EngineError if they are more
         than the dtype's rounding: a weight or a cache of the engine is not that of the policy.
@@ -411,8 +421,7 @@ def shared_name() -> str:
 
 def own_folder() -> tuple[Path, int]:
     """A folder in memory, locked while this process lives. Those of dead processes are removed."""
-    base = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
-    for orphan in base.glob("saei-engine-*"):
+    for orphan in MEMORY.glob("saei-engine-*"):
         with contextlib.suppress(OSError):  # it is in use, or another user's
             lock = os.open(orphan, os.O_RDONLY)
             try:
@@ -420,7 +429,7 @@ def own_folder() -> tuple[Path, int]:
                 shutil.rmtree(orphan)
             finally:
                 os.close(lock)
-    folder = Path(tempfile.mkdtemp(prefix="saei-engine-", dir=base))
+    folder = Path(tempfile.mkdtemp(prefix="saei-engine-", dir=MEMORY))
     lock = os.open(folder, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_SH)
     return folder, lock

@@ -67,24 +67,24 @@ def receive(pipe: BinaryIO) -> Message:
 
 
 def vllm_options(message: Message) -> dict[str, Any]:
-    """Options of vLLM. message: model, dtype, embeds, memory, sleeps, tensor_parallel_size."""
+    """Options of vLLM. message: model, dtype, memory, sleeps, tensor_parallel_size."""
     from transformers import AutoConfig
     from vllm.platforms import current_platform
 
     vision = AutoConfig.from_pretrained(message["model"]).vision_config
     deepstack = getattr(vision, "deepstack_visual_indexes", None)  # lost without a tower
     # 0: the vision tower is not even loaded, as the trainer computes its features.
-    limit = 0 if message["embeds"] and not deepstack else 999
+    limit = 999 if deepstack else 0
     options = {
         "model": message["model"],
         "dtype": message["dtype"],
         "load_format": "dummy",  # the trainer sends every weight before it asks
         "max_model_len": -1,  # the longest that the memory allows
         "generation_config": "vllm",  # else the checkpoint's top-k would enter
-        "enable_mm_embeds": message["embeds"],
+        "enable_mm_embeds": True,
         "limit_mm_per_prompt": {"image": limit, "video": 0},
         "mm_processor_cache_gb": 0,
-        "skip_mm_profiling": message["embeds"],
+        "skip_mm_profiling": True,
         "logits_processors": ["vlm.engine_worker:Draw"],
         "worker_extension_cls": "vlm.engine_worker.Extension",
         "async_scheduling": False,  # the processor reads the tokens so far
@@ -125,7 +125,6 @@ class Engine:
             "vocabulary": config.get_vocab_size(),
             "hidden": config.get_hidden_size(),
             "dtype": message["dtype"],
-            "embeds": message["embeds"],
             "weights": None,  # the version of the weights, given by the trainer
         }
 
@@ -175,8 +174,6 @@ class Engine:
         prompt = {"prompt_token_ids": entry["short"]}
         if entry["images"] is not None:
             prompt["multi_modal_data"] = {"image": entry["images"]}
-        if entry.get("processor"):
-            prompt["mm_processor_kwargs"] = entry["processor"]
         (rendered,) = self.vllm.renderer.render_cmpl([prompt])
         if list(rendered["prompt_token_ids"]) != entry["ids"]:
             raise ValueError("vLLM gives a prompt's pictures other tokens than the trainer does")
@@ -329,8 +326,7 @@ def serve_http(args: argparse.Namespace) -> None:
         sys.exit(
             f"error: --host {args.host} is reached by others: set {TOKEN} to a secret of yours"
         )
-    options = vars(args) | {"embeds": not args.pixels, "sleeps": False}
-    engine = Handler.engine = Engine(options)
+    engine = Handler.engine = Engine(vars(args) | {"sleeps": False})
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="saei-server-") as Handler.folder:
         server = ThreadingHTTPServer((args.host, args.port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -347,7 +343,6 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8700)
     parser.add_argument("--memory", type=float, default=0.9, help="share of each GPU's memory")
     parser.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs of one model")
-    parser.add_argument("--pixels", action="store_true", help="pictures as 8-bit (docs/engine.md)")
     args = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
