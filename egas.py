@@ -50,6 +50,7 @@ def pgd_ascent(
     steps: int = 1,
     random_start: bool = False,
     generator: torch.Generator | None = None,
+    first_grads: list[Tensor] | None = None,
 ) -> Tensor | list[Tensor]:
     """Raise objective(images) by projected sign-gradient ascent.   Tensor or list -> same, detached
 
@@ -58,6 +59,7 @@ def pgd_ascent(
         depends on its own images alone.
     eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
     random_start: begin at a uniform point of the eps ball, drawn from `generator`.
+    first_grads: image_gradients at `images`, where they are known: the first step computes none.
 
     Raises ValueError for images outside [0, 1] or not float32 or float64, eps outside [0, 1],
     steps < 1; RuntimeError in inference mode or if an image has no gradient; FloatingPointError if
@@ -78,23 +80,31 @@ def pgd_ascent(
     attacked = [x.clone() for x in clean]
     if random_start:
         attacked = [(x + eps * (2 * uniform_like(x, generator) - 1)).clamp(0.0, 1.0) for x in clean]
+    grads = first_grads
     for _ in range(steps):
-        attacked = [x.requires_grad_() for x in attacked]
-        with torch.enable_grad():
-            value = objective(attacked[0] if isinstance(images, Tensor) else attacked)
-            grads = image_gradients(value.sum(), attacked)
+        if grads is None:
+            attacked = [x.requires_grad_() for x in attacked]
+            with torch.enable_grad():
+                value = objective(attacked[0] if isinstance(images, Tensor) else attacked)
+                grads = image_gradients(value.sum(), attacked)
         for i, x in enumerate(attacked):
             attacked[i] = linf_step(x.detach(), clean[i], grads[i], step_size, eps)
+        grads = None
     return attacked[0] if isinstance(images, Tensor) else attacked
 
 
-def image_gradients(value: Tensor, images: list[Tensor]) -> list[Tensor]:
-    """d value / d image of each image, checked.   scalar, B images -> B gradients"""
+def image_gradients(
+    value: Tensor, images: list[Tensor], retain_graph: bool = False
+) -> list[Tensor]:
+    """d value / d image of each image, checked.   scalar, B images -> B gradients
+
+    retain_graph: keep the graph for a further use.
+    """
     if not value.requires_grad:
         cause = "something before it detaches (detach, torch.no_grad, torch.inference_mode)"
         raise RuntimeError(f"the objective does not depend on the images: {cause}")
     # autograd.grad, not backward(): the policy's .grad stays clean, no weight gradient is computed
-    grads = torch.autograd.grad(value, images, allow_unused=True)
+    grads = torch.autograd.grad(value, images, retain_graph=retain_graph, allow_unused=True)
     for i, grad in enumerate(grads):
         if grad is None:
             raise RuntimeError(f"the objective does not depend on image {i}")

@@ -16,6 +16,7 @@ Intervals are over problems (runtime/estimates.py). They do not cover other seed
 import json
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +32,6 @@ from runtime import args, data, distributed
 from runtime.args import option
 from runtime.estimates import bootstrap_interval, pass_at_k, share_interval
 from runtime.rollouts import micro_batches
-from vlm.policy import Policy
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Config(NamedTuple):
     eval: EvalArgs
     model: args.ModelArgs
     data: args.DataArgs
+    engine: args.EngineArgs
 
 
 def load_config(argv: list[str] = (), **options) -> Config:
@@ -77,13 +78,16 @@ def load_config(argv: list[str] = (), **options) -> Config:
     return config
 
 
-def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalArgs) -> list[dict]:
+def evaluate_rows(
+    sampler: args.Sampler, rows: list[dict], seeds: list[int], cfg: EvalArgs
+) -> list[dict]:
     """Greedy and sampled answers of some problems, graded.   -> one record per problem"""
+    policy = sampler.policy
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
-    read = policy.read(prompts)  # the prompt pass, for greedy and sampled answers alike
-    T = cfg.max_new_tokens
-    greedy = policy.sample(prompts, 1, seeds, T, temperature=0.0, read=read)
-    sampled = policy.sample(prompts, cfg.samples, seeds, T, cfg.temperature, read=read)
+    T, read = cfg.max_new_tokens, cache(partial(policy.read, prompts))  # one prompt pass for both
+    wait = sampler.ask(prompts, 1, seeds, T, temperature=0.0)
+    wait_sampled = sampler.ask(prompts, cfg.samples, seeds, T, cfg.temperature)
+    greedy, sampled = wait(read), wait_sampled(read)
     greedy_texts, texts = policy.decode(greedy), policy.decode(sampled)
     entropy = tsec.selective_entropy(sampled.entropy, sampled.mask).view(len(rows), -1)
     cut = [x.truncated(policy.eos_ids).view(len(rows), -1) for x in (greedy, sampled)]
@@ -103,7 +107,7 @@ def evaluate_rows(policy: Policy, rows: list[dict], seeds: list[int], cfg: EvalA
 
 
 def evaluate_split(
-    policy: Policy, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
+    sampler: args.Sampler, split: str, rows: data.Rows, cfg: EvalArgs, accelerator: Accelerator
 ) -> list[dict]:
     """All processes' records, each row once, in the split's order, on every process."""
     records = []
@@ -111,7 +115,7 @@ def evaluate_split(
     bar = tqdm(micro_batches(len(mine), cfg.batch), split, disable=not accelerator.is_main_process)
     for numbers in (mine[part] for part in bar):
         seeds = [int(np.random.SeedSequence((cfg.seed, i)).generate_state(1)[0]) for i in numbers]
-        for record in evaluate_rows(policy, [rows[i] for i in numbers], seeds, cfg):
+        for record in evaluate_rows(sampler, [rows[i] for i in numbers], seeds, cfg):
             records.append(record | {"split": split})
     return sorted(gather_object(records), key=lambda record: record["row"])
 
@@ -158,9 +162,12 @@ def main(config: Config) -> dict:
     check["max_prompt_tokens"] = 10**9  # only problems that cannot be asked are refused
     rows = {s: config.data.load(s, limit=cfg.problems, **check) for s in cfg.splits}
     policy, records = config.model.load().to(accelerator.device), {}
+    precision = accelerator.mixed_precision
     with torch.no_grad(), accelerator.autocast():
-        for split in cfg.splits:
-            records[split] = evaluate_split(policy, split, rows[split], cfg, accelerator)
+        with config.engine.sampler(policy, config.model.model, precision) as sampler:
+            sampler.load_weights()
+            for split in cfg.splits:
+                records[split] = evaluate_split(sampler, split, rows[split], cfg, accelerator)
     result = {"model": config.model.model, "dataset": source, "n_samples": cfg.samples}
     result |= {"temperature": cfg.temperature, "seed": cfg.seed}
     result["seconds"] = round(time.time() - start, 1)

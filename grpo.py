@@ -11,6 +11,8 @@ Where the rules come from
            length is favoured. The clip is 0.2 / 0.28 (DAPO's clip-higher). The std divides by
            G - 1, as in TRL and verl. There is no KL term by default, and k3 when it is on. There is
            no entropy bonus, because it would confound every claim about entropy.
+    known  Truncated importance weight, where another engine samples than the one that trains: TRL
+           (vllm_importance_sampling_correction, per token, cap 3), verl (rollout_is, cap 2).
 
 Symbols: P prompts, G responses per prompt, N = P * G, T tokens (padded), V vocabulary. In SaEI a
 group holds the responses sampled on the clean image and those sampled on the attacked one. With one
@@ -77,13 +79,15 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = -(1 / normalizer) sum_{i,t} mask min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i)
+    """L = -(1 / normalizer) sum_{i,t} w min(rho A_i, clip(rho, 1 - clip_low, 1 + clip_high) A_i)
 
-    (N, T), (N, T), (N,), (N, T) bool -> scalar, metrics
+    (N, T), (N, T), (N,), (N, T) bool -> scalar, metrics. The sum is over the mask.
 
     normalizer: None is the number of response tokens here. With micro-batches or several processes,
         pass the number of the whole optimiser step, or the micro-batch size changes the gradient.
+    weights: w (N, T), such as importance_weights; None is 1.
     metrics: clip/low and clip/high, the shares of tokens whose gradient the clip removes. They have
         the same denominator, so they add up over micro-batches.
     Raises ValueError for shapes that do not agree, another mask and a batch without a token.
@@ -105,12 +109,29 @@ def policy_loss(
     ratio = log_ratio.exp()  # (N, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if weights is not None:
+        surrogate = surrogate * weights.detach()
     loss = -surrogate.masked_fill(~mask, 0.0).sum() / normalizer
     with torch.no_grad():
         too_low = (ratio < 1 - clip_low) & (advantages < 0) & mask
         too_high = (ratio > 1 + clip_high) & (advantages > 0) & mask
         metrics = {"clip/low": too_low.sum() / normalizer, "clip/high": too_high.sum() / normalizer}
     return loss, metrics
+
+
+@torch.no_grad()
+def importance_weights(
+    logprobs: Tensor, sampler_logprobs: Tensor, mask: Tensor, cap: float = 3.0
+) -> tuple[Tensor, Tensor]:
+    """w = min(rho, cap), rho = pi_trainer(y_t) / pi_sampler(y_t).   (N, T) each -> w, rho (N, T)
+
+    For responses of an engine that computes pi in another way than the trainer, such as in another
+    precision. Both log-probs are of the weights and the image that the response was sampled with.
+    E[w A grad log pi] is then that of the trainer's policy, apart from the cap, which bounds the
+    variance. Equal log-probs give 1, and padding too.
+    """
+    rho = (logprobs - sampler_logprobs).masked_fill(~mask, 0.0).exp()
+    return rho.clamp(max=cap), rho
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

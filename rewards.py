@@ -61,8 +61,9 @@ _LONE_LETTER = re.compile(r"(?<![^\s(*])\(?\*{0,3}([A-Z])\*{0,3}(?:\)|(?=[.,:;!]
 def _last_box(text: str) -> tuple[int, int]:
     """Where the content of the box that opens last starts and ends; ends at -1 where it is cut."""
     start, depth = max((box.end() for box in _BOX.finditer(text)), default=-1), 1
+    signs = {"<|end_of_box|>": -1} if text[:start].endswith(">") else {"{": 1, "}": -1}
     for brace in _BRACE.finditer(text, start) if start >= 0 else ():
-        depth += {"{": 1, "}": -1, "<|end_of_box|>": -1}.get(brace[0], 0)
+        depth += signs.get(brace[0], 0)
         if depth == 0:
             return start, brace.start()
     return start, -1
@@ -109,16 +110,15 @@ _SYNONYMS = _by_spelling({
     r"\neq ": r"≠ != \ne \not=", r"\approx ": "≈", r"\times ": "×", r"\cdot ": "· ⋅", "/": "÷ ⁄",
     r"\pm ": "±", "-": "− – — ‐ ‑ ‒ ―", r"\sqrt ": "√", r"\infty ": "∞", r"\pi ": "π", " 1/4": "¼",
     r"\alpha ": "α", r"\beta ": "β", r"\theta ": "θ", r"\frac": r"\dfrac \tfrac \cfrac",
-    " 1/2": "½", " 3/4": "¾", r"\in ": "∈", r"\cup ": "∪", r"\cap ": "∩",
-    r"\emptyset ": r"∅ \varnothing",
+    " 1/2": "½", " 3/4": "¾", r"\cup ": "∪", r"\cap ": "∩", r"\emptyset ": r"∅ \varnothing",
     r"\subset ": "⊂", r"\setminus ": r"\backslash", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ",
     r"\{": r"\lbrace", r"\}": r"\rbrace", "(": r"\langle", ")": r"\rangle",
     "|": r"\vert \lvert \rvert \mid", r"\land ": r"∧ \wedge", r"\lor ": r"∨ \vee",
-    r"\neg ": r"¬ \lnot", r"\to ": r"→ \rightarrow", r"\forall ": "∀", r"\angle ": "∠",
+    r"\neg ": r"¬ \lnot", r"\to ": r"→ -> \rightarrow", r"\forall ": "∀", r"\angle ": "∠",
     r"\triangle ": "△", r"\parallel ": "∥", '"': "“ ” 「 」", "'": "‘ ’", "%": r"\%",
-    "°": r"\degree", ",": r"、 {,} {\,}", ".": "。", "[": "【", "]": "】",
-    " ": "\u00a0 ~ " + r"\quad \qquad \, \; \: \( \) \[ \]",
-    "": r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
+    r"\in ": "∈", "°": r"\degree", ",": r"、 {,} {\,}", ".": "。", "[": "【", "]": "】",
+    " ": "\u00a0 ~ " + r"\quad \qquad \thinspace \, \; \: \( \) \[ \]", "": r"\bf \rm "
+    r"\! \left. \right. \left \right \displaystyle \textstyle \scriptstyle \limits \large",
 })  # fmt: skip
 # the longest first; a command ends where its letters do
 _SYNONYM = "|".join(re.escape(x) + r"(?<![a-zA-Z](?=[a-zA-Z]))" for x in sorted(_SYNONYMS)[::-1])
@@ -135,7 +135,11 @@ _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a
     (r"(?<![a-zA-Z\\])(?:infinity|infty|inf|oo)@", r"\\infty "),
     (r"(?<![a-zA-Z\\])(sqrt|pi|theta|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|ln|log|exp)@", r"\\\1 "),
     (r"\^ ?(-?[0-9]{2,}|-[0-9a-zA-Z])", r"^{\1}"),  # x^12 and x^-1 as TeX would not read them
-    (r"\\sqrt ?([0-9]+|[a-zA-Z]@)", r"\\sqrt{\1}"),
+    (r"\\(sqrt(?:\[ ?\w+ ?\])?|vec|bar|hat) ?([0-9]+|[a-zA-Z]@)", r"\\\1{\2}"),
+    (r"\{([^{}]*[^{} ]) ?\\choose@ ?([^{}]+)\}", r"\\binom{\1}{\2}"),
+    (r"(?i)(:[0-5][0-9](?= ?[ap]m)|[0-9](?= ?[ap]\.m)) ?([ap])\.?m\b\.?", r"\1 \2m"),
+    (r"(?i)(:[0-5][0-9](?: [ap]m)?) ?(?:-|\bto\b) ?(?=[0-9]{1,2}:[0-5][0-9])", r"\1-"),
+    (r"(?<![0-9:.])0(?=[0-9]:[0-5][0-9](?![0-9:]))", ""),  # 03:45
     (r"\\frac ?([0-9]|\\pi@|[a-zA-Z](?=[a-zA-Z]?@))", r"\\frac{\1}"),  # \frac12, \frac ab
     (r"(\\frac\{[^{}]*\}) ?([0-9]|[a-zA-Z]@)", r"\1{\2}"),
 ]
@@ -146,10 +150,9 @@ _WRAPPER = re.compile(
 _GROUPS = re.compile(r"(?<![\w.,/])[1-9][0-9]{0,2}(?: [0-9]{3})+(?![0-9/]| [0-9])")  # 2 500
 _PARENTHESES = re.compile(r"(\\sqrt|\^)\s*\(((?:[^()]|\([^()]*\))*)\)")  # e^(x+1) is e^{x+1}
 _LEAD = re.compile(
-    r"(?i)(?:最终)?答案(?:是|为)?:? ?"
-    r"|(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?(?:(?:correct|final|right) )?"
-    r"(?:answer|choice|option)(?: is|:|=)+:? ?|= ?|\\approx ?|\\therefore ?"
-    r"|(?:approximately|about) (?=[0-9])")  # fmt: skip
+    r"(?i)(?:最终)?答案(?:是|为)?:? ?|(?:(?:so|thus|therefore|hence),? )?(?:(?:the|my) )?"
+    r"(?:(?:correct|final|right) )?(?:answer|choice|option)(?: is|:|=)+:? ?|= ?|\\approx ?"
+    r"|\\therefore ?|(?:approximately|about) (?=[0-9])")  # fmt: skip
 
 
 def _normalise(text: str) -> str:
@@ -157,11 +160,9 @@ def _normalise(text: str) -> str:
     if text.isascii() and (text.isdigit() or len(text) == 1 and text.isalpha()):  # most answers
         return text
     text = unicodedata.normalize("NFC", re.sub(r"(?<!\\)\\\s*$", "", text))
-    text = re.sub(
-        "[！-～￠-￦　]", lambda m: unicodedata.normalize("NFKC", m[0]), text
-    )  # full-width
-    text = re.sub("[²³¹⁰-⁻]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = re.sub("[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    plain = lambda m: unicodedata.normalize("NFKC", m[0])  # noqa: E731
+    text = re.sub("[！-～￠-￦　]", plain, text)  # full-width
+    text = re.sub("[²³¹⁰-⁻]+|([₀-₉]+)", lambda m: f"{'_' if m[1] else '^'}{{{plain(m)}}}", text)
     text = re.sub(r"(?<=[0-9°%]) ?[~〜] ?(?=[0-9])", "-", text)  # a range; in TeX ~ is a space
     if r"\begin" in text:  # two backslashes end a row of a matrix
         text = re.sub(r"\\\\(?:\[[^\]]*\])?", r"\\cr ", text)
@@ -227,18 +228,23 @@ _UNITS = _by_spelling({
 _UNITS |= {unit: unit for unit in _UNITS.values() if unit}
 _NO_UNITS = re.compile(  # words that make of "11 ..." something else than 11 of a kind
     "is|isnt|are|was|were|be|not|no|nope|never|or|and|the|an?|to|than|then|but|if|of|off|at|by|with"
-    "|without|for|from|on|in|when|where|unless|instead|except|about|exactly|least|most|any|all|none"
+    "|without|for|from|on|when|where|unless|instead|except|about|exactly|least|most|any|all|none"
     "|maybe|perhaps|possibly|only|wrong|false|true|incorrect|versus|vs|alternatively|more|less|other"
     "|plus|minus|negative|below|under|times|twice|divided|over|mod|modulo|choose|squared|cubed"
     "|factorial|base|binary|power|root|sqrt|log|hal(?:f|ves)|thirds?|quarters?|dozens?|pairs?|scores?"
-    "|tens|permille|one|two|twos|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?"
-    "|thousands?|.*teen|.*[nrfxy]ty|.*(?<!mon)ths?|.*illion(?:s|en)?|through|thru|until|lakhs?|crores?"
-    "|[mb]n|mil(?:l[ei]|lones)?|tausend|(?:тыс|мл[нр]).*|[十百万亿半分].*|千(?!克).*")  # fmt: skip
+    "|tens|actually|wait|oops|sorry|hm+|impossible|untrue|rejected|withdrawn|cancell?ed|(?:doubl"
+    "|tripl|halv)ed|repeating|recurring|hex(?:adecimal)?|octal|something|ish|.*wards|permille|one"
+    "|twos?|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundreds?|thousands?|.*teen"
+    "|.*[nrfxy]ty|.*(?<!mon)ths?|.*illion(?:s|en)?|through|thru|until|lakhs?|crores?|[mb]n"
+    "|mil(?:l[ei]|lones)?|tausend|(?:тыс|мл[нр]).*|[十百万亿半分].*|千(?!克).*")  # fmt: skip
 _MATRIX = re.compile(r"(?s)\\begin\{((?:[pbB]|small)?matrix|array)\}(?:\{[^}]*\})?(.*)\\end\{\1\}")
+_FACTOR = (r"(?:(?<![a-zA-Z\\])[a-zA-Z](?![a-zA-Z])|\\(?:[lg]am(?:bd|m)a|alpha|beta|delta|mu|pi|rho"
+           r"|omega|phi|sigma|tau|theta)(?![a-z]))(?:'|_\w|_\{[^{}]*\}|\([^()]*\))*")  # fmt: skip
 _NAME = re.compile(  # x_1, f(x), area, \angle ABC; (x, y); A^{-1}, f^{-1}(x); no expression
-    r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln|exp|frac(?!\{d)|cdot|times|binom"
-    r"|sum|prod|int|lim|[lr]floor|[lr]ceil|not|pm)(?![a-z])|!|\bnot?\b|n't|\b(?:than|plus|minus|times"
-    r"|divided)\b)|(?:[a-z]{2}|abcd?|xyz|pqr|\|[a-z]\|)$)"
+    r"(?!.*(?:\\(?:sqrt|(?:arc)?(?:sin|cos|tan)h?|cot|sec|csc|log|ln|lg|exp|frac(?!\{d)|cdot|times"
+    r"|div|ast|star|circ|bullet|b?mod|choose|binom|sum|prod|int|lim|[lr]floor|[lr]ceil|not|pm)(?![a-z])"
+    r"|[!%]|\bnot?\b|n't|\b(?:than|plus|minus|times|divided)\b|: ?[0-9]|\) ?\("
+    rf"|{_FACTOR} ?{_FACTOR})|(?:[a-z]{{2}}|abcd?|xyz|pqr|\|[a-z](?:_\{{?\w+\}}?)?\|)$)"
     r"(?=.*[a-zA-Z])[^-+*/^=<>,;0-9{][^-+*/^=<>,;]*"
     r"|\([a-z](?:, ?[a-z])+\)|[A-Z]\^(?:T|{-1})|[a-zA-Z]\^\{-1\}\([^()]*\)")  # fmt: skip
 _SPANS = [(":", r" ?(?::|\\colon)"), ("x", r" ?\\times| ?[xX](?= ?[0-9])|\bby\b"),  # no arithmetic
@@ -248,7 +254,6 @@ _VERBATIM = re.compile(  # dates, versions, times, orders, B2B; what algebra wou
     r"|^[0-9]{1,2}(?: ?: ?[0-5][0-9]){1,2}$|^(?:(?:[A-Za-z]-){2,}|(?:[0-9A-Z]+-){2,}[0-9A-Z]*)\w$"
     r"|\{ ?\}[0-9a-zA-Z(]|%(?!-| to).|ldots|==|__|[a-zA-Z]\.[a-zA-Z]|^[a-zA-Z]+[0-9]+[a-zA-Z]"
     r"|^0[0-9]+-|-0[0-9]")  # fmt: skip
-_COMMAND = re.compile(r"\\[a-zA-Z]+")
 _LETTER = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]")  # not of a command
 _WORD = re.compile(r"(?<!\\)(?<![^\W\d_])[^\W\d_]{3,}")
 _VARIABLE = re.compile(r"[a-df-zA-Z]|\\(?!infty|pi)[a-zA-Z]+")
@@ -269,7 +274,7 @@ def _unit(text: str) -> str | None:
     text = re.sub(r"[{}]", "", text.replace(r"\cdot", " ").lower())
     power = lambda x: f"{x[2]}^{3 if x[1] else 2}"  # noqa: E731 - square cm, cu cm
     text = re.sub(r"\b(?:sq(?:uare)?|(cu(?:bic)?)) ([^\W\d_]+)", power, text)
-    words = re.findall(r"([^\W\d_]+|[^\s.])(\^-?[1-3])?", text)
+    words = re.findall(r"([^\W\d_]+|[^\s.]|\.\.)(\^-?[1-3])?", text)  # 0.3.. has no unit
     unit, unknown = [], 0
     for word, power in words:
         names = [word, word.removesuffix("s"), word.removesuffix("es")]
@@ -349,9 +354,9 @@ def _span(text: str, depth: int) -> Parsed | None:
         numbers = [_number(part.strip()) for part in re.split(separator, text)]
         if len(numbers) == 1 or None in numbers:
             continue
-        values, unit = [x.value for x in numbers], numbers[-1].note or numbers[0].note
-        if sign != ":" or 0 in values:
-            return Parsed("text", sign.join(map(str, values)), text, unit)
+        values, units = [x.value for x in numbers], [x.note for x in numbers if x.note]
+        if sign != ":" or 0 in values:  # 5 cm to 10 m has the unit "cm m"
+            return Parsed("text", sign.join(map(str, values)), text, " ".join(dict.fromkeys(units)))
         if len(values) == 2:
             return Parsed("number", values[0] / values[1], text)
         items = tuple(Parsed("number", value / values[0], text) for value in values)
@@ -420,8 +425,7 @@ def _brackets(text: str, depth: int) -> Parsed | None:
 
 def _relation(text: str, depth: int) -> Parsed | None:
     r"""name = value (= value), x \in S, 1 < x < 2: "named". (x,y) = (1,2): a tuple of these."""
-    if re.fullmatch(r"[A-Z]'?\(.*,.*\)", text):  # the point A(2,3)
-        text = text.replace("(", "=(", 1)
+    text = re.sub(r"^([A-Z]'?)(\(.*,.*\))$", r"\1=\2", text)  # the point A(2,3)
     sides, signs = _split(text, r"\\(?:leq|geq|neq|in|approx)(?![a-zA-Z])|[=<>]")
     if not signs or not all(sides):
         return None
@@ -466,21 +470,21 @@ def _name(text: str) -> str:
 # ------------------------------------------------------------------------------------ 4. comparison
 _LABEL = re.compile(
     r"\(([A-Za-z])\)|([A-Za-z])(?:$| ?[):]| ?\.(?![\w.])|(?=,? ?because )"
-    r"|(?<=[A-Z]),(?= ?(?:an? |the )?(?:[A-Z]?[a-z]{2}|[^ -~])))"
-)
+    r"|(?<=[A-Z]),(?= ?(?:an? |the )?(?:[A-Z]?[a-z]{2}|[^ -~])))")  # fmt: skip
 _CAPITAL = re.compile(  # a letter of its own: not A cat, I am, A+1
     r"(?<![a-zA-Z0-9_\\'+*/^=<>-])(?!A (?!is\b)[a-z]|I [a-z])([A-Z])"
     r"(?![a-zA-Z0-9_']| ?[-+*/^=<>])")  # fmt: skip
 _CUE = re.compile(  # what stands before a letter, \0, or after it, where it names an option
     r"(?i:option|choice|answer|choose|pick|select|with|is|be|figure|graph|image|point|statement)\W*\0"
-    r"|[选项是为择]\W*\0|\0项|\0\W*(?:is|matches) (?:the )?(?:right|correct|answer)")  # fmt: skip
-_NOT = r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if)\b|n't|[不错]"
+    r"|[选项是为择]\W*\0|\0项|\0\W*(is|matches)( the| only)* (right|correct|answer)")  # fmt: skip
+_NOT = (r"(?i)\b(?:not?|never|wrong|false|incorrect|except|n?either|n?or|unless|but|if|rather|than"
+        r"|besides|instead|(?:reject|eliminat|exclud|discard)\w*)\b|n't|[不错非]|排除")  # fmt: skip
 _MISREAD = re.compile(  # by math-verify, or by us: (2)3, 5!!, and x2, e4 where no command ends so
     r"(?<![_0-9])[0-9]+ [0-9]|[$'\":@#?~`;]|[^ -~°]|°[A-Z]|<>|!!|\\(?:equiv|cong|not|pmod)|\)[0-9]"
-    r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]")  # fmt: skip
+    r"|(?<![a-zA-Z\\])[a-zA-Z]{1,2}[0-9]|\^\{?T")  # fmt: skip
 _SECOND_THOUGHT = re.compile(  # after "yes": it does not stand alone
     r"(?:[,.;:!(] ?|\b(?:but|or|and) )(?:yes|no|not)\b|\b(?:yes|no)\W*$"
-    r"|\b(?:maybe|mean|unless|false|true|wrong)\b")  # fmt: skip
+    r"|\b(?:maybe|mean|unless|false|true|wrong|incorrect)\b")  # fmt: skip
 
 
 class NeedsAlgebra(Exception): ...  # the rules cannot decide a comparison
@@ -597,9 +601,8 @@ class Comparison:
 
     def same_named(self, a: Parsed, b: Parsed) -> bool:
         """name = value against a value, another named value or an equation."""
-        equation = b.kind == "formula" and re.search(
-            r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])", b.raw
-        )
+        signs = r"[=<>]|\\(?:[lg]eq|neq|in)(?![a-zA-Z])"
+        equation = b.kind == "formula" and re.search(signs, b.raw)
         if equation or a.value[-1].kind == "interval" and b.kind == "union":
             return self.same_by_algebra(a.raw, b.raw)
         if b.kind != "named":  # equal to all that is said to be equal: of 2 + 3 = 5 to both
@@ -609,8 +612,7 @@ class Comparison:
         graph = "y" in (a.note, b.note) and re.search(r"[a-z]\([a-z]\)", a.note + b.note)
         if a.note == b.note or not a.note or not b.note or graph:  # y = x^2 is g(x) = x^2
             return all(self.same(x, y) for x in a.value for y in b.value)
-        formulas = any(value.kind in ("formula", "choice") for value in a.value + b.value)
-        # y = 2x and x = y/2
+        formulas = any(x.kind in ("formula", "choice") for x in a.value + b.value)  # y=2x, x=y/2
         return formulas and "(" not in a.note + b.note and self.same_by_algebra(a.raw, b.raw)
 
     def same_collection(self, a: Parsed, b: Parsed) -> bool:
@@ -645,10 +647,9 @@ class Comparison:
             return other.kind in ("text", "formula")
         if "formula" not in (a.kind, b.kind) or len(units) > 1 or "%" in units:
             return False
-        if other.kind in ("text", "choice"):  # xy = x \cdot y, e = \exp(1), x = 2x/2
-            letters = set(other.raw) <= set(a.raw) & set(b.raw)
-            if not letters or not re.fullmatch("[a-z]{1,2}", other.raw):
-                return False
+        xy = re.fullmatch("[a-z]{1,2}", other.raw) and set(other.raw) <= set(a.raw) & set(b.raw)
+        if other.kind in ("text", "choice") and not xy:  # xy = x \cdot y, e = \exp(1), x = 2x/2
+            return False
         texts = [str(x.value) if x.kind == "number" else x.raw for x in (a, b)]  # without units
         return self.same_by_algebra(*texts)
 
@@ -787,7 +788,8 @@ def _same_number(x, y, precision: int | None) -> bool | None:
     numbers = sympy.Tuple(x, y)
     size = [len(f"{part.p}{part.q}") for part in numbers.atoms(sympy.Rational)]
     for part in numbers.atoms(sympy.Pow, sympy.Function) - numbers.atoms(sympy.log):
-        size.append(abs(part.args[-1].evalf(5)))  # e^-99, 1 - tanh(99)
+        base = abs(part.args[0]) if part.is_Pow else 1  # e^-99, 9^-\pi, 1 - tanh(99)
+        size.append(abs(part.args[-1] * (1 + sympy.log(base + 1 / base)) / 2).evalf(5))
     digits = 50 + 2 * int(sum(size))
     if digits > 4000:
         return False
@@ -919,9 +921,8 @@ def length_penalty(max_tokens: int, buffer: int) -> Callable[..., list[float]]:
         raise ValueError(f"needs 0 < buffer <= max_tokens, got {buffer} and {max_tokens}")
 
     def penalty(completions, completion_ids: list[Sequence[int]], **columns) -> list[float]:
-        return [
-            -min(1.0, max(0.0, (len(x) - max_tokens + buffer) / buffer)) for x in completion_ids
-        ]
+        over = [(len(ids) - max_tokens + buffer) / buffer for ids in completion_ids]
+        return [-min(1.0, max(0.0, x)) for x in over]
 
     return penalty
 
@@ -965,8 +966,7 @@ def total_reward(
     """reward_i = sum_k w_k r_k,i, and each r_k. RuntimeError with the place.   N, N -> {name: N}"""
     if isinstance(completions, str) or isinstance(answer, str):
         raise ValueError(f"completions and answer have to be lists, got {answer!r:.80}")
-    columns = columns | {"answer": answer}
-    scores, totals = {}, [0.0] * len(completions)
+    scores, totals, columns = {}, [0.0] * len(completions), columns | {"answer": answer}
     for name, (function, weight) in rewards.items():
         scores[name] = _checked(name, function, completions, columns)
         totals = [total + weight * r for total, r in zip(totals, scores[name], strict=True)]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # bash run.sh        set up; train the demo with SaEI and with plain GRPO; evaluate; write the page
 # bash run.sh test   set up; run the tests
+# bash run.sh engine set up vLLM for --engine vllm in .venv-engine; run its tests
 # Needs Python 3.11 or newer (PYTHON=python3.12 bash run.sh picks one). Writes .venv and out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -19,6 +20,27 @@ setup() { # setup FILE: install its packages into .venv, in the tested versions,
             -r "$1" -c .ci/constraints.txt
         echo "$wanted" >".venv/installed-$1"
     fi
+}
+
+setup_engine() { # vLLM in an environment of its own, its CPU build where there is no GPU, once
+    local python=.venv-engine/bin/python kind=cpu wanted
+    local install="$python -m pip install --quiet --disable-pip-version-check"
+    if nvidia-smi -L >/dev/null 2>&1; then kind=gpu; fi
+    wanted=$(cat .ci/engine-$kind.txt)
+    if [ "$wanted" = "$(cat .venv-engine/installed 2>/dev/null)" ]; then return; fi
+    echo "Installing vLLM ($kind) into .venv-engine (about 3 minutes and 4 GB) ..."
+    "${PYTHON:-python3}" -m venv --clear .venv-engine
+    if [ $kind = cpu ]; then # PyTorch's index has the builds without CUDA
+        grep ^torch .ci/engine-cpu.txt | xargs $install --no-deps \
+            --extra-index-url https://download.pytorch.org/whl/cpu
+    fi
+    $install -r .ci/engine-$kind.txt
+    if [ $kind = cpu ]; then # PyPI's builds of these need CUDA, and vLLM would fail to import them
+        $python -m pip uninstall --quiet --yes torchaudio torchcodec
+        $python -c "import torchvision" 2>/dev/null || cp .ci/torchvision_without_operators.pth \
+            "$($python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+    fi
+    echo "$wanted" >.venv-engine/installed
 }
 
 launch() { # one process; accelerate launch is for more
@@ -57,8 +79,14 @@ test)
     setup requirements-dev.txt
     .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
     ;;
+engine)
+    echo "The engine's tests take about 8 minutes on two CPU cores."
+    setup requirements-dev.txt
+    setup_engine
+    SAEI_ENGINE_TESTS=1 .venv/bin/python -m pytest -q tests/engine
+    ;;
 *)
-    echo "usage: bash run.sh [test]" >&2
+    echo "usage: bash run.sh [test | engine]" >&2
     exit 2
     ;;
 esac

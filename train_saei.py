@@ -33,8 +33,9 @@ import tsec
 from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
-from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, micro_batches
+from runtime.rollouts import Passes, Rollouts, TrainingBatch, by_prompt, micro_batches
 from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
+from vlm.cache import ReadPrompts
 from vlm.policy import Policy, Prompts, Responses
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
@@ -91,6 +92,7 @@ class Config(NamedTuple):
     memory: args.MemoryArgs
     data: args.TrainDataArgs
     run: args.RunArgs
+    engine: args.EngineArgs
 
 
 def load_config(argv: list[str] = (), **options) -> Config:
@@ -124,6 +126,7 @@ def main(config: Config) -> None:
         with accelerator.autocast(), distributed.gathered(policy):
             differences = policy.self_check()
         accelerator.print(f"self-check: differences to transformers: {json.dumps(differences)}")
+    sampler = config.engine.sampler(policy, config.model.model, accelerator.mixed_precision)
 
     for step in run.steps():
         batch = batches.of_step(step)
@@ -132,25 +135,43 @@ def main(config: Config) -> None:
         cuts, clock = (cfg.tsec_low, cfg.tsec_high), Clock(accelerator.device)
 
         with accelerator.autocast(), distributed.gathered(policy):
-            # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-            clean = policy.sample(prompts, cfg.clean_rollouts, batch.seeds(CLEAN), *settings)
-            clock.lap("sample")
+            sampler.load_weights()  # an engine's, which the last update has changed
+            parts, passes, rolled = sampler.parts(len(prompts), micro), Passes(), []
+            n, seeds = cfg.clean_rollouts, batch.seeds(CLEAN)
+            asked = [sampler.ask(prompts[part], n, seeds[part], *settings) for part in parts]
+            for part, wait in zip(parts, asked, strict=True):  # an engine goes on with the others
+                # One pass over the prompts serves sampling, attack and update, where that can be
+                if distributed.one_prompt_pass(accelerator):
+                    passes.read(policy, prompts, part, micro, cfg.intervention == "egas")
+                clock.lap("read")
 
-            # 2  TsEC: tokens of moderate entropy
-            tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
+                # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
+                clean = wait(passes.values)
+                clock.lap("sample")
 
-            # 3  EgAS: the image that raises their entropy (or what the other arms do to the image)
-            objective_of = partial(
-                entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
-            )
-            seeds, noise_t = batch.seeds(ATTACK), egas.annealed_time(step, config.run.steps)
-            attacked = intervene(cfg, policy, prompts, objective_of, micro, seeds, noise_t)
-            clock.lap("attack")
+                # 2  TsEC: tokens of moderate entropy
+                chosen = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
 
-            # 4  y ~ pi_old(. | I_adv, Q)
-            responses, n = [clean], cfg.adversarial_rollouts
-            if n:
-                responses.append(policy.sample(attacked, n, batch.seeds(ADVERSARIAL), *settings))
+                # 3  EgAS: the image that raises their entropy (or what the other arms do to it)
+                tensors = (prompts[part], clean, chosen, cfg.temperature)
+                objective_of, start = partial(EntropyObjective, policy, *tensors), part.start
+                seeds, noise_t = (
+                    batch.seeds(ATTACK)[part],
+                    egas.annealed_time(step, config.run.steps),
+                )
+                attacked = intervene(
+                    cfg, policy, prompts[part], passes, objective_of, micro, seeds, noise_t, start
+                )
+                clock.lap("attack")
+
+                # 4  y ~ pi_old(. | I_adv, Q)
+                n, seeds, adversarial = cfg.adversarial_rollouts, batch.seeds(ADVERSARIAL), None
+                if n:
+                    adversarial = sampler.ask(attacked, n, seeds[part], *settings)
+                rolled.append((clean, chosen, attacked, adversarial))
+            responses, tsec_mask, attacked = rollouts.collect(prompts, rolled, policy.pad_id)
+            sampler.check(prompts, responses[0], cfg.temperature)
+            sampler.rest()
             clock.lap("sample")
 
         # 5  rewards of all G responses, advantages within a prompt's group: (P, G) each
@@ -159,44 +180,94 @@ def main(config: Config) -> None:
         sampled = Rollouts(
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
+        tensors = (prompts, responses[0], tsec_mask, cfg.temperature)
+        objective_of = partial(EntropyObjective, policy, *tensors)
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
-            metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro)
+            metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro, step)
         clock.lap("measure")
 
         # 6  GRPO update, each response on the image that `condition` names
-        losses = update(config, run, wrapped, reference, optimizer, sampled, micro, step)
+        losses = update(config, run, wrapped, reference, optimizer, sampled, passes, micro, step)
         clock.lap("update")
 
         run.log(step, metrics | clock.seconds(), losses)
+        plan.compare(config, run, sampled, step)
         run.log_samples(step, sampled, policy)
         run.save_if_due(step, wrapped)
     run.finish()
+    sampler.close()
 
 
 # ------------------------------------------------------------------------------ steps in detail
+
+
+class EntropyObjective:
+    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
+
+    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompts: Prompts,
+        responses: Responses,
+        tsec_mask: Tensor,
+        temperature: float,
+        part: slice = slice(None),
+    ):
+        P = len(prompts)
+        self.policy, self.prompts, self.temperature = policy, prompts[part], temperature
+        self.tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
+        self.mask = by_prompt(responses.mask, P)[part].flatten(0, 1)
+        self.chosen = by_prompt(tsec_mask, P)[part].flatten(0, 1)
+
+    def score(self, images: list[Tensor], read: ReadPrompts | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the responses on these images, (P * n, T) each."""
+        prompts = self.prompts.with_images(images)
+        return self.policy.score(prompts, self.tokens, self.mask, self.temperature, read)
+
+    def of(self, entropy: Tensor) -> Tensor:
+        """(P * n, T) -> (P,)"""
+        return by_prompt(tsec.selective_entropy(entropy, self.chosen), len(self.prompts)).mean(
+            dim=1
+        )
+
+    def __call__(self, images: list[Tensor]) -> Tensor:
+        return self.of(self.score(images)[1])
 
 
 def intervene(
     cfg: SaEIArgs,
     policy: Policy,
     prompts: Prompts,
-    objective_of: Callable[[slice], Callable[[list[Tensor]], Tensor]],
+    passes: Passes,
+    objective_of: Callable[[slice], EntropyObjective],
     micro: int,
     seeds: list[int],
     noise_t: float,
+    first: int = 0,
 ) -> Prompts:
     """Step 3: the prompts with the images that adversarial responses are sampled on.
 
-    egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen
-    parameters. random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
+    egas attacks `micro` prompts at a time, upward on objective_of(these), with frozen parameters.
+    With a prompt pass in `passes` the first gradient goes through it. The clean responses' scores
+    are kept there for the update, by the number of their first prompt in the step: here is `first`.
+    random: signs of the same eps. noise: NoisyRollout's, at diffusion time noise_t.
     """
     images = []
     for part in micro_batches(len(prompts), micro if cfg.intervention == "egas" else 1):
         clean = prompts[part].images
         generator = torch.Generator().manual_seed(seeds[part][0])
         if cfg.intervention == "egas" and clean:  # else text alone: nothing to attack
+            objective, grads = objective_of(part), None
+            if read := passes.reads.get(first + part.start):
+                passes.scores[first + part.start] = scores = objective.score(clean, read)
+                value = objective.of(scores[1]).sum()
+                grads = egas.image_gradients(value, read.images, retain_graph=True)
             with distributed.frozen(policy):
-                images += egas.pgd_ascent(objective_of(part), clean, cfg.eps, steps=cfg.pgd_steps)
+                pgd = partial(egas.pgd_ascent, eps=cfg.eps, steps=cfg.pgd_steps)
+                images += pgd(objective, clean, first_grads=grads)
         elif cfg.intervention == "random":
             images += egas.random_signs(clean, cfg.eps, generator)
         elif cfg.intervention == "noise":
@@ -206,30 +277,6 @@ def intervene(
     return prompts.with_images(images)
 
 
-def entropy_objective(
-    policy: Policy,
-    prompts: Prompts,
-    responses: Responses,
-    tsec_mask: Tensor,
-    temperature: float,
-    part: slice = slice(None),
-) -> Callable[[list[Tensor]], Tensor]:
-    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
-
-    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
-    """
-    P, part_prompts = len(prompts), prompts[part]
-    tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
-    mask = by_prompt(responses.mask, P)[part].flatten(0, 1)
-    chosen = by_prompt(tsec_mask, P)[part].flatten(0, 1)
-
-    def objective(images: list[Tensor]) -> Tensor:
-        _, entropy = policy.score(part_prompts.with_images(images), tokens, mask, temperature)
-        return by_prompt(tsec.selective_entropy(entropy, chosen), len(part_prompts)).mean(dim=1)
-
-    return objective
-
-
 def update(
     config: Config,
     run: Run,
@@ -237,13 +284,16 @@ def update(
     reference: Policy | None,
     optimizer: torch.optim.Optimizer,
     sampled: Rollouts,
+    passes: Passes,
     micro: int,
     step: int,
 ) -> dict[str, float]:
     """Step 6: updates_per_step optimiser steps, each normalised by all its response tokens.
 
-    Old log-probs are those of the image that conditions the update. With one update they are the
-    scored ones, detached (ratio 1). With several they are computed first.   -> global metrics
+    Old log-probs are those of the image that conditions the update. In the first update they are
+    the scored ones, detached (ratio 1). Those of further updates are computed before it.
+    passes: what was kept of the policy before the first optimiser step, which empties it.
+    -> global metrics
     """
     cfg, control, accelerator = config.saei, config.control, run.accelerator
     P, counts = len(sampled.prompts), sampled.prompts.counts
@@ -255,14 +305,20 @@ def update(
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    old_logprobs, ref_logprobs = {}, {}
-    if cfg.updates_per_step > 1:
-        old_logprobs = rollouts.score_all(batches, wrapped, cfg.temperature, micro)
+    old_logprobs, ref_logprobs, on_attacked = {}, {}, {}
+    first, *further = micro_batches(P, P // cfg.updates_per_step)  # one optimiser step each
+    for chunk in further:
+        old_logprobs |= rollouts.score_all(batches, wrapped, cfg.temperature, micro, chunk, passes)
     if reference is not None:
         with accelerator.autocast():  # as accelerate does for `wrapped`
-            ref_logprobs = rollouts.score_all(batches, reference, cfg.temperature, micro)
-    sums, norms = Counter(), []
-    for chunk in micro_batches(P, P // cfg.updates_per_step):  # one optimiser step each
+            options = (cfg.temperature, micro, slice(0, P), Passes())
+            ref_logprobs = rollouts.score_all(batches, reference, *options)
+    if config.engine.is_used and cfg.condition == "clean" and sampled.adversarial is not None:
+        _, batch = rollouts.by_condition(whole, sampled, "sampled")
+        options = (cfg.temperature, micro, slice(0, P), Passes())
+        on_attacked = rollouts.score_all([batch], wrapped, *options)
+    sums, norms, largest = Counter(), [], []
+    for chunk in (first, *further):
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # the normaliser of all processes
         for part in micro_batches(chunk.stop, micro, chunk.start):
@@ -270,8 +326,13 @@ def update(
                 losses = []
                 for k, batch in enumerate(batches):
                     old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
-                    loss, metrics = batch_loss(config, wrapped, batch.take(part), old, ref, tokens)
+                    kept = passes if k == 0 else Passes()  # the clean images come first
+                    scores = kept.score(wrapped, batch, part, cfg.temperature)
+                    adversarial = on_attacked.get((part.start, 0))
+                    arguments = (batch.take(part), old, ref, adversarial, tokens)
+                    loss, metrics = batch_loss(config, scores, *arguments)
                     losses.append(loss)
+                    largest.append(metrics.pop("engine/ratio_max", torch.tensor(1.0)))
                     sums.update(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -282,27 +343,40 @@ def update(
                     run.stop_unless_finite(norms[-1], sampled, step)
                 optimizer.step()
                 optimizer.zero_grad()
+                passes.clear()
     names = sorted(sums)
     means = torch.stack([sums[name] for name in names]) / cfg.updates_per_step
     means = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
+    if config.engine.is_used:
+        means["engine/ratio_max"] = accelerator.gather(torch.stack(largest).max()).max().item()
     return means | {"grad_norm": sum(norms) / len(norms), "lr": lr}
 
 
 def batch_loss(
     config: Config,
-    wrapped: nn.Module,
+    scores: tuple[Tensor, Tensor],
     batch: TrainingBatch,
     old_logprobs: Tensor | None,
     ref_logprobs: Tensor | None,
+    on_attacked: Tensor | None,
     tokens: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`."""
+    """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`.
+
+    on_attacked: the adversarial responses' old log-probs on the images they were sampled on, where
+    the update has other images and an engine sampled.
+    """
     cfg, control = config.saei, config.control.update_control
-    logprobs, entropy = batch.score(wrapped, cfg.temperature)  # (P * n, T)
+    logprobs, entropy = scores  # (P * n, T)
     old = logprobs.detach() if old_logprobs is None else old_logprobs
     clip = (1.0, math.inf) if control in apply_control.UNCLIPPED else (cfg.clip_low, cfg.clip_high)
     advantages, loss_mask = batch.advantages.flatten(), batch.loss_mask.flatten(0, 1)
-    loss, metrics = grpo.policy_loss(logprobs, old, advantages, loss_mask, *clip, tokens)
+    weights, engine_metrics = None, {}
+    if config.engine.is_used:
+        arguments = (old, on_attacked, config.engine.engine_cap, tokens)
+        weights, engine_metrics = rollouts.engine_weights(batch, *arguments)
+    loss, metrics = grpo.policy_loss(logprobs, old, advantages, loss_mask, *clip, tokens, weights)
+    metrics |= engine_metrics
     if control != "none":
         metrics |= apply_control.terms(batch, logprobs, old, entropy, tokens)
         loss = loss + metrics["control/loss"]

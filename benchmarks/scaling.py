@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.tables import fill
+from runtime import rollouts
 from study.tables import table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/scaling.md"
@@ -106,7 +107,7 @@ def step(s: Shape, options: argparse.Namespace, N: int) -> dict[str, float]:
     found["sample FLOPs"] = 2 * (prefill + decode)
     attack = score_flops(s, prompts, rows, L, T, patches, "pixels")
     measure = score_flops(s, prompts, rows, L, T, patches, "none")  # entropy/attacked
-    found["attack FLOPs"] = options.pgd_steps * attack + measure
+    found["attack FLOPs"] = options.pgd_steps * attack + measure / rollouts.ATTACKED_EVERY
     found["update FLOPs"] = score_flops(s, prompts, 2 * rows, L, T, patches, "all")
 
     cache = rows * 2 * s.kv * s.layers * bfloat16  # one token of all rows

@@ -50,7 +50,6 @@ import tsec  # noqa: E402
 from runtime import distributed, rollouts  # noqa: E402
 from runtime.args import flat  # noqa: E402
 from runtime.run import Batch, Clock, Run  # noqa: E402
-from tests import tiny  # noqa: E402
 from vlm.policy import Policy  # noqa: E402
 
 ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.SaEIArgs.pgd_steps} PGD steps"]
@@ -60,6 +59,8 @@ VOCABULARY, LR = 1024, 1e-6
 
 def build_model():
     """Qwen2.5-VL of 4 + 4 layers from a seed.   -> (model, processor)"""
+    from tests import tiny  # here: it needs the families of a recent transformers
+
     config, processor = tiny.qwen("qwen2_5_vl")
     fillers = VOCABULARY - len(processor.tokenizer)
     processor.tokenizer.add_tokens([f"filler{i}" for i in range(fillers)])
@@ -127,16 +128,20 @@ class Ours:
         clock, batch = Clock(policy.device), Batch(self.rows, list(range(P)), 0, step)
         prompts = policy.encode(batch.problems, batch.images)
         clock.lap("encode")
-        settings = (cfg.max_new_tokens, cfg.temperature)
-        clean = policy.sample(prompts, cfg.clean_rollouts, batch.seeds(train_saei.CLEAN), *settings)
+        settings = (cfg.max_new_tokens, cfg.temperature, 0)
+        passes = rollouts.Passes()
+        passes.reads[0] = policy.read(prompts, to_pixels=cfg.intervention == "egas")
+        clock.lap("read")
+        n, seeds = cfg.clean_rollouts, batch.seeds(train_saei.CLEAN)
+        clean = policy.sample(prompts, n, seeds, *settings, passes.values())
         clock.lap("sample")
         cuts = (cfg.tsec_low, cfg.tsec_high)
         tsec_mask = tsec.select_tokens(clean.entropy, clean.mask, *cuts)
         objective = partial(
-            train_saei.entropy_objective, policy, prompts, clean, tsec_mask, cfg.temperature
+            train_saei.EntropyObjective, policy, prompts, clean, tsec_mask, cfg.temperature
         )
         seeds = batch.seeds(train_saei.ATTACK)
-        attacked = train_saei.intervene(cfg, policy, prompts, objective, P, seeds, 0.0)
+        attacked = train_saei.intervene(cfg, policy, prompts, passes, objective, P, seeds, 0.0)
         clock.lap("attack")
         responses, n = [clean], cfg.adversarial_rollouts
         if n:
@@ -148,10 +153,10 @@ class Ours:
         sampled = rollouts.Rollouts(
             self.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
-        rollouts.metrics(sampled, policy, cuts, objective, P)
+        rollouts.metrics(sampled, policy, cuts, objective, P, step)
         clock.lap("measure")
         train_saei.update(
-            self.config, self.run, self.wrapped, None, self.optimizer, sampled, P, step
+            self.config, self.run, self.wrapped, None, self.optimizer, sampled, passes, P, step
         )
         clock.lap("update")
         self.last, self.n = (prompts, clean), step + 1
@@ -160,22 +165,34 @@ class Ours:
 
 
 class Trl:
-    """TRL's GRPOTrainer, driven a step at a time."""
+    """TRL's GRPOTrainer, driven a step at a time, on some pictures.
 
-    def __init__(self, P: int, image_tokens: int, G: int, T: int):
+    policy: whose model and processor it trains. micro_batches: of a step; 1: all rows at a time.
+    options: of GRPOConfig.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        images: list[Image.Image],
+        G: int,
+        T: int,
+        micro_batches: int = 1,
+        **options,
+    ):
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        model, processor = build_model()
-        banned = Policy(model, processor).banned.nonzero().flatten().tolist()
+        P, model = len(images), policy.model
+        banned = policy.banned[: len(policy.processor.tokenizer)].nonzero().flatten().tolist()
         model.train()
-        args = GRPOConfig(
+        common = dict(
             output_dir="unused",
             use_cpu=True,
             bf16=False,
-            per_device_train_batch_size=P * G,
-            gradient_accumulation_steps=1,
-            steps_per_generation=1,
+            per_device_train_batch_size=P * G // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            steps_per_generation=micro_batches,
             num_generations=G,
             num_iterations=1,
             max_completion_length=T,
@@ -189,17 +206,21 @@ class Trl:
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
-            generation_kwargs={"min_new_tokens": T, "suppress_tokens": [*banned, 2]},
+            generation_kwargs={
+                "min_new_tokens": T,
+                "suppress_tokens": sorted({*banned, *policy.eos_ids}),
+            },
         )
+        args = GRPOConfig(**common | options)
         self.rows = [
-            {"prompt": [{"role": "user", "content": QUESTION}], "image": x}
-            for x in pictures(P, image_tokens)
+            {"prompt": [{"role": "user", "content": QUESTION}], "image": x} for x in images
         ]
         question = Dataset.from_list([{"prompt": self.rows[0]["prompt"]}] * P)
         self.trainer = GRPOTrainer(
-            model, self.reward, args, train_dataset=question, processing_class=processor
+            model, self.reward, args, train_dataset=question, processing_class=policy.processor
         )
-        self.trainer.current_gradient_accumulation_steps, self.G = 1, G
+        self.trainer.current_gradient_accumulation_steps = self.micro_batches = micro_batches
+        self.G = G
         self.model = self.trainer.accelerator.prepare(model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
 
@@ -221,10 +242,10 @@ class Trl:
             return result
 
         trainer._generate = timed
-        # copies: the trainer rewrites its rows
-        trainer.training_step(
-            self.model, [dict(row) for row in self.rows for _ in range(self.G)], None
-        )
+        for _ in range(self.micro_batches):  # the first generates for all
+            # copies: the trainer rewrites its rows
+            rows = [dict(row) for row in self.rows for _ in range(self.G)]
+            trainer.training_step(self.model, rows, None)
         trainer._generate = generate
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -234,7 +255,8 @@ class Trl:
 
 def make(arm: str, cell: dict):
     if arm == ARMS[0]:
-        return Trl(**cell)
+        images = pictures(cell["P"], cell["image_tokens"])
+        return Trl(Policy(*build_model()), images, cell["G"], cell["T"])
     return Ours(**cell, pgd_steps=0 if arm == "GRPO" else int(arm.split()[1]))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import gpu_table
 from study import tables as study_tables
 from study.tables import table
 
@@ -177,7 +178,7 @@ def step() -> str:
 
 def phases() -> str:
     """The share of each phase in a step: a row per size and arm."""
-    names = ("encode", "sample", "attack", "measure", "update")
+    names = ("encode", "read", "sample", "attack", "measure", "update")
     rows = []
     for entry in read("step")["cells"]:
         for arm, found in entry["arms"].items():
@@ -210,6 +211,30 @@ def parallel() -> str:
     note = f"Distance of the parameters from one process's after {result['steps']} steps, as a "
     note += "share of how far training moved them. `python -m benchmarks.parallel`"
     return f"{table(head, rows)}\n\n{note}"
+
+
+def engine() -> str:
+    """vLLM against own sampling: seconds, differences, what two phases keep."""
+    result = read("engine")
+    rows = [[name, f"{value:.2f}"] for name, value in result["seconds"].items()]
+    parts = [table(["64 prompts, 8 responses of up to 64 tokens", "s"], rows)]
+    head = ["engine", "trainer", "log-prob, largest", "mean", "entropy, largest", "ratio"]
+    rows = []
+    for row in result["differences"]:
+        ratio = f"{row['lowest ratio']:.4f} to {row['highest ratio']:.4f}"
+        numbers = [f"{row[name]:.1e}" for name in ("log-prob", "mean", "entropy")]
+        rows.append([row["engine"], row["trainer"], *numbers, ratio])
+    parts.append(table(head, rows))
+    rows = [[str(size), f"{share:.2f}"] for size, share in result["kept"].items()]
+    parts.append(table(["prompts waited for together", "responses per second, plain = 1"], rows))
+    note = f"{result['model']} on 2 CPU cores, beside other work. `python -m benchmarks.engine`"
+    return "\n\n".join([*parts, note])
+
+
+def gpu(name: str) -> str:
+    """A results.json of benchmarks/gpu.py as tables. Not run if the file is not there."""
+    stored = (ROOT / "benchmarks" / f"{name}.json").exists()
+    return gpu_table.table_of(read(name) if stored else None).rstrip()
 
 
 # ------------------------------------------------------------- the ranges of docs/metrics.md
@@ -322,7 +347,9 @@ PAGES = {  # page -> marker -> what makes it
     "docs/families.md": {"families": families},
     "docs/walkthrough/README.md": {},
     "docs/scaling.md": {"parallel": parallel},
+    "docs/engine.md": {"engine": engine},
     "docs/grading.md": {"graders": graders, "reasons": reasons},
+    "docs/gpu.md": {"gpu": partial(gpu, "gpu"), "rehearsal": partial(gpu, "gpu_rehearsal")},
     "docs/speed.md": {"step": step, "phases": phases},
     "docs/study.md": {name: partial(make, STUDY) for name, (_, make) in study_tables.PARTS.items()},
 }

@@ -26,6 +26,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
@@ -33,6 +34,7 @@ from transformers.hf_argparser import string_to_bool
 from runtime import data, faults
 from runtime.faults import PROJECT
 from vlm import adapt
+from vlm.engine import Engine, OwnSampler
 from vlm.policy import Policy
 
 CONTROLS = ("none", "bonus", "skywork", "aer", "ecvgpo", "vogue", "top_entropy")
@@ -219,6 +221,38 @@ class ControlArgs(Options):
     penalty_coef: float | None = option(
         None, "known", "weight of |log-ratio|; unset: 1 in kl_cov, 0.1 in sent", above=0
     )
+
+
+@dataclass
+class EngineArgs(Options):
+    _argument_group_name = "sampling engine"
+    engine: list[str] = option(["own"], "ours", "who samples: own | vllm | URLs of servers")
+    engine_python: str | None = option(None, "ours", "its Python; unset: run.sh engine's")
+    engine_memory: float = option(0.3, "ours", "vllm: share of the GPU's memory", above=0, high=1)
+    engine_cap: float = option(3.0, "known", "cap of pi_trainer / pi_engine in the loss", above=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for where in self.engine:
+            alone = where in ("own", "vllm") and len(self.engine) == 1
+            rule = f"--engine own, vllm, or URLs such as http://host:8700, got {where!r:.80}"
+            require(alone or where.startswith(("http://", "https://")), rule)
+
+    @property
+    def is_used(self) -> bool:
+        """Does an engine sample, and not the policy itself?"""
+        return self.engine != ["own"]
+
+    def sampler(self, policy: Policy, model: str, mixed_precision: str = "no") -> "Sampler":
+        """Who samples. Its weights are in the precision that the trainer computes in."""
+        if not self.is_used:
+            return OwnSampler(policy)
+        low = mixed_precision == "bf16" or next(policy.parameters()).dtype == torch.bfloat16
+        options = (self.engine, self.engine_python, self.engine_memory)
+        return Engine(policy, model, "bfloat16" if low else "float32", *options)
+
+
+Sampler = OwnSampler | Engine
 
 
 @dataclass

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Callable
 
-import datasets
 import numpy as np
 
 from runtime.presets import Preset, with_choices
@@ -237,7 +236,7 @@ def as_text(value: object) -> str:
 
 def as_written(value: object, feature: object) -> object:
     """A class by its name, a short float by its few digits: what the data shows."""
-    if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
+    if type(feature).__name__ == "ClassLabel" and isinstance(value, int):
         return feature.int2str(value) if 0 <= value < feature.num_classes else None
     if isinstance(value, float) and getattr(feature, "dtype", "") in ("float16", "float32"):
         return float(str(np.dtype(feature.dtype).type(value)))

@@ -32,6 +32,10 @@ from vlm.precision import cast_once
 LONG_WAIT = InitProcessGroupKwargs(timeout=timedelta(hours=6))
 
 
+NO_FSDP_1 = "FSDP version 1 is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml"
+NO_ZERO_3 = "ZeRO-3 is not supported: use recipes/accelerate/fsdp2.yaml"
+
+
 def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
     """The Accelerator as the launcher's recipe says. Raises ValueError for what is not supported.
 
@@ -42,7 +46,13 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
         # Text alone reaches no vision parameter. LLaVA's towers have some that nothing reaches.
-        kwargs_handlers=[LONG_WAIT, DistributedDataParallelKwargs(find_unused_parameters=True)],
+        # Its forward may run more often on one process than on another, so it must not communicate.
+        kwargs_handlers=[
+            LONG_WAIT,
+            DistributedDataParallelKwargs(
+                find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True
+            ),
+        ],
         # Sharded gradients are reduced after every micro-batch. Else each device holds them whole.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=1, sync_each_batch=sharded
@@ -62,16 +72,14 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
     if accelerator.mixed_precision == "fp16":  # its loss scale grows until a gradient overflows
         raise ValueError("fp16 is not supported: use --mixed_precision bf16 or no")
     if sharded and accelerator.num_processes > 1 and not accelerator.is_fsdp2:
-        raise ValueError(
-            "FSDP version 1 is not supported: set fsdp_version: 2, as recipes/accelerate/fsdp2.yaml"
-        )
+        raise ValueError(NO_FSDP_1)
     if accelerator.is_fsdp2:
         keep_float32_outputs(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         refuse_old_deepspeed()
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:  # it gathers at every token, and would wait for ever
-            raise ValueError("ZeRO-3 is not supported: use recipes/accelerate/fsdp2.yaml")
+            raise ValueError(NO_ZERO_3)
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
     return accelerator
 
@@ -130,7 +138,7 @@ def prepare(
             "--mixed_precision bf16, or --lora_rank, whose adapters are float32",
             stacklevel=2,
         )
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer = make_optimizer(trained, lr, weight_decay, accelerator.device)
     optimizer.param_groups[0] |= optimizer_state  # before loading: FSDP loads only keys that exist
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     if isinstance(wrapped, FSDPModule):  # a process with text alone has no gradient of the tower
@@ -140,6 +148,24 @@ def prepare(
         accelerator.load_state(str(Path(checkpoint) / "state"))
         accelerator.step = 0  # micro-batches so far; another micro_prompts counts otherwise
     return wrapped, optimizer
+
+
+def make_optimizer(
+    trained: list[nn.Parameter], lr: float, weight_decay: float, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW, fused on a GPU: the default there holds a copy of the parameters while it steps.
+
+    A checkpoint says which kernel wrote it. Which one reads it is this device's matter.
+    """
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay, fused=fused)
+
+    def as_on_this_device(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+        groups = [group | {"fused": fused} for group in state["param_groups"]]
+        return state | {"param_groups": groups}
+
+    optimizer.register_load_state_dict_pre_hook(as_on_this_device)
+    return optimizer
 
 
 def keep_weights_out_of_state(accelerator: Accelerator) -> None:
@@ -167,6 +193,16 @@ def micro_batch_size(
             f"micro_prompts={micro_prompts} must divide {per_update}, the prompts per update"
         )
     return micro, per_update // micro
+
+
+def one_prompt_pass(accelerator: Accelerator) -> bool:
+    """May one pass over the prompts, kept with its graph, serve sampling, attack and update?
+
+    Where a device updates all its prompts at once: smaller micro-batches say that memory is short.
+    And where parameters are whole: FSDP2 and ZeRO-2 want their own passes.
+    """
+    whole = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return accelerator.gradient_accumulation_steps == 1 and accelerator.distributed_type in whole
 
 
 def refuse_text_alone(

@@ -16,7 +16,10 @@ import egas
 import grpo
 import rewards
 import tsec
-from vlm.policy import Policy, Prompts, Responses
+from vlm.cache import ReadPrompts
+from vlm.policy import Policy, Prompts, Responses, right_padded
+
+ATTACKED_EVERY = 10  # steps between two measurements of entropy/attacked
 
 
 @dataclass
@@ -39,6 +42,24 @@ class Rollouts:
     @property
     def adversarial(self) -> Responses | None:
         return self.responses[1] if len(self.responses) > 1 else None
+
+
+def collect(
+    prompts: Prompts, parts: list[tuple], pad_id: int
+) -> tuple[list[Responses], Tensor, Prompts]:
+    """Wait for the adversarial responses, and join what was made of some prompts after others.
+
+    parts: (clean responses, TsEC's mask, attacked prompts, wait or None), in the prompts' order.
+    -> responses (clean, and adversarial if there are any), TsEC's mask, the attacked prompts
+    """
+    clean, masks, attacked, waits = zip(*parts, strict=True)
+    responses = [Responses.concatenate(list(clean), pad_id)]
+    if waits[0] is not None:
+        responses.append(Responses.concatenate([wait() for wait in waits], pad_id))
+    T = responses[0].tokens.shape[1]
+    tsec_mask = torch.cat([right_padded(mask, T, False) for mask in masks])
+    images = [x for part in attacked for x in part.images]
+    return responses, tsec_mask, prompts.with_images(images)
 
 
 def by_prompt(x: Tensor, prompts: int) -> Tensor:
@@ -124,11 +145,12 @@ def metrics(
     cuts: tuple[float, float],
     objective_of: Callable[[slice], Callable],
     micro: int,
+    step: int,
 ) -> dict[str, float]:
     """Means over this process's prompts. docs/metrics.md defines each name.
 
     cuts: TsEC's quantiles. objective_of(part): the attack's, a function of the images of
-    prompts[part].
+    prompts[part]. It costs a forward, so entropy/attacked is measured in every 10th step alone.
     """
     clean, scores, parts = rollouts.clean, rollouts.scores, rollouts.responses
     distinct = [len(set(group)) / len(group) for group in rollouts.texts]
@@ -145,6 +167,7 @@ def metrics(
     }
     if rollouts.adversarial is not None:
         values |= adversarial_metrics(rollouts)
+    if rollouts.adversarial is not None and step % ATTACKED_EVERY == 0:
         reached = []
         for part in micro_batches(len(rollouts.prompts), micro):
             reached.append(objective_of(part)(rollouts.attacked[part].images))
@@ -224,6 +247,7 @@ class TrainingBatch(NamedTuple):
     penalty_weights: Tensor  # (P, n, T) of |log pi - log pi_old|
     advantages: Tensor  # (P, n)
     entropy_coef: Tensor  # (P, n) of the entropy bonus
+    sampler_logprobs: Tensor  # (P, n, T), of who sampled, on the image of the sampling
 
     def take(self, prompts: slice) -> "TrainingBatch":
         """The part of some prompts."""
@@ -234,9 +258,12 @@ class TrainingBatch(NamedTuple):
         parts = [x[:, which, :width] if x.ndim == 3 else x[:, which] for x in self[1:]]
         return TrainingBatch(self.prompts, *parts)
 
-    def score(self, policy: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+    def score(
+        self, policy: nn.Module, temperature: float, read: ReadPrompts | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of all responses.   -> (P * n, T) each"""
-        return policy(self.prompts, self.tokens.flatten(0, 1), self.mask.flatten(0, 1), temperature)
+        tokens, mask = self.tokens.flatten(0, 1), self.mask.flatten(0, 1)
+        return policy(self.prompts, tokens, mask, temperature, read)
 
 
 def joined(rollouts: Rollouts, name: str) -> Tensor:
@@ -263,6 +290,7 @@ def all_responses(rollouts: Rollouts, zero_variance: str) -> TrainingBatch:
         penalty_weights=torch.zeros(mask.shape, device=mask.device),
         advantages=rollouts.advantages,
         entropy_coef=torch.zeros_like(rollouts.advantages),
+        sampler_logprobs=joined(rollouts, "logprobs"),
     )
 
 
@@ -277,13 +305,87 @@ def by_condition(batch: TrainingBatch, rollouts: Rollouts, condition: str) -> li
     return [on_clean, on_attacked._replace(prompts=rollouts.attacked)]
 
 
+class Passes:
+    """What was computed with a graph on a step's clean prompts, for attack and update together.
+
+    reads: the passes over the prompts. scores: the clean responses' log-probs and entropies,
+    (P * n, T) each. Both by the first prompt of a micro-batch. The update computes what is missing.
+    """
+
+    def __init__(self):
+        self.reads: dict[int, ReadPrompts] = {}
+        self.scores: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def read(
+        self, policy: Policy, prompts: Prompts, part: slice, micro: int, to_pixels: bool
+    ) -> None:
+        """Read the prompts of `part`, `micro` at a time."""
+        for some in micro_batches(part.stop, micro, part.start):
+            self.reads[some.start] = policy.read(prompts[some], to_pixels)
+
+    def values(self) -> ReadPrompts | None:
+        """All prompts' pass without its graph, to sample from."""
+        return ReadPrompts.join(list(self.reads.values())) if self.reads else None
+
+    def score(
+        self, policy: nn.Module, batch: TrainingBatch, part: slice, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of the responses to some prompts, the clean responses first."""
+        batch, read = batch.take(part), self.reads.get(part.start)
+        if part.start not in self.scores:
+            return batch.score(policy, temperature, read)
+        P, _, T = batch.tokens.shape
+        clean = [by_prompt(right_padded(x, T), P) for x in self.scores[part.start]]
+        n = clean[0].shape[1]
+        if n == batch.tokens.shape[1]:
+            return self.scores[part.start]
+        others = batch.of_responses(slice(n, None), T).score(policy, temperature, read)
+        found = []
+        for x, y in zip(clean, others, strict=True):
+            found.append(torch.cat([x, by_prompt(y, P)], dim=1).flatten(0, 1))
+        return found[0], found[1]
+
+    def clear(self) -> None:
+        self.reads.clear()
+        self.scores.clear()
+
+
 @torch.no_grad()
 def score_all(
-    batches: list[TrainingBatch], policy: nn.Module, temperature: float, micro: int
+    batches: list[TrainingBatch],
+    policy: nn.Module,
+    temperature: float,
+    micro: int,
+    prompts: slice,
+    passes: Passes,
 ) -> dict[tuple[int, int], Tensor]:
-    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)}"""
+    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)} of some prompts"""
     found = {}
-    for part in micro_batches(len(batches[0].prompts), micro):
+    for part in micro_batches(prompts.stop, micro, prompts.start):
         for k, batch in enumerate(batches):
-            found[part.start, k] = batch.take(part).score(policy, temperature)[0]
+            kept = passes if k == 0 else Passes()  # the clean images come first
+            found[part.start, k] = kept.score(policy, batch, part, temperature)[0].detach()
     return found
+
+
+def engine_weights(
+    batch: TrainingBatch, old: Tensor, on_attacked: Tensor | None, cap: float, tokens: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss's weights where an engine sampled, and the metrics of the ratio to the trainer.
+
+    old: the trainer's log-probs in the update; on_attacked: those of the adversarial responses, the
+    last of each prompt, where they were sampled on other images than `old` is of.
+    -> (P * n, T), sums over tokens divided by `tokens`
+    """
+    P, n, T = batch.mask.shape
+    trainer = by_prompt(old.detach(), P)
+    if on_attacked is not None:
+        on_attacked = by_prompt(right_padded(on_attacked, T), P)
+        trainer = torch.cat([trainer[:, : n - on_attacked.shape[1]], on_attacked], dim=1)
+    weights, ratio = grpo.importance_weights(trainer, batch.sampler_logprobs, batch.mask, cap)
+    metrics = {
+        "engine/ratio": ratio.masked_fill(~batch.mask, 0.0).sum() / tokens,
+        "engine/cut": (ratio > cap).sum() / tokens,
+        "engine/ratio_max": ratio.max(),
+    }
+    return weights.flatten(0, 1), metrics

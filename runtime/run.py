@@ -46,6 +46,7 @@ from vlm.policy import Policy
 FREE = {"output", "overwrite", "resume", "dry_run", "steps", "save_every", "keep_last"}
 FREE |= {"report_to", "self_check", "profile", "gradient_checkpointing"}
 FREE |= {"micro_prompts", "micro_responses", "sample_prompts"}
+FREE |= {"engine", "engine_python", "engine_memory"}
 TRACKER_PROJECT = "saei"  # what trackers call the run; tensorboard's folder
 
 # What says that a run has begun in a folder.
@@ -257,6 +258,7 @@ class Run:
         )
         for step in self.bar:
             self.step, trace = step, step == traced and self.is_main
+            reset_peak_memory()
             with profile(self.folder) if trace else contextlib.nullcontext():
                 yield step
             if self.signals.agreed:
@@ -610,6 +612,12 @@ class Clock:
         """{"seconds/PHASE": ..., "seconds/step": ...}"""
         found = {f"seconds/{phase}": seconds for phase, seconds in self.phases.items()}
         return found | {"seconds/step": self.last - self.start}
+
+
+def reset_peak_memory() -> None:
+    """`peak_memory` counts from here. Resident memory has no such thing."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_memory() -> float:

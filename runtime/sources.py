@@ -4,7 +4,8 @@
     source.names, source.length, source.read(0), source.place(0)
 
 .json, .jsonl, .csv and .tsv files are read here, value by value as they are written: the datasets
-library makes dates of texts and refuses columns of two types. It reads all other formats.
+library makes dates of texts and refuses columns of two types. It reads all other formats, and is
+imported for them alone: the demo and text files do not need it.
 """
 
 import csv
@@ -18,15 +19,16 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
-
-import datasets
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, NamedTuple
 
 from runtime.presets import PRESETS
 
+if TYPE_CHECKING:
+    import datasets
+
 TEXT = (".json", ".jsonl", ".csv", ".tsv")
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}  # ending: name of the library's loader
+LISTS = ("List", "LargeList")  # the library's features that hold others
 NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 LFS = b"version https://git-lfs"
 FETCH = "is a Git LFS pointer, not the data: run git lfs pull in its folder"
@@ -41,7 +43,7 @@ class Source(NamedTuple):
     read: Callable[[int], dict] | None  # the stored row i. Raises ValueError. None: a stream
     place: Callable[[int], str]  # how messages name row i
     folders: Callable[[int], list[Path]]  # where the pictures of row i are looked for, in order
-    stream: datasets.IterableDataset | None = None
+    stream: "datasets.IterableDataset | None" = None
 
 
 def open_source(
@@ -106,8 +108,11 @@ def refuse_file(path: Path) -> None:
         raise ValueError(f"{path} is empty (0 bytes)")
     if head.startswith(LFS):
         raise ValueError(f"{path} {FETCH}")
-    if head.startswith(b"PAR1") and pq.read_metadata(path).num_rows == 0:
-        raise ValueError(f"{path} has no rows")
+    if head.startswith(b"PAR1"):
+        import pyarrow.parquet
+
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise ValueError(f"{path} has no rows")
 
 
 # ---------------------------------------------------------------------------------- files of text
@@ -350,8 +355,10 @@ def is_dicts(value: object) -> bool:
 
 def saved_table(
     dataset: str, split: str, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> "datasets.Dataset | datasets.IterableDataset":
     """A set that save_to_disk wrote."""
+    import datasets
+
     try:
         table = datasets.load_from_disk(dataset)
     except Exception as error:  # whatever is wrong with its files
@@ -365,8 +372,10 @@ def saved_table(
 
 def loaded_table(
     dataset: str, split: str, config: str | None, streaming: bool
-) -> datasets.Dataset | datasets.IterableDataset:
+) -> "datasets.Dataset | datasets.IterableDataset":
     """A file, a folder or a hub id, read by the library. It takes relative folders for hub ids."""
+    import datasets
+
     path = Path(dataset)
     source, files = dataset, None
     if path.is_file():  # it is a single split, which the library calls train
@@ -393,7 +402,7 @@ def loaded_table(
         raise ValueError(f"{text}: {one_line(cause)}") from error
 
 
-def table_source(table: datasets.Dataset, folder: Path) -> Source:
+def table_source(table: "datasets.Dataset", folder: Path) -> Source:
     """A cast of the table would copy all data: each row is decoded on its own."""
     features, arrow = undecoded(table.features), table.with_format("arrow")
 
@@ -404,7 +413,7 @@ def table_source(table: datasets.Dataset, folder: Path) -> Source:
     return Source(names, dict(features), len(table), read, count_from_0, lambda _: [folder])
 
 
-def stream_source(table: datasets.IterableDataset, folder: Path) -> Source:
+def stream_source(table: "datasets.IterableDataset", folder: Path) -> Source:
     if table.features:
         table = table.cast(undecoded(table.features))
     names = table.column_names or list(next(iter(table), {}))
@@ -420,8 +429,10 @@ def first_rows(source: Source, limit: int) -> Source:
     return source._replace(length=len(rows), read=rows.__getitem__, stream=None)
 
 
-def numbered_stream(source: Source) -> datasets.IterableDataset:
+def numbered_stream(source: Source) -> "datasets.IterableDataset":
     """Rows with their number __index__ in the set. Of a set that can be read: numbers alone."""
+    import datasets
+
     if source.stream is not None:
         return source.stream.map(lambda _, i: {"__index__": i}, with_indices=True)
     return datasets.IterableDataset.from_generator(count, gen_kwargs={"n": source.length})
@@ -439,7 +450,7 @@ def undecoded(feature):
     """
     if getattr(feature, "decode", False) is True:
         return replace(feature, decode=False)
-    if isinstance(feature, datasets.List | datasets.LargeList):
+    if type(feature).__name__ in LISTS:
         return type(feature)(undecoded(feature.feature))
     if isinstance(feature, dict):
         return type(feature)({name: undecoded(inner) for name, inner in feature.items()})
@@ -448,6 +459,6 @@ def undecoded(feature):
 
 def is_media(feature) -> bool:
     """Whether a column holds pictures, sounds, films or other bytes."""
-    if isinstance(feature, datasets.List | datasets.LargeList):
+    if type(feature).__name__ in LISTS:
         return is_media(feature.feature)
     return hasattr(feature, "decode") or "binary" in str(getattr(feature, "dtype", ""))

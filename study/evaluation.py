@@ -21,14 +21,16 @@ import tsec
 from demo.task import make_row
 from vlm.policy import Policy
 
-FRESH, TUNING = 50, 100  # the first seed of the setting confirm, and the first that tunes
+FRESH, PAID, TUNING = 50, 80, 100  # first seeds of the settings confirm and paid, and of tuning
 MAX_NEW_TOKENS = 64
 
 
 def study_rows(split: str, count: int, seed: int) -> list[dict]:
-    """The first problems of a split. The study, confirm and tuning have different problems."""
+    """The first problems of a split. Study, confirm, paid and tuning have different problems."""
     if seed >= TUNING:
         drawn = 1
+    elif seed >= PAID:
+        drawn = 3
     elif seed >= FRESH:
         drawn = 2
     else:

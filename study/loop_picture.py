@@ -29,14 +29,18 @@ LINE, CHARACTER = 19, 6.1  # height of a line of tokens, width of a character
 
 def real_step(folder: Path) -> dict:
     """The first step that fits.   Raises StopIteration where there is none."""
-    size = ["--steps", "20", "--save_every", "20", "--prompts_per_step", "1"]
+    size = ["--steps", "60", "--save_every", "60", "--prompts_per_step", "1"]
     command = [sys.executable, "train_saei.py", "--config", "recipes/demo.yaml", *size]
     subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True)
     lines = {}
     for name in ("samples", "metrics"):
         text = (folder / f"{name}.jsonl").read_text()
         lines[name] = [json.loads(line) for line in text.splitlines()]
-    step = next(metrics for metrics in lines["metrics"] if 0 < metrics["accuracy/clean"] < 1)
+    step = next(
+        metrics
+        for metrics in lines["metrics"]
+        if 0 < metrics["accuracy/clean"] < 1 and "entropy/attacked" in metrics
+    )
     step["samples"] = [line for line in lines["samples"] if line["step"] == step["step"]]
     for image, name in (("clean", "clean_picture"), ("attacked", "picture")):
         file = Image.open(folder / step["samples"][-1][name])

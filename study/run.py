@@ -13,9 +13,9 @@ setting with one seed: train_saei.py into out/study/<setting>/<arm>-<seed>, then
 is done. If the run failed, the file holds the error: delete it to try again.
 
 The main arms run first, seed by seed, then the ablations and the controls of the update. Seeds
-below 50 are those of the settings shifted and elicit, 50 to 99 those of confirm. Seeds from 100 on
-tune: they have problems of their own, and their results go to study/results/tuning, which no table
-reads.
+below 50 are those of the settings shifted and elicit, 50 to 79 those of confirm, 80 to 99 those of
+paid. Seeds from 100 on tune: they have problems of their own, and their results go to
+study/results/tuning, which no table reads.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import yaml
 
 import train_saei
 from study import tables
-from study.evaluation import FRESH, TUNING, diagnose, evaluate
+from study.evaluation import FRESH, PAID, TUNING, diagnose, evaluate
 from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,9 @@ SETTINGS = {
     "shifted": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "elicit": Setting("recipes/elicit.yaml", "demo/mixed", PLAIN, "demo/confident"),
     "confirm": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
+    "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
 }
+FIRST_SEED = {"confirm": FRESH, "paid": PAID}
 SAEI = {  # over the recipe, in every arm
     "rollouts": 8,
     "adversarial_rollouts": 4,
@@ -77,7 +79,18 @@ MAIN = {  # arm -> what differs from SAEI
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-LEFT_OUT = {"elicit": ("temperature", "noise", "egas")}  # elicit asks whether SaEI is no worse
+# Over SAEI, in every arm of paid: the same rollouts in twice as many steps of half the prompts.
+ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
+PAID_ARMS = {  # of paid alone: what the attack's time buys plain GRPO, and SaEI's earlier recipes
+    "plain-time": {"intervention": "none", "steps": 190, "save_every": 190},
+    "plain-rollouts": {"intervention": "none", "rollouts": 10},
+    "saei-was": {"prompts_per_step": 16, "steps": 80, "save_every": 80, "pgd_steps": 3},
+    "saei-confirm": {"prompts_per_step": 16, "steps": 80, "save_every": 80} | CONFIRM,
+}
+LEFT_OUT = {
+    "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
+    "paid": ("temperature",),  # nearly plain GRPO
+}
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
     "eps-4": {"eps": 4 / 255},
@@ -133,7 +146,9 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
     options = {"model": SETTINGS[setting].model} | SAEI
     if setting == "confirm":
         options |= CONFIRM
-    options |= (MAIN | FURTHER | tried)[arm] | {"seed": seed}
+    if setting == "paid":
+        options |= ON_POLICY
+    options |= (MAIN | FURTHER | PAID_ARMS | tried)[arm] | {"seed": seed}
     if arm == "temperature":
         found = json.loads(TEMPERATURES.read_text()) if TEMPERATURES.exists() else {}
         if setting not in found:
@@ -167,7 +182,7 @@ def check_jobs(args: argparse.Namespace, seeds: list[int]) -> None:
         raise ValueError(f"seeds from {TUNING} on are for tuning, the others not: got {seeds}")
     if args.tried and min(seeds) < TUNING:
         raise ValueError(f"--try is for tuning: give --seeds from {TUNING} on, got {seeds}")
-    known = {"before", *MAIN, *FURTHER, *args.tried}
+    known = {"before", *MAIN, *FURTHER, *PAID_ARMS, *args.tried}
     for arm in args.arms or ():
         if arm in REMOVED:
             raise ValueError(
@@ -188,10 +203,11 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
     listed = []
     for seed in seeds:
         for setting in args.settings:
-            number = seed + FRESH if setting == "confirm" and seed < FRESH else seed
+            number = seed + FIRST_SEED.get(setting, 0) if seed < FRESH else seed
             if seed == first_seed:
                 listed.append((setting, "before", number))
-            for arm in args.tried or MAIN:
+            arms = MAIN | PAID_ARMS if setting == "paid" else MAIN
+            for arm in args.tried or arms:
                 if arm not in LEFT_OUT.get(setting, ()):
                     listed.append((setting, arm, number))
     if not args.tried and "shifted" in args.settings:
@@ -269,7 +285,7 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
         extent = "all"
         if arm in FURTHER or seed >= TUNING:
             extent = "first split"
-        elif setting == "confirm":
+        elif setting in FIRST_SEED:
             extent = "splits"
         splits = [f"{domain}/test" for domain in SETTINGS[setting].domains]
         result |= evaluate(Policy.from_pretrained(str(model)), splits, seed, args.sizes, extent)
@@ -338,10 +354,10 @@ def commit() -> str:
 def training(folder: Path) -> dict:
     """metrics.jsonl as curves of POINTS means of neighbouring steps, and median seconds."""
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    blocks = np.array_split(np.arange(len(steps)), min(POINTS, len(steps)))
     curves, seconds = {}, {}
     for name in steps[0]:
-        values = np.array([step[name] for step in steps])
+        values = np.array([step[name] for step in steps if name in step])
+        blocks = np.array_split(np.arange(len(values)), min(POINTS, len(values)))
         if name.startswith("seconds"):
             seconds[name] = round(float(np.median(values)), 3)
         elif not name.startswith(("clip", "memory", "lr")):

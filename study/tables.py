@@ -26,10 +26,14 @@ from study.evaluation import unpack
 ARMS = {  # name of the files -> name in the tables, in their order
     "before": "before",
     "plain": "plain GRPO",
+    "plain-time": "plain GRPO, SaEI's time in steps",
+    "plain-rollouts": "plain GRPO, SaEI's time in rollouts",
     "temperature": "plain GRPO, matched temperature",
     "random": "random signs",
     "noise": "NoisyRollout",
     "egas": "EgAS without TsEC",
+    "saei-was": "SaEI as in shifted",
+    "saei-confirm": "SaEI as in confirm",
     "saei": "SaEI",
     "eps-1": "eps 1/255",
     "eps-4": "eps 4/255",
@@ -58,7 +62,8 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "saei-two-updates": "SaEI, 2 updates a batch",
     "saei-kl_cov": "SaEI and KL-Cov, 2 updates a batch",
 }
-MAIN = ("plain", "temperature", "random", "noise", "egas", "saei")
+MAIN = ("plain", "plain-time", "plain-rollouts", "temperature", "random", "noise", "egas")
+MAIN += ("saei-was", "saei-confirm", "saei")
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 ABLATIONS = tuple(arm for arm in ARMS if arm not in ("before", *MAIN, *CONTROLS))
 BASES = {  # what an arm is compared with, if not with SaEI (ablations) or plain GRPO (controls)
@@ -465,7 +470,9 @@ def readme_table(folder: Path, settings: tuple[str, ...] = ("shifted", "confirm"
     head, rows = ["arm"], []
     for setting in settings:
         head += [f"pass@1, *{setting}*", "SaEI minus it", "CPU minutes"]
-    for arm in [arm for arm in ARMS if arm in MAIN]:
+    for arm in MAIN:
+        if not all(arm in kept for kept in runs.values()):
+            continue
         row = [ARMS[arm]]
         for kept in runs.values():
             first, saei = splits_of(kept)[0], kept.get("saei", {})

@@ -74,8 +74,8 @@ def float32_alone() -> None:
         assert {x.dtype for x in prompts.images} <= {torch.float32}, "pixels were rounded"
         return policy_score(self, prompts, *rest)
 
-    def checked_batch_score(self, policy, temperature):
-        found = batch_score(self, policy, temperature)
+    def checked_batch_score(self, policy, temperature, read=None):
+        found = batch_score(self, policy, temperature, read)
         assert {x.dtype for x in found} == {torch.float32}, "log-probs or entropies were rounded"
         return found
 

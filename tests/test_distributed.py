@@ -1,12 +1,14 @@
 """runtime/distributed.py: what one process can tell of it. Several processes: test_parallel.py."""
 
 import contextlib
+import copy
 from datetime import timedelta
 from importlib import metadata
 from unittest import mock
 
 import pytest
 import torch
+from accelerate import DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState, PartialState
 
 import eval
@@ -59,3 +61,59 @@ def test_an_old_deepspeed_is_refused(monkeypatch, found, refused):
         message = str(error.value)
         assert "\n" not in message and f"deepspeed {found} " in message
         assert message.endswith("pip install 'deepspeed>=0.19.2'")
+
+
+def test_ddp_gradients_are_views_of_its_buckets(two_processes, monkeypatch, tmp_path):
+    """Else the buckets are a second copy of all gradients."""
+    given = []
+
+    def record(*args, kwargs_handlers, **kwargs):
+        given.extend(kwargs_handlers)
+        raise Joined
+
+    monkeypatch.setattr(distributed, "Accelerator", record)
+    with pytest.raises(Joined):
+        distributed.make_accelerator(train_saei.load_config(output=str(tmp_path)).run, 1.0)
+    handlers = [x for x in given if isinstance(x, DistributedDataParallelKwargs)]
+    (ddp,) = handlers
+    assert ddp.gradient_as_bucket_view and ddp.find_unused_parameters
+
+
+def optimizer_on(kind: str, value: float = 1.0) -> torch.optim.AdamW:
+    """Of a parameter on the CPU, where torch has a fused AdamW too."""
+    parameter = torch.nn.Parameter(torch.full((5,), value))
+    return distributed.make_optimizer([parameter], 0.1, 0.01, torch.device(kind))
+
+
+def take_steps(optimizer: torch.optim.AdamW, count: int) -> torch.Tensor:
+    (parameter,) = optimizer.param_groups[0]["params"]
+    for i in range(count):
+        parameter.grad = torch.linspace(-1, 1, 5) * (i + 1)
+        optimizer.step()
+    return parameter
+
+
+def test_adamw_is_fused_on_a_gpu_alone():
+    assert optimizer_on("cuda").param_groups[0]["fused"]
+    assert not optimizer_on("cpu").param_groups[0]["fused"]
+
+
+@pytest.mark.parametrize("wrote", ["cpu", "cuda"])
+@pytest.mark.parametrize("reads", ["cpu", "cuda"])
+def test_a_checkpoint_of_another_device_resumes(wrote, reads):
+    """Each goes on with its own kernel, from the other's state. Of the same device: exactly."""
+    whole = take_steps(optimizer_on(wrote), 5)
+    first = optimizer_on(wrote)
+    value = take_steps(first, 3).detach().clone()
+    second = optimizer_on(reads)
+    second.param_groups[0]["params"][0].data = value
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert bool(second.param_groups[0]["fused"]) == (reads == "cuda")
+    (parameter,) = second.param_groups[0]["params"]
+    for i in range(3, 5):
+        parameter.grad = torch.linspace(-1, 1, 5) * (i + 1)
+        second.step()
+    if wrote == reads:
+        assert torch.equal(parameter, whole)
+    else:
+        torch.testing.assert_close(parameter, whole, rtol=1e-6, atol=1e-6)

@@ -565,7 +565,7 @@ def test_a_step_under_control_has_the_gradient_of_its_formula(
     seen = SimpleNamespace()
     original = train_saei.update
 
-    def update(config, run, wrapped, reference_policy, optimizer, sampled, micro, step):
+    def update(config, run, wrapped, reference_policy, optimizer, sampled, passes, micro, step):
         loss = controlled_loss(control, policy, sampled, config.saei.temperature)
         seen.expected = torch.autograd.grad(loss, list(policy.parameters()))
         take_step = optimizer.step
@@ -575,8 +575,9 @@ def test_a_step_under_control_has_the_gradient_of_its_formula(
             take_step()
 
         monkeypatch.setattr(optimizer, "step", step_and_keep)
-        arguments = (config, run, wrapped, reference_policy, optimizer, sampled, micro, step)
-        return original(*arguments)
+        return original(
+            config, run, wrapped, reference_policy, optimizer, sampled, passes, micro, step
+        )
 
     def marks(completions, **_):
         return [(i % 3) / 2 for i in range(len(completions))]

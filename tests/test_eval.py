@@ -9,6 +9,7 @@ from conftest import finish, lines_of, start
 
 import rewards
 from eval import bootstrap_interval, evaluate_rows, load_config, main, pass_at_k
+from vlm.engine import OwnSampler
 from vlm.policy import Policy
 
 
@@ -97,9 +98,9 @@ def test_a_truncated_answer_is_told_to_the_grader(policy, rows, monkeypatch):
 
     monkeypatch.setattr(rewards, "accuracy_reward", listen)
     cfg = load_config(model="m", output="o", samples=2, max_new_tokens=3).eval
-    records = evaluate_rows(policy, rows[:2], [5, 6], cfg)
+    records = evaluate_rows(OwnSampler(policy), rows[:2], [5, 6], cfg)
     policy.eos_ids = list(range(400))  # every token ends a response
-    evaluate_rows(policy, rows[:2], [5, 6], cfg)
+    evaluate_rows(OwnSampler(policy), rows[:2], [5, 6], cfg)
     assert seen == [[True] * 3] * 2 + [[False] * 3] * 2
     assert [record["truncated"] for record in records] == [1.0, 1.0]
 
@@ -154,7 +155,7 @@ def test_a_prompt_is_read_once(policy, rows, monkeypatch):
         return read(self, prompts)
 
     monkeypatch.setattr(Policy, "read", listen)
-    records = evaluate_rows(policy, rows, seeds, cfg)
+    records = evaluate_rows(OwnSampler(policy), rows, seeds, cfg)
     assert calls == [4]
     prompts = policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
     greedy = policy.decode(policy.sample(prompts, 1, seeds, 6, temperature=0.0))

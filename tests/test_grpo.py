@@ -19,7 +19,14 @@ from trl.trainer.utils import nanstd, selective_log_softmax
 
 import grpo
 import tsec
-from grpo import equal_groups, group_advantages, kl_k3, policy_loss, token_logprobs
+from grpo import (
+    equal_groups,
+    group_advantages,
+    importance_weights,
+    kl_k3,
+    policy_loss,
+    token_logprobs,
+)
 
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}  # float32 rounding
 
@@ -500,3 +507,59 @@ def test_k3_is_an_unbiased_estimate_of_the_kl_and_never_negative():
     expected = kl_divergence(Categorical(logits=logits), Categorical(logits=ref_logits))
     torch.testing.assert_close((logprobs.exp() * k3).sum(-1), expected)
     assert (k3 >= 0).all() and not torch.allclose(k3, kl_k3(ref, logprobs))
+
+
+# ------------------------------------------------------------------------- importance weights
+
+
+def test_importance_weights_by_hand():
+    """Ratios e^0.5, e^2 = 7.39 cut to 3, e^-1, and 1 at padding, whatever stands there."""
+    trainer = torch.tensor([[-1.0, -0.5, -3.0, 9.0]])
+    sampler = torch.tensor([[-1.5, -2.5, -2.0, float("nan")]])
+    mask = torch.tensor([[True, True, True, False]])
+    weights, ratio = importance_weights(trainer, sampler, mask)
+    torch.testing.assert_close(ratio, torch.tensor([[0.5, 2.0, -1.0, 0.0]]).exp())
+    torch.testing.assert_close(weights, torch.tensor([[1.648721, 3.0, 0.367879, 1.0]]))
+    assert importance_weights(trainer, sampler, mask, cap=1.5)[0].max() == 1.5
+
+
+def test_weights_multiply_each_token_and_are_constants():
+    arguments = batch()
+    weights = torch.rand(arguments["mask"].shape, generator=seeded(1)).requires_grad_()
+    _, _, gradient = loss_metrics_gradient(**arguments)
+    loss, metrics, weighted = loss_metrics_gradient(**arguments, weights=weights)
+    torch.testing.assert_close(weighted, gradient * weights.detach())
+    ones = torch.ones_like(weights)
+    assert loss_metrics_gradient(**arguments, weights=ones)[0] == policy_loss(**arguments)[0]
+    per_token = [policy_loss(**arguments, weights=one)[0] for one in one_hot_rows(weights)]
+    torch.testing.assert_close(loss, sum(per_token))
+    assert metrics.keys() == {"clip/low", "clip/high"}
+
+
+def one_hot_rows(weights: Tensor) -> list[Tensor]:
+    """The weights of one token each."""
+    found = []
+    for i, value in enumerate(weights.detach().flatten()):
+        one = torch.zeros(weights.numel())
+        one[i] = value
+        found.append(one.view(weights.shape))
+    return found
+
+
+def test_weighted_gradients_of_another_sampler_are_those_of_the_policy():
+    """E_q[w A grad log pi] = E_pi[A grad log pi], enumerated over a vocabulary of 5."""
+    logits = torch.randn(5, generator=seeded(2), dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -0.3], dtype=torch.float64)
+    logp = logits.log_softmax(-1)
+    (want,) = torch.autograd.grad((logp.detach().exp() * advantages * logp).sum(), logits)
+    logp = logits.log_softmax(-1)[:, None]
+    mask = torch.ones(5, 1, dtype=torch.bool)
+    weights, _ = importance_weights(logp.detach(), q.log()[:, None], mask, cap=100.0)
+    got = torch.zeros_like(logits)
+    for y in range(5):
+        row = slice(y, y + 1)
+        arguments = (logits.log_softmax(-1)[row, None], logp.detach()[row], advantages[row])
+        loss, _ = policy_loss(*arguments, mask[row], weights=weights[row])
+        got -= q[y] * torch.autograd.grad(loss, logits)[0]
+    torch.testing.assert_close(got, want)

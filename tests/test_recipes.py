@@ -43,6 +43,11 @@ def test_the_geometry3k_arms_differ_in_the_intervention_alone():
     arms = [args.flat(load(f"geometry3k_{arm}")) for arm in ARMS]
     assert [arm["intervention"] for arm in arms] == ["none", "noise", "egas"]
     assert [arm["rollouts"] - arm["adversarial_rollouts"] for arm in arms] == [12, 6, 6]
+    at_a_time = []  # responses
+    for arm in arms:
+        most = max(arm["rollouts"] - arm["adversarial_rollouts"], arm["adversarial_rollouts"])
+        at_a_time.append(arm.pop("sample_prompts") * most)
+    assert at_a_time == [96, 96, 96]
     for arm in arms:
         for name in ("output", "intervention", "adversarial_rollouts", "eps"):
             del arm[name]

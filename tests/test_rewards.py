@@ -40,7 +40,7 @@ relaxed = settings(deadline=None)  # hypothesis would count wall time; see secon
 # What a teacher would accept and the rules do not: a miss costs less than a false reward.
 MISSES = {
     (r"\sqrt[3]{2}", "\u221b2"), (r"\sin^2 x", r"\sin x \cdot \sin x"), (r"\ln 2", r"\log_e 2"),
-    ("42", "4{2}"), (r"\binom{5}{2}", r"{5 \choose 2}"), ("xy", "yx"), ("xy", "x y"),
+    ("42", "4{2}"), ("xy", "yx"), ("xy", "x y"),
     ("1<x\\le 2", r"x>1 \text{ and } x\le 2"), ("-1<k<4", r"k>-1\text{ and }k<4"),
 }  # fmt: skip
 

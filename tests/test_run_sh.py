@@ -61,6 +61,20 @@ def test_the_demo_says_its_minutes_and_ends_with_the_page(project):
     assert (project / "out/demo-grpo/eval/before.json").exists()
 
 
+def test_the_engine_has_an_environment_of_its_own(project, monkeypatch):
+    """It is made once: where its list is that of its installed packages."""
+    (project / ".venv-engine").mkdir()
+    shutil.copy(project / ".ci/engine-cpu.txt", project / ".venv-engine/installed")
+    no_gpu = project / "bin"
+    no_gpu.mkdir()
+    (no_gpu / "nvidia-smi").write_text("#!/bin/sh\nexit 1\n")
+    (no_gpu / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(no_gpu), prepend=":")
+    done = run(project, "engine")
+    assert done.returncode == 0 and "Installing" not in done.stdout, done.stderr
+    assert (project / "commands.txt").read_text() == "-m pytest -q tests/engine\n"
+
+
 def test_other_words(project):
     assert run(project, "demon").returncode == 2
     assert run(project, "test").returncode == 0

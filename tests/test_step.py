@@ -20,7 +20,7 @@ from PIL import Image
 import rewards
 import train_saei
 from demo.make_demo import build_model
-from runtime import data
+from runtime import data, distributed
 from vlm.policy import Policy
 
 
@@ -66,7 +66,7 @@ class Listener(torch.optim.SGD):
 
     grads: list[list[torch.Tensor]]
 
-    def __init__(self, params, lr, weight_decay):
+    def __init__(self, params, lr, weight_decay, **options):
         super().__init__(params, lr=lr)
 
     def step(self, closure=None):
@@ -89,8 +89,8 @@ def train(processor, out, monkeypatch, rows=ROWS, **changes) -> SimpleNamespace:
         seen.rows = [by_problem[problem] for problem in problems]
         return encode(self, problems, images, max_tokens)
 
-    def listen_sample(self, prompts, n, *rest):
-        responses = sample(self, prompts, n, *rest)
+    def listen_sample(self, prompts, n, *rest, **options):
+        responses = sample(self, prompts, n, *rest, **options)
         tokens = []
         for row, mask in zip(responses.tokens, responses.mask, strict=True):
             tokens.append(row[mask].tolist())
@@ -230,6 +230,39 @@ def test_trap_15_micro_batches_give_the_same_gradient(
     assert_gradients_equal(seen.grads[0], together.grads[0], 1e-5)
     for name in ("loss", "grad_norm", "entropy/attacked", "clip/high"):
         assert seen.metrics[name] == pytest.approx(together.metrics[name], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes, passes",
+    [
+        # of prompts: clean, attacked, attacked for entropy/attacked; apart also attack and update
+        (dict(pgd_steps=1), (3, 5)),
+        (dict(pgd_steps=1, condition="sampled"), (4, 6)),
+        (dict(pgd_steps=1, updates_per_step=2, micro_prompts=2), (6, 9)),
+        (dict(intervention="none"), (1, 2)),
+        (dict(pgd_steps=2, gradient_checkpointing=True, micro_responses=2), (4, 6)),
+        (dict(pgd_steps=1, kl_coef=0.1, rows=[*ROWS[:2], TEXT_ONLY, ROWS[2]]), (4, 6)),
+    ],
+)
+def test_one_prompt_pass_equals_separate_ones(processor, tmp_path, monkeypatch, changes, passes):
+    """One pass serves sampling, attack and update: the same gradients, fewer passes."""
+    read, count, steps = Policy.read, [], []
+
+    def listen(self, prompts, *rest, **options):
+        count.append(len(prompts))
+        return read(self, prompts, *rest, **options)
+
+    monkeypatch.setattr(Policy, "read", listen)
+    for name in ("one", "apart"):
+        steps.append(train(processor, tmp_path / name, monkeypatch, **changes))
+        steps[-1].passes = len(count)
+        count.clear()
+        monkeypatch.setattr(distributed, "one_prompt_pass", lambda accelerator: False)
+    one, apart = steps
+    assert one.sampled == apart.sampled and len(one.grads) == len(apart.grads)
+    for ours, theirs in zip(one.grads, apart.grads, strict=True):
+        assert_gradients_equal(ours, theirs, 1e-5)
+    assert (one.passes, apart.passes) == passes
 
 
 def test_the_two_conditions_differ(processor, tmp_path, monkeypatch):

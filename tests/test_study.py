@@ -105,11 +105,14 @@ def test_order_of_the_runs_is_balanced(tmp_path):
     assert seeds == sorted(seeds) and seeds.count(0) == seeds.count(1) == len(run.MAIN) + 3
     further = [("shifted", arm, 0) for arm in run.FURTHER]
     assert listed[-len(further) :] == further
-    arms = {"before", *run.MAIN, *run.ABLATIONS, *run.CONTROLS, *run.REMOVED}
+    arms = {"before", *run.MAIN, *run.PAID_ARMS, *run.ABLATIONS, *run.CONTROLS, *run.REMOVED}
     assert arms == set(tables.ARMS) and set(run.CONTROLS) == set(tables.CONTROLS)
     confirm = run.jobs(arguments(tmp_path, settings=["confirm"]))
     assert confirm[0] == ("confirm", "before", 50) and {seed for *_, seed in confirm} == {50, 51}
     assert len(confirm) == 1 + 2 * len(run.MAIN)
+    paid = run.jobs(arguments(tmp_path, settings=["paid"]))
+    assert {arm for _, arm, _ in paid} == {"before", *run.MAIN, *run.PAID_ARMS} - {"temperature"}
+    assert {seed for *_, seed in paid} == {80, 81}
 
 
 @pytest.mark.parametrize(
@@ -136,22 +139,25 @@ def test_tuning_has_seeds_and_problems_of_its_own(tmp_path):
     words = run.train_arguments(args, "shifted", "bold", 100)
     assert words[words.index("--eps") + 1] == "0.03" and words[words.index("--seed") + 1] == "100"
     problems = []
-    for seed in (0, 49, 50, 100):
+    for seed in (0, 49, 50, 100, 80):
         rows = evaluation.study_rows("plain/test", 40, seed)
         problems.append({row["problem"] + str(row["pips"]) for row in rows})
     assert problems[0] == problems[1]
-    for i, j in ((0, 2), (0, 3), (2, 3)):
+    for i, j in ((0, 2), (0, 3), (2, 3), (0, 4), (2, 4), (3, 4)):
         assert len(problems[i] & problems[j]) < 3
 
 
 def test_every_arm_is_a_valid_configuration_of_equal_rollouts(tmp_path):
-    plain = {"plain", "temperature", "mixed-plain", *run.CONTROLS}
+    plain = {"plain", "plain-time", "plain-rollouts", "temperature", "mixed-plain", *run.CONTROLS}
     plain -= {"vogue", "saei-kl_cov", "saei-two-updates"}
     for setting, arm, seed in run.jobs(arguments(tmp_path, settings=list(run.SETTINGS))):
         if arm == "before":
             continue
         options = run.run_options(setting, arm, seed, smoke=True, tried={})
-        assert (options["rollouts"], options["seed"]) == (8, seed)
+        assert (options["rollouts"], options["seed"]) == (
+            10 if arm == "plain-rollouts" else 8,
+            seed,
+        )
         assert (options["intervention"] == "none") == (arm in plain)
         if setting == "confirm":
             assert run.CONFIRM.items() <= options.items()

@@ -173,7 +173,7 @@ def test_attack_and_entropies_are_train_saeis(spied):
         prompts = policy.encode([row["problem"]], [row["images"]])
         clean = scored(policy, prompts, responses)
         tsec_mask = tsec.select_tokens(clean.entropy, clean.mask)
-        objective = train_saei.entropy_objective(policy, prompts, clean, tsec_mask, TEMPERATURE)
+        objective = train_saei.EntropyObjective(policy, prompts, clean, tsec_mask, TEMPERATURE)
         attacked = egas.pgd_ascent(objective, prompts.images, EPS, steps=3)
         ours = policy.to_pixel_values(attacked)["pixel_values"]
         close = (ours - theirs).abs() < 1e-5

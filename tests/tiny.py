@@ -1,9 +1,11 @@
 """Tiny random models of every family in vlm.families, of the real model and processor classes.
 
 Nothing is downloaded: configurations of two small layers, a word-level tokenizer that knows the
-family's image tokens, and a chat template. `build(kind)` -> (model, processor).
+family's image tokens, and a chat template. `build(kind)` -> (model, processor). The newest
+families' classes are named transformers.X, so that earlier versions build the others.
 """
 
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -40,7 +42,6 @@ from transformers import (
     Kimi_K25VideoProcessor,
     Lfm2VlImageProcessor,
     Lfm2VlProcessor,
-    Lfm3VlProcessor,
     LlavaNextImageProcessor,
     LlavaNextProcessor,
     LlavaOnevisionImageProcessor,
@@ -50,10 +51,6 @@ from transformers import (
     MiniCPMV4_6ImageProcessor,
     MiniCPMV4_6Processor,
     MiniCPMV4_6VideoProcessor,
-    MiniCPMV4_7Processor,
-    Molmo2ImageProcessor,
-    Molmo2Processor,
-    Molmo2VideoProcessor,
     Ovis2ImageProcessor,
     Ovis2Processor,
     PixtralImageProcessor,
@@ -490,12 +487,12 @@ def molmo2(kind: str):
     }
     more = ["<im_col>", "<im_low>", "<|image|>", "<|video|>"]
     tokenizer = build_tokenizer({}, [*tokens.values(), *more], bos=True)
-    image_processor = Molmo2ImageProcessor(
+    image_processor = transformers.Molmo2ImageProcessor(
         **FIXED, patch_size=PATCH, pooling_size=[2, 2], overlap_margins=[1, 1], max_crops=4
     )
     template = chat_template("<|image|>", start="{{ bos_token }}")
-    processor = Molmo2Processor(
-        image_processor, Molmo2VideoProcessor(), tokenizer, chat_template=template
+    processor = transformers.Molmo2Processor(
+        image_processor, transformers.Molmo2VideoProcessor(), tokenizer, chat_template=template
     )
     heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=8, hidden_size=32)
     config = dict(
@@ -547,7 +544,9 @@ def minicpm(kind: str):
         named |= {f"{name}_start_token": f"<{name}>", f"{name}_end_token": f"</{name}>"}
     tokenizer = build_tokenizer(named, [])
     sizes = dict(patch_size=PATCH // 2, scale_resolution=48)
-    processor_class = MiniCPMV4_6Processor if kind == "minicpmv4_6" else MiniCPMV4_7Processor
+    processor_class = (
+        MiniCPMV4_6Processor if kind == "minicpmv4_6" else transformers.MiniCPMV4_7Processor
+    )
     processor = processor_class(
         MiniCPMV4_6ImageProcessor(**sizes, max_slice_nums=4),
         MiniCPMV4_6VideoProcessor(**sizes),
@@ -595,7 +594,7 @@ def lfm2(kind: str):
 
 def lfm3(kind: str):
     config, other = qwen("qwen3_vl")
-    processor = Lfm3VlProcessor(
+    processor = transformers.Lfm3VlProcessor(
         other.image_processor,
         other.tokenizer,
         other.video_processor,

@@ -118,22 +118,27 @@ def add_lora(policy: nn.Module, rank: int, seed: int, folder: str | Path | None 
 def save_adapters(state: dict[str, Tensor], folder: str | Path) -> dict[str, Tensor]:
     """Write the adapters of a state dict to the folder.   -> the state dict of the plain model
 
-    In the result the adapters are merged into the weights. peft's own merge works on the model's
-    parameters, which are sharded under FSDP. Here the gathered state dict is merged, in float32.
+    peft's own merge works on the model's parameters, which are sharded under FSDP. Here the
+    gathered state dict is merged.
     """
     adapters = {}
     for name, w in state.items():
         if ".lora_" in name:
             adapters[name.replace(PEFT_NAME, "")] = w.contiguous()
     save_file(adapters, Path(folder) / ADAPTER)
-    merged = {}
+    return merged(state)
+
+
+def merged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The plain model's state dict: adapters merged into their weights, in float32."""
+    found = {}
     for name, w in state.items():
         if ".lora_" in name:
             continue
         if name.endswith(".base_layer.weight"):
             stem = name.removesuffix("base_layer.weight")
-            a = adapters[f"{stem}lora_A.weight"].float()
-            b = adapters[f"{stem}lora_B.weight"].float()
+            a = state[f"{stem}lora_A{PEFT_NAME}.weight"].float()
+            b = state[f"{stem}lora_B{PEFT_NAME}.weight"].float()
             w = (w.float() + LORA_SCALE * (b @ a)).to(w.dtype)
-        merged[name.replace(".base_layer.", ".")] = w
-    return merged
+        found[name.replace(".base_layer.", ".")] = w
+    return found

@@ -3,24 +3,28 @@
 `Policy.read` fills one layer of the cache per layer of the language model: a PromptLayer for
 attention, a StateLayer for linear attention and short convolutions, a SharedLayer where a layer
 reads an earlier one's keys. In scoring, `read[owner]` repeats each prompt for its responses, and
-gradients flow back through it. In sampling, `read.decode_cache(n, room)` copies it once, with room
-for the tokens to come. Another kind of layer needs a class with PromptLayer's methods, and a line
-in LAYERS.
+gradients flow back through it. In sampling, `read.decode_cache(n, room, cursor)` copies it once,
+with room for the tokens to come. Another kind of layer needs a class with PromptLayer's methods,
+a line in LAYERS, and its mask in vlm/decode.py.
 
 Symbols: P prompts, n responses per prompt, L prompt tokens, D hidden size, d size of a head.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicLayer,
     LinearAttentionLayer,
     get_layer_types_and_kwargs,
 )
+
+# Earlier versions (5.17) have no entry in the cache for a layer that reads another's keys.
+DummyLayer = getattr(cache_utils, "DummyLayer", object)
 
 
 class PromptLayer(DynamicLayer):
@@ -46,32 +50,46 @@ class PromptLayer(DynamicLayer):
         layer.read_only = True
         return layer
 
-    def decode_layer(self, n: int, room: int) -> "DecodeLayer":
-        """Each prompt n times, with room for further tokens."""
-        return DecodeLayer(with_room(self.keys, n, room), with_room(self.values, n, room), room)
+    @classmethod
+    def join(cls, parts: Sequence["PromptLayer"]) -> "PromptLayer":
+        """The values of neighbouring prompts."""
+        layer = cls()
+        layer.update(joined(part.keys for part in parts), joined(part.values for part in parts))
+        layer.read_only = True
+        return layer
+
+    def decode_layer(self, n: int, room: int, cursor: "Cursor") -> "DecodeLayer":
+        """Each prompt n times, with room for further tokens.
+
+        Under autocast the keys are float32 and the values bfloat16. Attention would cast all keys
+        at every token, so they are cast here.
+        """
+        keys = self.keys.to(self.values.dtype)
+        return DecodeLayer(with_room(keys, n, room), with_room(self.values, n, room), cursor)
+
+
+@dataclass
+class Cursor:
+    """Where the next token's keys and values go. All layers of a decode cache share it."""
+
+    place: Tensor  # (1,): a tensor, so that a decode step is the same at every token
+    width: int  # attention runs over so many places; `place` is below it
 
 
 class DecodeLayer(DynamicLayer):
-    """One layer's keys and values of rows that grow by a token at a time. The room is made once.
+    """One layer's keys and values of rows that grow by a token at a time, in buffers made once."""
 
-    Appending by concatenation, as DynamicLayer does, would copy the whole prompt for every token.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int):
+    def __init__(self, keys: Tensor, values: Tensor, cursor: Cursor):
         super().__init__()
-        self.keys, self.values = keys, values  # (P * n, heads, L + room, d), the last `room` empty
-        self.length = keys.shape[2] - room
+        self.keys, self.values, self.cursor = keys, values, cursor  # (P * n, heads, L + room, d)
         self.is_initialized = True
 
-    def get_seq_length(self) -> int:
-        return self.length
-
     def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        start, end = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """One token's."""
+        self.keys.index_copy_(2, self.cursor.place, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, self.cursor.place, values)
+        width = self.cursor.width
+        return self.keys[:, :, :width], self.values[:, :, :width]
 
     def keep(self, rows: Tensor) -> None:
         """Drop the other rows. rows: a mask or indices."""
@@ -120,14 +138,26 @@ class StateLayer(LinearAttentionLayer):
 
     def select(self, prompts: Tensor | slice) -> "StateLayer":
         """As PromptLayer's."""
-        layer = StateLayer()
-        layer.window = self.window[prompts]
-        layer.state = None if self.state is None else self.state[prompts]
-        layer.conv_states[0], layer.recurrent_states[0] = layer.window, layer.state
+        state = None if self.state is None else self.state[prompts]
+        return self.of(self.window[prompts], state)
+
+    @classmethod
+    def of(cls, window: Tensor, state: Tensor | None) -> "StateLayer":
+        layer = cls()
+        layer.window, layer.state = window, state
+        layer.conv_states[0], layer.recurrent_states[0] = window, state
         layer.has_previous_state[0] = True  # a pass starts from conv_states and recurrent_states
         return layer
 
-    def decode_layer(self, n: int, room: int) -> "DecodeStateLayer":
+    @classmethod
+    def join(cls, parts: Sequence["StateLayer"]) -> "StateLayer":
+        """As PromptLayer's."""
+        state = None
+        if parts[0].state is not None:
+            state = joined(part.state for part in parts)
+        return cls.of(joined(part.window for part in parts), state)
+
+    def decode_layer(self, n: int, room: int, cursor: Cursor) -> "DecodeStateLayer":
         """Each prompt n times. The states have one size, whatever the number of tokens."""
         layer = DecodeStateLayer()
         layer.update_conv_state(self.window.repeat_interleave(n, dim=0))
@@ -151,7 +181,11 @@ class SharedLayer(DummyLayer):
     def select(self, prompts: Tensor | slice) -> "SharedLayer":
         return self
 
-    def decode_layer(self, n: int, room: int) -> "SharedLayer":
+    @classmethod
+    def join(cls, parts: Sequence["SharedLayer"]) -> "SharedLayer":
+        return parts[0]
+
+    def decode_layer(self, n: int, room: int, cursor: Cursor) -> "SharedLayer":
         return self
 
     def keep(self, rows: Tensor) -> None:
@@ -161,7 +195,6 @@ class SharedLayer(DummyLayer):
 LAYERS = {
     "full_attention": PromptLayer,
     "sliding_attention": PromptLayer,  # the mask hides what is outside the window
-    "chunked_attention": PromptLayer,
     "linear_attention": StateLayer,
     "conv": StateLayer,
     "dummy": SharedLayer,
@@ -177,10 +210,23 @@ def prompt_layers(config) -> list[PromptLayer | StateLayer | SharedLayer]:
     return [LAYERS[kind]() for kind in kinds]
 
 
+def layer_kinds(config) -> set[str]:
+    """The kinds of the language model's layers, of those in LAYERS."""
+    return set(get_layer_types_and_kwargs(config.get_text_config())[0])
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """Along the first dimension, without a graph."""
+    return torch.cat([x.detach() for x in tensors])
+
+
 def with_room(x: Tensor, n: int, room: int) -> Tensor:
-    """(P, heads, L, d) -> (P * n, heads, L + room, d), the room not initialised"""
+    """(P, heads, L, d) -> (P * n, heads, L + room, d)
+
+    The room is 0: attention gives a place that it must not see the weight 0, and 0 * nan is nan.
+    """
     P, heads, L, d = x.shape
-    grown = x.new_empty(P, n, heads, L + room, d)
+    grown = x.new_zeros(P, n, heads, L + room, d)
     grown[..., :L, :] = x[:, None]
     return grown.flatten(0, 1)
 
@@ -194,13 +240,23 @@ class ReadPrompts:
 
     layers: list[PromptLayer | StateLayer | SharedLayer]
     hidden: Tensor  # (P, D) of the last prompt token: predicts the first response token
+    images: list[Tensor] | None = None  # what was read, where all prompts are here
 
     def __getitem__(self, prompts: Tensor | slice) -> "ReadPrompts":
         layers = [layer.select(prompts) for layer in self.layers]
         return ReadPrompts(layers, self.hidden[prompts])
 
+    @classmethod
+    def join(cls, parts: list["ReadPrompts"]) -> "ReadPrompts":
+        """The values of neighbouring prompts of one batch, without their graphs."""
+        layers = []
+        for same_layer in zip(*(part.layers for part in parts), strict=True):
+            layers.append(same_layer[0].join(same_layer))
+        return cls(layers, torch.cat([part.hidden for part in parts]).detach())
+
     def cache(self) -> Cache:
         return Cache(layers=self.layers)
 
-    def decode_cache(self, n: int, room: int) -> Cache:
-        return Cache(layers=[layer.decode_layer(n, room) for layer in self.layers])
+    def decode_cache(self, n: int, room: int, cursor: Cursor) -> Cache:
+        """Each prompt n times, with room for `room` further tokens. Without gradients."""
+        return Cache(layers=[layer.decode_layer(n, room, cursor) for layer in self.layers])

@@ -37,11 +37,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import grpo
-import tsec
 from vlm import adapt, chat, precision
-from vlm.attention import without_flash
 from vlm.cache import ReadPrompts, prompt_layers
+from vlm.decode import Decoder, logprobs_and_entropy
 from vlm.families import FAMILIES
 from vlm.load import load_config, load_model, load_processor
 from vlm.patches import use_patch_products
@@ -50,7 +48,6 @@ from vlm.patches import use_patch_products
 ANSWER_TAGS = r"</?(think|answer)>"
 LOGITS_PER_CHUNK = 2**26  # of the output head in scoring: 256 MiB in float32
 RESPONSES_PER_CHUNK = 16  # of like length, scored together
-SHARE_ALIVE = 0.75  # sampling drops the ended rows when no more than this share is left
 
 # Responses have this width at least: scoring then runs the language model's layers on two tokens or
 # more. FSDP gathers parameters as often as layers run: equally often on every process. And of one
@@ -459,14 +456,18 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------------------- read, respond
 
-    def read(self, prompts: Prompts) -> ReadPrompts:
+    def read(self, prompts: Prompts, to_pixels: bool = False) -> ReadPrompts:
         """The prompt pass: compute each prompt once.
 
-        With gradients on, the result carries the graph to the pixels and the parameters.
+        With gradients on, the result carries the graph to the parameters, and to the images where
+        they ask for a gradient. to_pixels: make them ask. `read.images` are the graph's.
         """
+        images = (
+            [x.detach().requires_grad_() for x in prompts.images] if to_pixels else prompts.images
+        )
         vision = {}
-        if prompts.images:
-            vision = self._in_precision(self.to_pixel_values(prompts.images))
+        if images:
+            vision = self._in_precision(self.to_pixel_values(images))
         if self.family.counts and prompts.images:
             counts = [count for count in prompts.counts if count]
             vision[self.family.counts] = torch.tensor(counts, device=self.device)
@@ -487,7 +488,8 @@ class Policy(nn.Module):
                 "the prompt's cache is empty: is activation checkpointing on for the language "
                 "model? Use adapt.checkpoint_layers"
             )
-        return ReadPrompts(layers, hidden[:, -1])
+        # In layers of their own: a pass that is computed again writes into `layers` again.
+        return ReadPrompts([layer.select(slice(None)) for layer in layers], hidden[:, -1], images)
 
     def _in_precision(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The vision inputs, cast where the family's tower does not do so itself."""
@@ -496,10 +498,13 @@ class Policy(nn.Module):
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
-    def respond(self, tokens: Tensor, cache: Cache, mask: Tensor, position: Tensor) -> Tensor:
+    def respond(
+        self, tokens: Tensor, cache: Cache, mask: Tensor | dict, position: Tensor
+    ) -> Tensor:
         """Hidden states of tokens after the cached ones.
 
-        tokens (N, t), mask (N, L + t), position of the first token (N,) -> (N, t, D)
+        tokens (N, t), mask (N, L + t) of 0 and 1 or as Decoder.attention_mask gives it, position of
+        the first token (N,) -> (N, t, D)
         """
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         positions = position[:, None] + steps  # (N, t)
@@ -507,7 +512,7 @@ class Policy(nn.Module):
             positions = positions.expand(3, -1, -1)
         return self.model.model(
             input_ids=tokens,
-            attention_mask=mask.long(),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=False,
@@ -562,70 +567,34 @@ class Policy(nn.Module):
         T: int,
         temperature: float,
     ) -> Responses:
-        """The loop over tokens, all rows together. As wide as the longest response."""
-        if read is None:
-            read = self.read(prompts)
-        cache = read.decode_cache(n, T)
-        hidden = read.hidden.repeat_interleave(n, dim=0)  # (N, D)
-        del read  # the cache is a copy of it
-        seen = prompts.mask.repeat_interleave(n, dim=0)  # (N, L)
-        position = prompts.next_position.repeat_interleave(n, dim=0)  # (N,)
-        uniforms = torch.cat([_uniforms(seed, n, T) for seed in seeds]).to(self.device)  # (N, T)
-        eos_ids = torch.tensor(self.eos_ids, device=self.device)
-        scale = temperature or 1.0  # greedy: log-probs and entropies at temperature 1
-
-        N = len(hidden)
-        tokens = torch.full((N, T), self.pad_id, device=self.device)
-        mask = torch.zeros(N, T, dtype=torch.bool, device=self.device)
-        logprobs = torch.zeros(N, T, device=self.device)
-        entropy = torch.zeros(N, T, device=self.device)
-        rows = torch.arange(N, device=self.device)  # those that are still computed
-        alive = torch.ones_like(rows, dtype=torch.bool)  # of these; the others have ended
-        with without_flash(self.model.get_decoder()):
-            for t in range(T):
-                logits = self.logits(hidden)  # (rows, V)
-                if temperature == 0:
-                    token = logits.argmax(-1)
-                else:
-                    token = _inverse_cdf(logits / scale, uniforms[rows, t])
-                tokens[rows, t] = torch.where(alive, token, self.pad_id)
-                mask[rows, t] = alive
-                logprobs[rows, t] = grpo.token_logprobs(logits, token, scale)
-                entropy[rows, t] = tsec.token_entropy(logits, scale)
-                alive = alive & ~torch.isin(token, eos_ids)
-                left = int(alive.sum())
-                if left == 0 or t + 1 == T:
-                    break
-                if left <= SHARE_ALIVE * len(rows):  # not at every end: moving the others costs
-                    rows, token, seen, position = (x[alive] for x in (rows, token, seen, position))
-                    for layer in cache.layers:
-                        layer.keep(alive)
-                    alive = alive[alive]
-                # An ended row that is still here is computed on, and its values are not read. It is
-                # marked as seen, too: attention is fastest with a mask of ones.
-                seen = nn.functional.pad(seen, (0, 1), value=True)
-                hidden = self.respond(token[:, None], cache, seen, position)[:, -1]
-                position = position + 1
-        width = t + 1
-        return Responses(
-            tokens[:, :width], mask[:, :width], logprobs[:, :width], entropy[:, :width]
-        )
+        """All rows together. As wide as the longest response."""
+        read = self.read(prompts) if read is None else read
+        prompt = (read, prompts.mask, prompts.next_position)
+        decoder = Decoder(self, *prompt, n, seeds, T, temperature)
+        del read, prompt  # the decoder's cache is a copy of what was read
+        return Responses(*decoder.run())
 
     # -------------------------------------------------------------------------------------- score
 
     def score(
-        self, prompts: Prompts, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+        self,
+        prompts: Prompts,
+        tokens: Tensor,
+        mask: Tensor,
+        temperature: float = 1.0,
+        read: ReadPrompts | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Teacher-forced log-probs and entropies of given responses.
 
         (N, T), (N, T) bool -> (N, T), (N, T) float32. Differentiable in the parameters and in
         prompts.images. Values at padding are meaningless and finite.
+        read: `self.read(prompts)` with its graph, for several uses; None: computed here.
 
         Responses of like length are computed together, so that little padding is computed. With
         micro_responses each chunk is computed again in the backward, which then holds the
         activations of one chunk and of the P prompts.
         """
-        read = self.read(prompts)
+        read = self.read(prompts) if read is None else read
         n = len(tokens) // len(prompts)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (N,)
         targets = torch.where(mask, tokens, self.eos_ids[0])
@@ -661,7 +630,7 @@ class Policy(nn.Module):
         first = read.hidden[:, None]  # (rows, 1, D) predicts the first token
         if tokens.shape[1] == 1:
             return first
-        seen = torch.cat([prompts.mask[owner], mask[:, :-1]], dim=1)
+        seen = torch.cat([prompts.mask[owner], mask[:, :-1]], dim=1).long()
         position = prompts.next_position[owner]
         further = self.respond(tokens[:, :-1], read.cache(), seen, position)
         return torch.cat([first, further], dim=1)
@@ -852,31 +821,3 @@ def _models_of_modules(model: nn.Module) -> dict[nn.Module, PreTrainedModel]:
         if isinstance(module, PreTrainedModel):
             models |= dict.fromkeys(module.modules(), module)
     return models
-
-
-def logprobs_and_entropy(
-    logits: Tensor, tokens: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """grpo.token_logprobs and tsec.token_entropy of float32 logits.   (N, V), (N,) -> (N,), (N,)
-
-    The same operations with one log-softmax for both: a chunk's backward holds one tensor of V
-    numbers per token less.
-    """
-    logp = torch.log_softmax(logits / temperature, dim=-1)
-    finite = logp.masked_fill(logp == -torch.inf, 0.0)  # a banned token: 0 * log 0 = 0
-    logprobs = logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return logprobs, -(logp.exp() * finite).sum(dim=-1)
-
-
-def _uniforms(seed: int, n: int, length: int) -> Tensor:
-    """U[0, 1) of one prompt. On the CPU: the same for every device.   -> (n, length) float64"""
-    return torch.rand(n, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds u.   (N, V), (N,) -> (N,)
-
-    In float64: in float32, over a large vocabulary, u could reach past the last cumulative sum.
-    """
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True).squeeze(1)

@@ -29,7 +29,7 @@ import tsec
 from eval import pass_at_k
 from runtime import rollouts
 from runtime.distributed import frozen
-from runtime.rollouts import Rollouts
+from runtime.rollouts import Passes, Rollouts
 from runtime.run import Batch
 from vlm.policy import Policy, Prompts, Responses
 
@@ -60,7 +60,7 @@ class Step(Rollouts):
         self.objective = self.entropy_of(clean, tsec_mask)
         seeds = self.batch.seeds(train_saei.ATTACK)
         attacked = train_saei.intervene(  # 3
-            SAEI, policy, self.prompts, lambda _: self.objective, P, seeds, noise_t=0.0
+            SAEI, policy, self.prompts, Passes(), lambda _: self.objective, P, seeds, noise_t=0.0
         )
         responses = [clean, self.sample(attacked, train_saei.ADVERSARIAL)]  # 4
         texts, scores = self.grade(responses)  # 5
@@ -92,7 +92,7 @@ class Step(Rollouts):
     def entropy_of(self, clean: Responses, chosen: Tensor) -> Objective:
         """The entropy of the chosen tokens (P * n, T), as a function of the images."""
         tensors = (self.prompts, clean, chosen)
-        return train_saei.entropy_objective(self.policy, *tensors, SAEI.temperature)
+        return train_saei.EntropyObjective(self.policy, *tensors, SAEI.temperature)
 
     def ascend(self, objective: Objective) -> list[Tensor]:
         """The images that PGD finds for another objective."""
@@ -412,7 +412,8 @@ def variants_6(step: Step) -> list[list[str]]:
     adversarial[:, : step.n] = False
     sampled = []
     for batch in rollouts.by_condition(step.training, step, "sampled"):
-        loss, _ = train_saei.batch_loss(CONFIG, step.policy, batch, None, None, tokens)
+        scores = batch.score(step.policy, SAEI.temperature)
+        loss, _ = train_saei.batch_loss(CONFIG, scores, batch, None, None, None, tokens)
         sampled.append(loss)
     return [
         [f"{lengths.min():.0f}", f"{lengths.max():.0f}", *step.compared(per_response)],

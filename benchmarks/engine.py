@@ -1,0 +1,105 @@
+"""vLLM against the policy's own sampling, with the demo's model: python -m benchmarks.engine
+
+Needs `bash run.sh engine`. About 3 minutes on 2 cores. Writes engine.json:
+    seconds      of the start, the weights, 64 prompts' responses (both samplers), and of the
+                 answer after the child was killed
+    differences  the engine's log-probs and entropies to Policy.score, by both sides' dtype
+    kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's.
+                 Nothing is attacked here: this is what the phases cost the engine alone.
+"""
+
+import json
+import os
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from demo.task import make_row
+from vlm.engine import Engine
+from vlm.policy import Policy, Prompts, Responses
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL, TOKENS, REPEATS = "demo/confident", 64, 5
+DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def median(work: Callable[[], object]) -> float:
+    """Of REPEATS calls, after one that is not counted."""
+    work()
+    return statistics.median(seconds(work) for _ in range(REPEATS))
+
+
+def encode(policy: Policy, count: int) -> Prompts:
+    rows = [make_row("shifted/train", i) for i in range(count)]
+    return policy.encode([row["problem"] for row in rows], [row["images"] for row in rows])
+
+
+@torch.no_grad()
+def difference(policy: Policy, prompts: Prompts, responses: Responses) -> dict[str, float]:
+    mask = responses.mask
+    logprobs, entropy = policy.score(prompts, responses.tokens, mask)
+    log_ratio = (logprobs - responses.logprobs)[mask]
+    return {
+        "log-prob": log_ratio.abs().max().item(),
+        "mean": log_ratio.abs().mean().item(),
+        "entropy": (entropy - responses.entropy)[mask].abs().max().item(),
+        "lowest ratio": log_ratio.exp().min().item(),
+        "highest ratio": log_ratio.exp().max().item(),
+    }
+
+
+def two_phases(vllm: Engine, prompts: Prompts, size: int) -> None:
+    """4 clean responses of each prompt, then 4 more, which may be asked when the first are there.
+
+    size: prompts that are waited for together.
+    """
+    P, waits = len(prompts), []
+    parts = vllm.parts(P, size)
+    clean = [vllm.ask(prompts[p], 4, list(range(P))[p], TOKENS) for p in parts]
+    for part, wait in zip(parts, clean, strict=True):
+        wait()
+        waits.append(vllm.ask(prompts[part], 4, list(range(P, 2 * P))[part], TOKENS))
+    for wait in waits:
+        wait()
+
+
+def main() -> None:
+    found = {"model": MODEL, "seconds": {}, "differences": [], "kept": {}}
+    for of_engine, of_trainer in DTYPES:
+        policy = Policy.from_pretrained(MODEL, of_trainer)
+        prompts = encode(policy, 16)
+        with Engine(policy, MODEL, of_engine, ["vllm"]) as vllm:
+            vllm.load_weights()
+            row = {"engine": of_engine, "trainer": of_trainer}
+            row |= difference(policy, prompts, vllm.sample(prompts, 8, list(range(16)), TOKENS))
+            found["differences"].append(row)
+    policy = Policy.from_pretrained(MODEL)
+    prompts = encode(policy, 64)
+    arguments = (prompts, 8, list(range(64)), TOKENS)
+    start = time.perf_counter()
+    with Engine(policy, MODEL, "float32", ["vllm"]) as vllm:
+        times = found["seconds"]
+        times["start"] = time.perf_counter() - start
+        times["weights"] = median(vllm.load_weights)
+        times["sample, vLLM"] = plain = median(lambda: vllm.sample(*arguments))
+        times["sample, own"] = median(lambda: policy.sample(*arguments))
+        for size in (64, 16, 8, 4):
+            found["kept"][size] = plain / median(lambda size=size: two_phases(vllm, prompts, size))
+        os.kill(vllm.connections[0].process.pid, signal.SIGKILL)
+        times["sample after kill -9"] = seconds(lambda: vllm.sample(*arguments))
+    print(json.dumps(found, indent=1))
+    (ROOT / "benchmarks/engine.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
