@@ -135,9 +135,10 @@ def missing(parts: dict) -> list[str]:
             elif isinstance(value, dict):
                 look([*place, name], value)
 
+    absent = {}
     for name, part in parts.items():
         look([f"part {name}"], part)
-        if absent := part.get("machine", {}).get("not installed"):
-            lines.append(f"- part {name}: not installed: {', '.join(absent)}")
-    lines = list(dict.fromkeys(lines))
+        absent |= dict.fromkeys(part.get("machine", {}).get("not installed", []))
+    if absent:
+        lines.append(f"- not installed: {', '.join(absent)}")
     return ["Failed, left out or skipped:", "\n".join(lines)] if lines else []
