@@ -20,6 +20,7 @@ import struct
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -131,12 +132,15 @@ class Engine:
     def run(self) -> None:
         """Answer for ever. An exception of vLLM is told to all who wait, and ends it."""
         while True:
-            while not self.running or not self.queue.empty():
-                self.handle(*self.queue.get())
+            asks: list[Reply] = []
             try:
+                while not self.running or not self.queue.empty():
+                    message, reply = self.queue.get()
+                    asks = [reply]
+                    self.handle(message, reply)
                 self.step()
             except Exception as error:
-                for reply, _ in self.questions.values():
+                for reply in asks + [reply for reply, _ in self.questions.values()]:
                     reply(told(error))
                 raise
 
@@ -331,7 +335,10 @@ def serve_http(args: argparse.Namespace) -> None:
         server = ThreadingHTTPServer((args.host, args.port), Handler)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"ready at http://{args.host}:{args.port}", flush=True)
-        engine.run()
+        try:
+            engine.run()
+        finally:
+            time.sleep(1)  # the error is on its way to the trainers
 
 
 def main() -> None:

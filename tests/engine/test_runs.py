@@ -6,28 +6,34 @@ import sys
 from pathlib import Path
 
 import pytest
+from engine.test_server import SECRET, Process
 
 from vlm import engine
+from vlm.engine import TOKEN
 
 SMALL = ["--config", "recipes/demo.yaml", "--prompts_per_step", "4", "--rollouts", "4"]
 SMALL += ["--adversarial_rollouts", "2", "--pgd_steps", "1", "--max_new_tokens", "40"]
 SMALL += ["--micro_prompts", "2", "--self_check", "false"]
 
 
-def run(*words: str, processes: int = 1) -> subprocess.CompletedProcess:
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+FSDP2 |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def run(*words: str, processes: int = 1, **variables: str) -> subprocess.CompletedProcess:
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
-    environment = engine.child_environment(None) | {"ACCELERATE_USE_CPU": "true"}
+    environment = engine.child_environment(None) | {"ACCELERATE_USE_CPU": "true"} | variables
     return subprocess.run(
         [*command, *words], cwd=engine.PROJECT, env=environment, capture_output=True, text=True
     )
 
 
-def train(output: Path, *words: str, processes: int = 1, steps: int = 10) -> list[dict]:
+def train(output: Path, *words: str, steps: int = 10, **options) -> list[dict]:
     arguments = ("--steps", str(steps), "--output", str(output))
-    done = run("train_saei.py", *SMALL, *arguments, *words, processes=processes)
+    done = run("train_saei.py", *SMALL, *arguments, *words, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -55,8 +61,21 @@ def test_ten_steps_are_those_of_own_sampling(own, tmp_path):
         assert 1 <= metrics["engine/ratio_max"] < 1.001 and metrics["engine/cut"] == 0
 
 
-def test_two_processes_have_a_child_each(own, tmp_path):
-    ours = train(tmp_path / "run", "--engine", "vllm", processes=2, steps=3)
+@pytest.mark.parametrize("variables", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_two_processes_have_a_child_each(own, tmp_path, variables):
+    options = {"processes": 2, "steps": 3} | variables
+    ours = train(tmp_path / "run", "--engine", "vllm", **options)
+    assert_same(ours, own[:3])
+    assert max(metrics["engine/ratio_max"] for metrics in ours) < 1.001
+
+
+def test_two_processes_share_a_server(own, tmp_path):
+    server = Process(tmp_path / "log").start().ready()
+    options = {"processes": 2, "steps": 3, TOKEN: SECRET}
+    try:
+        ours = train(tmp_path / "run", "--engine", server.url, **options)
+    finally:
+        server.kill()
     assert_same(ours, own[:3])
 
 

@@ -266,3 +266,11 @@ def test_a_killed_trainer_leaves_nothing(tmp_path):
     assert not Path(folder).exists() and mine.exists()
     os.close(lock)
     mine.rmdir()
+
+
+def test_a_prompt_that_is_too_long_ends_in_one_line(policy, seeds):
+    long = policy.encode(["0 " * 40_000], [[]])
+    with Engine(policy, MODEL, "float32", ["vllm"]) as vllm:
+        vllm.load_weights()
+        with pytest.raises(EngineError, match="vLLM .*: .*(length|longer|context|maximum)"):
+            vllm.sample(long, 1, seeds[:1], 4)
