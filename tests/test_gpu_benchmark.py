@@ -88,7 +88,7 @@ def a_cpu_finds_what_it_can(parts: dict) -> None:
     assert set(parts["a"]["tests"]["outcomes"].values()) == {"passed"}
     demo = parts["a"]["demo"]["against the CPU"]
     assert demo["the same learning"] and demo["first step's difference"] < 0.02
-    for model in ("3B", "7B"):
+    for model in gpu_jobs.MODELS:
         steps = {name: x for name, x in parts["b"][model].items() if "image tokens" in name}
         assert len(steps) == 3
         for name, found in steps.items():
@@ -144,8 +144,8 @@ def test_random_weights_are_drawn_and_no_response_ends(tmp_path):
 
 def test_models_of_real_widths_have_a_setting_for_80_gb(tmp_path):
     """Plans alone: nothing of that size is made here."""
-    for model, fits in (("3B", 75), ("7B", 75)):
-        precision, more = gpu_jobs.MODELS[model]
+    fits = 75  # GiB
+    for model, (precision, more) in gpu_jobs.MODELS.items():
         work = gpu_jobs.Work(model, tmp_path, toy=False)
         assert (work.P, work.G, work.T, work.image_tokens) == (4, 8, 512, (256, 1024))
         options = work.options(1024, "SaEI, 3 PGD steps") | more
