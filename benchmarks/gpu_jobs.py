@@ -364,6 +364,7 @@ SETTINGS = {
 MODELS = {  # precision of the run, options
     "3B": ("bf16", {"dtype": "float32"}),
     "7B": ("no", {"dtype": "bfloat16", "lora_rank": 64}),
+    "Qwen3-VL-4B": ("no", {"dtype": "bfloat16", "lora_rank": 64}),
 }
 
 
@@ -799,7 +800,8 @@ JOBS = {  # part -> name: (job, its share of the time that is left)
     "b": {
         "3B": (partial(steps, model="3B"), 0.5),
         "decode": (decode, 0.4),
-        "7B": (partial(steps, model="7B"), 1.0),
+        "7B": (partial(steps, model="7B"), 0.8),
+        "Qwen3-VL-4B": (partial(steps, model="Qwen3-VL-4B"), 1.0),
     },
     "c": {"baseline": (baseline, 1.0)},
     "d": {"resume": (resume, 0.6), "processes": (processes, 1.0)},

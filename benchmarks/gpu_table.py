@@ -52,7 +52,8 @@ def number(value: object, form: str = ".3g") -> str:
 def step_table(parts: dict) -> str:
     """Seconds per phase and memory of a step, ours and the others'."""
     rows, jobs = [], jobs_of(parts)
-    for model, job in (("3B", "3B"), ("7B, LoRA", "7B"), ("3B", "baseline")):
+    models = {"3B": "3B", "7B": "7B, LoRA", "Qwen3-VL-4B": "Qwen3-VL-4B, LoRA", "baseline": "3B"}
+    for job, model in models.items():
         for name, found in jobs.get(job, {}).items():
             if not isinstance(found, dict) or "seconds/step" not in found:
                 continue
@@ -135,9 +136,10 @@ def missing(parts: dict) -> list[str]:
             elif isinstance(value, dict):
                 look([*place, name], value)
 
+    absent = {}
     for name, part in parts.items():
         look([f"part {name}"], part)
-        if absent := part.get("machine", {}).get("not installed"):
-            lines.append(f"- part {name}: not installed: {', '.join(absent)}")
-    lines = list(dict.fromkeys(lines))
+        absent |= dict.fromkeys(part.get("machine", {}).get("not installed", []))
+    if absent:
+        lines.append(f"- not installed: {', '.join(absent)}")
     return ["Failed, left out or skipped:", "\n".join(lines)] if lines else []

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
 )
+from packaging import version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from runtime.args import MemoryArgs, RunArgs
 from vlm.policy import Policy
+from vlm.precision import cast_once
 
 # Processes wait for one another while one samples longer, or writes a checkpoint, or finishes its
 # rows of a split. By default they give up after 10 minutes.
@@ -73,11 +76,22 @@ def make_accelerator(args: RunArgs, max_grad_norm: float) -> Accelerator:
     if accelerator.is_fsdp2:
         keep_float32_outputs(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        refuse_old_deepspeed()
         plugin = accelerator.state.deepspeed_plugin
         if plugin.zero_stage == 3:  # it gathers at every token, and would wait for ever
             raise ValueError(NO_ZERO_3)
         plugin.deepspeed_config["gradient_clipping"] = max_grad_norm
     return accelerator
+
+
+def refuse_old_deepspeed() -> None:
+    """Older versions round rotary frequencies to bfloat16, and with them all positions."""
+    found = metadata.version("deepspeed")
+    if version.parse(found) < version.parse("0.19.2"):
+        raise ValueError(
+            f"deepspeed {found} rounds buffers, positions among them, to bfloat16: "
+            "pip install 'deepspeed>=0.19.2'"
+        )
 
 
 def use_fsdp_on_cpus(accelerator: Accelerator) -> None:
@@ -115,6 +129,8 @@ def prepare(
 
     optimizer_state: numbers that live in the optimiser's parameter group, saved and loaded with it.
     """
+    if accelerator.native_amp and not accelerator.is_fsdp2:  # FSDP2 and DeepSpeed cast themselves
+        policy.keep_frozen_in_bfloat16()
     trained = [p for p in policy.parameters() if p.requires_grad]
     if any(p.dtype == torch.bfloat16 for p in trained):
         warnings.warn(
@@ -208,14 +224,32 @@ def refuse_text_alone(
             )
 
 
+def place_reference(accelerator: Accelerator, reference: Policy) -> None:
+    """To this device and the computation's dtype. The reference is not trained and never saved.
+
+    DeepSpeed computes in bfloat16 without autocast: all parameters are cast, as it casts the
+    policy's. Rotary frequencies are buffers, and stay.
+    """
+    reference.to(accelerator.device)
+    reference.requires_grad_(False)
+    if accelerator.mixed_precision != "bf16":
+        return
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        for p in reference.parameters():
+            p.data = p.data.bfloat16()
+    else:
+        reference.keep_frozen_in_bfloat16()
+
+
 @contextlib.contextmanager
 def frozen(policy: Policy) -> Iterator[None]:
-    """No parameter asks for a gradient inside."""
+    """No parameter asks for a gradient inside, and autocast casts none of them."""
     parameters = [p for p in policy.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
     try:
-        yield
+        with cast_once(policy.model, policy.device.type):
+            yield
     finally:
         for p in parameters:
             p.requires_grad_(True)

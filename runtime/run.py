@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from runtime import data
 from runtime.args import RENAMED, ModelArgs, RunArgs, TrainDataArgs
+from runtime.distributed import place_reference
 from runtime.faults import PROJECT, one_line
 from runtime.lock import FolderLock
 from runtime.rollouts import Rollouts, sample_lines
@@ -578,14 +579,14 @@ def load_rows(args: TrainDataArgs, run: Run, policy: Policy, prompts_per_step: i
 
 def load_reference(args: ModelArgs, run: Run) -> Policy:
     """The initial policy, for the KL term. Raises ValueError if it changed since the run began."""
-    reference = args.load().to(run.accelerator.device)
-    reference.requires_grad_(False)
+    reference = args.load()
     run.same_as_before(
         "reference.txt",
         fingerprint(reference),
         f"model={args.model} holds other weights than when the run in {run.folder} began, and "
         "kl_coef pulls to them; put the first ones back",
     )
+    place_reference(run.accelerator, reference)
     return reference
 
 

@@ -1,7 +1,9 @@
 """runtime/distributed.py: what one process can tell of it. Several processes: test_parallel.py."""
 
+import contextlib
 import copy
 from datetime import timedelta
+from importlib import metadata
 from unittest import mock
 
 import pytest
@@ -47,6 +49,18 @@ def test_processes_wait_for_one_another_for_hours(two_processes, monkeypatch, tm
     with pytest.raises(Joined):
         eval.main(eval.load_config(model="demo/mixed", **output))
     assert len(timeouts) == 2 and min(timeouts) >= timedelta(hours=2)
+
+
+@pytest.mark.parametrize("found, refused", [("0.18.4", True), ("0.19.10", False), ("1.0", False)])
+def test_an_old_deepspeed_is_refused(monkeypatch, found, refused):
+    """It rounds rotary frequencies to bfloat16."""
+    monkeypatch.setattr(metadata, "version", lambda name: found)
+    with pytest.raises(ValueError) if refused else contextlib.nullcontext() as error:
+        distributed.refuse_old_deepspeed()
+    if refused:
+        message = str(error.value)
+        assert "\n" not in message and f"deepspeed {found} " in message
+        assert message.endswith("pip install 'deepspeed>=0.19.2'")
 
 
 def test_ddp_gradients_are_views_of_its_buckets(two_processes, monkeypatch, tmp_path):

@@ -389,6 +389,30 @@ def test_the_self_check_refuses_a_prompt_without_its_token_types():
         policy.self_check()
 
 
+class OnDevice(torch.Tensor):
+    """Stands for a tensor of a GPU, which every operation but `cpu` leaves there."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("kind", ["smolvlm", "qwen2_5_vl"])
+def test_the_processor_gets_pictures_on_the_cpu(kind, monkeypatch):
+    """The self-check hands it those of the model's device. On a GPU it would resample otherwise."""
+    policy, given = make_policy(kind), []
+    prompts = policy.encode(PROBLEMS[:1], PICTURES[:1])
+    call = type(policy.processor).__call__
+
+    def recorded(self, *args, images, **kwargs):
+        given.extend(images[0])
+        return call(self, *args, images=images, **kwargs)
+
+    monkeypatch.setattr(type(policy.processor), "__call__", recorded)
+    images = [x.as_subclass(OnDevice) for x in prompts.images]
+    policy._processed(policy.chat_text(PROBLEMS[0], 1), images)
+    assert [type(x) for x in given] == [torch.Tensor]
+
+
 def rotations(policy) -> list[torch.Tensor]:
     buffers = dict(policy.named_buffers())
     return [x for name, x in buffers.items() if name.endswith("inv_freq")]

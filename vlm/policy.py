@@ -37,7 +37,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import SizeDict
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlm import adapt, chat
+from vlm import adapt, chat, precision
 from vlm.cache import ReadPrompts, prompt_layers
 from vlm.decode import Decoder, logprobs_and_entropy
 from vlm.families import FAMILIES
@@ -164,6 +164,7 @@ class Policy(nn.Module):
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
         self.micro_responses = 0
         self.lora_rank = 0  # set by adapt.add_lora
+        self.kept_in_bfloat16 = []  # names of float32 weights, set by keep_frozen_in_bfloat16
         chat.check_template(processor)
         self.prefilled = chat.prefilled(processor)  # begins every answer; part of the decoded text
         self.eos_ids = self._end_tokens()
@@ -228,6 +229,10 @@ class Policy(nn.Module):
             raise ValueError(f"0 < min_pixels <= max_pixels, got {found}")
         ip.size = SizeDict(shortest_edge=least, longest_edge=most)
 
+    def keep_frozen_in_bfloat16(self) -> None:
+        """For computing in bfloat16: vlm/precision.py. Checkpoints hold them in float32."""
+        self.kept_in_bfloat16 = precision.keep_frozen_in_bfloat16(self.model)
+
     def save_pretrained(
         self, folder: str | Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
@@ -245,6 +250,8 @@ class Policy(nn.Module):
                     weights[name.removeprefix("model.")] = value
             for name in self.model.all_tied_weights_keys:  # gathered: a copy, written twice
                 weights.pop(name, None)
+        for name in self.kept_in_bfloat16:
+            weights[name] = weights[name].float()
         if self.lora_rank:
             weights = adapt.save_adapters(weights, folder)
         self.model.save_pretrained(folder, state_dict=weights)
