@@ -43,6 +43,7 @@ from vlm.decode import Decoder, logprobs_and_entropy
 from vlm.families import FAMILIES
 from vlm.load import load_config, load_model, load_processor
 from vlm.patches import use_patch_products
+from vlm.windows import use_batched_windows
 
 # Tags that a prompt may ask for. Some tokenizers have them as special tokens.
 ANSWER_TAGS = r"</?(think|answer)>"
@@ -159,6 +160,7 @@ class Policy(nn.Module):
         if self.family.prepare:
             self.family.prepare(processor)
         use_patch_products(model.model)
+        use_batched_windows(model.model)
         adapt.freeze_audio(model)
         # What FSDP shards apart. Not the tower's layers: they do not run for text alone.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.language_layers()})
