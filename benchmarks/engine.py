@@ -1,7 +1,7 @@
 """vLLM against the policy's own sampling, with the demo's model: python -m benchmarks.engine
 
-Needs `bash run.sh engine`. About 3 minutes on 2 cores. Writes engine.json:
-    seconds      of the start, the weights, 64 prompts' responses (both samplers), and of the
+Needs `bash run.sh engine`. About 2 minutes on 2 free cores. Writes engine.json:
+    seconds      of the start, the weights, 16 prompts' responses (both samplers), and of the
                  answer after the child was killed
     differences  the engine's log-probs and entropies to Policy.score, by both sides' dtype
     kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's.
@@ -23,7 +23,7 @@ from vlm.engine import Engine
 from vlm.policy import Policy, Prompts, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL, TOKENS, REPEATS = "demo/confident", 64, 5
+MODEL, TOKENS, REPEATS = "demo/confident", 64, 3
 DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 
 
@@ -84,8 +84,8 @@ def main() -> None:
             row |= difference(policy, prompts, vllm.sample(prompts, 8, list(range(16)), TOKENS))
             found["differences"].append(row)
     policy = Policy.from_pretrained(MODEL)
-    prompts = encode(policy, 64)
-    arguments = (prompts, 8, list(range(64)), TOKENS)
+    prompts = encode(policy, 16)
+    arguments = (prompts, 8, list(range(16)), TOKENS)
     start = time.perf_counter()
     with Engine(policy, MODEL, "float32", ["vllm"]) as vllm:
         times = found["seconds"]
@@ -93,7 +93,7 @@ def main() -> None:
         times["weights"] = median(vllm.load_weights)
         times["sample, vLLM"] = plain = median(lambda: vllm.sample(*arguments))
         times["sample, own"] = median(lambda: policy.sample(*arguments))
-        for size in (64, 16, 8, 4):
+        for size in (16, 4, 2):
             found["kept"][size] = plain / median(lambda size=size: two_phases(vllm, prompts, size))
         os.kill(vllm.connections[0].process.pid, signal.SIGKILL)
         times["sample after kill -9"] = seconds(lambda: vllm.sample(*arguments))

@@ -217,7 +217,7 @@ def engine() -> str:
     """vLLM against own sampling: seconds, differences, what two phases keep."""
     result = read("engine")
     rows = [[name, f"{value:.2f}"] for name, value in result["seconds"].items()]
-    parts = [table(["64 prompts, 8 responses of up to 64 tokens", "s"], rows)]
+    parts = [table(["16 prompts, 8 responses of up to 64 tokens each", "s"], rows)]
     head = ["engine", "trainer", "log-prob, largest", "mean", "entropy, largest", "ratio"]
     rows = []
     for row in result["differences"]:

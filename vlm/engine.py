@@ -536,6 +536,8 @@ def child_environment(device: int | None) -> dict[str, str]:
     names += r"|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|ACCELERATE_.*|FSDP_.*|PYTHONPATH|PYTHONHOME"
     kept = {name: x for name, x in os.environ.items() if not re.fullmatch(names, name)}
     kept["PYTHONPATH"] = str(PROJECT)
+    # On a CPU the threads of child and trainer, waiting for work, would keep each other from it.
+    kept.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 2)))
     if device is not None:  # the trainer's own GPU
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         kept["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device] if visible else str(device)

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from engine.test_server import SECRET, Process
 
+from engine.test_server import SECRET, Process
 from vlm import engine
 from vlm.engine import TOKEN
 

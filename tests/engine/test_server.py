@@ -10,8 +10,8 @@ import time
 
 import pytest
 import torch
-from engine.conftest import MODEL, differences, perturb
 
+from engine.conftest import MODEL, differences, perturb
 from vlm import engine
 from vlm.engine import TOKEN, Engine, EngineError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.conftest import MODEL, differences, encode, perturb
 
+from engine.conftest import MODEL, differences, encode, perturb
 from vlm import adapt, engine
 from vlm.engine import Engine, EngineError
 from vlm.policy import Policy
