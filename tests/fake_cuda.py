@@ -123,6 +123,15 @@ class FakeCuda(Tensor):
     def __repr__(self, **options):
         return f"FakeCuda({self.inner!r})"
 
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, new: Tensor) -> None:  # PyTorch takes over shape and dtype alone
+        Tensor.data.__set__(self, new)
+        self.inner = new.inner
+
     def tolist(self):
         Pretend.active.note("tolist")
         return self.inner.tolist()

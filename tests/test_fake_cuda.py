@@ -43,12 +43,12 @@ CASES = {  # options, environment
     "clean": (dict(condition="clean", self_check=True), {}),
     "sampled": (dict(condition="sampled", micro_prompts=1), {}),
     "control": (dict(update_control="clip_cov", updates_per_step=2), {}),
-    "autocast": ({}, BF16),
+    "autocast": (dict(kl_coef=0.1), BF16),
     "LoRA": (dict(dtype="bfloat16", lora_rank=4), {}),
 }
 FAMILIES = ["qwen2_5_vl", "gemma3", "qwen3_5", "internvl", "smolvlm"]
 # For each call. A prompt pass: what transformers' towers read back and make of host numbers.
-READ, BUFFERS, SCORE, PGD_STEP = 40, 3, 3, 1
+READ, BUFFERS, SCORE, PGD_STEP = 30, 3, 3, 1
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +121,6 @@ def check(waits: Waits) -> None:
     assert most["score"] <= most["read"] + SCORE, max(waits["score"], key=len)
     step = most["read"] + SCORE + PGD_STEP
     assert most["attack"] <= PGD_STEPS * step + 1, max(waits["attack"], key=len)
-    print(most)
 
 
 @pytest.mark.parametrize("case", CASES)
