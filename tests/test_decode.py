@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import grpo
 import tsec
 from tests import tiny
+from tests.fake_cuda import waits
 from tests.families import KINDS, PICTURES, PROBLEMS, TOLERANCE, make_policy
 from vlm import decode
 from vlm.cache import LAYERS, DecodeLayer, PromptLayer, with_room
@@ -131,26 +132,8 @@ def test_dropping_rows_changes_nothing(qwen, monkeypatch):
 # ----------------------------------------------------------------------------- a step that waits
 
 aten = torch.ops.aten
-# What waits for a CUDA device.
-WAITING = {
-    aten._local_scalar_dense,
-    aten.nonzero,
-    aten.masked_select,
-    aten._unique2,
-    aten.bincount,
-    aten.repeat_interleave,
-    aten.equal,
-    aten.is_nonzero,
-}
 # Its sparse activations make a tensor of a number in each step (transformers 5.23).
 COPIES_FROM_HOST = {"gemma3n"}
-
-
-def waits(func, args) -> bool:
-    """Does this operation wait? Indexing by a mask does, as it has to count."""
-    if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
-        return any(x is not None and x.dtype == torch.bool for x in args[1])
-    return func.overloadpacket in WAITING
 
 
 class Recording(TorchDispatchMode):
