@@ -416,6 +416,7 @@ class Run:
 
     def finish(self) -> None:
         """End the trackers, say where everything is. After a signal, exit with 128 + its number."""
+        self.accelerator.wait_for_everyone()  # one that left earlier was seen to abort (gloo)
         self.accelerator.end_training()
         self.bar.close()
         if self.signals.agreed:
