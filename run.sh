@@ -55,8 +55,8 @@ evaluate() { # evaluate MODEL OUTPUT
 
 case "${1:-demo}" in
 demo)
-    echo "The demo takes about 6 minutes on two CPU cores: training with SaEI 3, with plain GRPO 1," \
-        "three evaluations 2."
+    echo "The demo takes about 4 minutes on two CPU cores: training with SaEI 1.5, with plain GRPO 1," \
+        "three evaluations 1.5."
     setup requirements.txt
     launch train_saei.py --config recipes/demo.yaml --output out/demo --overwrite
     launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite \
@@ -75,7 +75,7 @@ It is one file that needs no network, so it can be copied from a server and open
 END
     ;;
 test)
-    echo "The tests take 3 to 6 minutes on two CPU cores."
+    echo "The tests take 5 to 8 minutes on two CPU cores."
     setup requirements-dev.txt
     .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
     ;;
