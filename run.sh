@@ -55,8 +55,8 @@ evaluate() { # evaluate MODEL OUTPUT
 
 case "${1:-demo}" in
 demo)
-    echo "The demo takes about 4 minutes on two CPU cores: training with SaEI 1.5, with plain GRPO 1," \
-        "three evaluations 1.5."
+    echo "The demo takes about 4 minutes on two CPU cores: training with SaEI 2, with plain GRPO 1," \
+        "three evaluations 1."
     setup requirements.txt
     launch train_saei.py --config recipes/demo.yaml --output out/demo --overwrite
     launch train_saei.py --config recipes/demo.yaml --output out/demo-grpo --overwrite \
