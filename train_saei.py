@@ -33,10 +33,10 @@ import tsec
 from extras import apply_control
 from runtime import args, distributed, plan, rollouts
 from runtime.args import option
-from runtime.rollouts import Passes, Rollouts, TrainingBatch, by_prompt, micro_batches
+from runtime.objective import EntropyObjective
+from runtime.rollouts import Passes, Rollouts, TrainingBatch, micro_batches
 from runtime.run import Clock, Run, load_reference, load_rows, runs_closed
-from vlm.cache import ReadPrompts
-from vlm.policy import Policy, Prompts, Responses
+from vlm.policy import Policy, Prompts
 
 CLEAN, ATTACK, ADVERSARIAL = range(3)  # each part of a step has its own random numbers
 
@@ -199,42 +199,6 @@ def main(config: Config) -> None:
 
 
 # ------------------------------------------------------------------------------ steps in detail
-
-
-class EntropyObjective:
-    """H(images) = mean over a prompt's n responses of the mean entropy of their chosen tokens.
-
-    The responses are teacher-forced.   images of prompts[part] -> (P,), differentiable in them
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        prompts: Prompts,
-        responses: Responses,
-        tsec_mask: Tensor,
-        temperature: float,
-        part: slice = slice(None),
-    ):
-        P = len(prompts)
-        self.policy, self.prompts, self.temperature = policy, prompts[part], temperature
-        self.tokens = by_prompt(responses.tokens, P)[part].flatten(0, 1)  # (P * n, T)
-        self.mask = by_prompt(responses.mask, P)[part].flatten(0, 1)
-        self.chosen = by_prompt(tsec_mask, P)[part].flatten(0, 1)
-
-    def score(self, images: list[Tensor], read: ReadPrompts | None = None) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the responses on these images, (P * n, T) each."""
-        prompts = self.prompts.with_images(images)
-        return self.policy.score(prompts, self.tokens, self.mask, self.temperature, read)
-
-    def of(self, entropy: Tensor) -> Tensor:
-        """(P * n, T) -> (P,)"""
-        return by_prompt(tsec.selective_entropy(entropy, self.chosen), len(self.prompts)).mean(
-            dim=1
-        )
-
-    def __call__(self, images: list[Tensor]) -> Tensor:
-        return self.of(self.score(images)[1])
 
 
 def intervene(
