@@ -133,6 +133,7 @@ def main(config: Config) -> None:
         prompts = policy.encode(batch.problems, batch.images, config.data.max_prompt_tokens)
         settings = (cfg.max_new_tokens, cfg.temperature, memory.sample_prompts)
         cuts, clock = (cfg.tsec_low, cfg.tsec_high), Clock(accelerator.device)
+        noise_t = egas.annealed_time(step, config.run.steps)
 
         with accelerator.autocast(), distributed.gathered(policy):
             sampler.load_weights()  # an engine's, which the last update has changed
@@ -153,15 +154,10 @@ def main(config: Config) -> None:
                 chosen = tsec.select_tokens(clean.entropy, clean.mask, *cuts, which=cfg.tsec_keep)
 
                 # 3  EgAS: the image that raises their entropy (or what the other arms do to it)
-                tensors = (prompts[part], clean, chosen, cfg.temperature)
-                objective_of, start = partial(EntropyObjective, policy, *tensors), part.start
-                seeds, noise_t = (
-                    batch.seeds(ATTACK)[part],
-                    egas.annealed_time(step, config.run.steps),
-                )
-                attacked = intervene(
-                    cfg, policy, prompts[part], passes, objective_of, micro, seeds, noise_t, start
-                )
+                tensors, seeds = (prompts[part], clean, chosen), batch.seeds(ATTACK)[part]
+                objective_of = partial(EntropyObjective, policy, *tensors, cfg.temperature)
+                rest = (passes, objective_of, micro, seeds, noise_t, part.start)
+                attacked = intervene(cfg, policy, prompts[part], *rest)
                 clock.lap("attack")
 
                 # 4  y ~ pi_old(. | I_adv, Q)
@@ -180,8 +176,8 @@ def main(config: Config) -> None:
         sampled = Rollouts(
             batch.rows, prompts, attacked, responses, tsec_mask, texts, scores, advantages
         )
-        tensors = (prompts, responses[0], tsec_mask, cfg.temperature)
-        objective_of = partial(EntropyObjective, policy, *tensors)
+        tensors = (prompts, sampled.clean, tsec_mask)
+        objective_of = partial(EntropyObjective, policy, *tensors, cfg.temperature)
         with accelerator.autocast(), distributed.gathered(policy):  # before the update: of pi_old
             metrics = rollouts.metrics(sampled, policy, cuts, objective_of, micro, step)
         clock.lap("measure")
@@ -269,18 +265,17 @@ def update(
     lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
     for group in optimizer.param_groups:
         group["lr"] = lr
-    old_logprobs, ref_logprobs, on_attacked = {}, {}, {}
     first, *further = micro_batches(P, P // cfg.updates_per_step)  # one optimiser step each
+    old_logprobs, ref_logprobs, on_attacked = {}, {}, {}
     for chunk in further:
         old_logprobs |= rollouts.score_all(batches, wrapped, cfg.temperature, micro, chunk, passes)
+    everything = (cfg.temperature, micro, slice(0, P), Passes())
     if reference is not None:
         with accelerator.autocast():  # as accelerate does for `wrapped`
-            options = (cfg.temperature, micro, slice(0, P), Passes())
-            ref_logprobs = rollouts.score_all(batches, reference, *options)
+            ref_logprobs = rollouts.score_all(batches, reference, *everything)
     if config.engine.is_used and cfg.condition == "clean" and sampled.adversarial is not None:
         _, batch = rollouts.by_condition(whole, sampled, "sampled")
-        options = (cfg.temperature, micro, slice(0, P), Passes())
-        on_attacked = rollouts.score_all([batch], wrapped, *options)
+        on_attacked = rollouts.score_all([batch], wrapped, *everything)
     sums, norms, largest = Counter(), [], []
     for chunk in (first, *further):
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
@@ -296,7 +291,8 @@ def update(
                     arguments = (batch.take(part), old, ref, adversarial, tokens)
                     loss, metrics = batch_loss(config, scores, *arguments)
                     losses.append(loss)
-                    largest.append(metrics.pop("engine/ratio_max", torch.tensor(1.0)))
+                    if config.engine.is_used:
+                        largest.append(metrics.pop("engine/ratio_max"))
                     sums.update(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
