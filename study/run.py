@@ -81,15 +81,18 @@ MAIN = {  # arm -> what differs from SAEI
 }
 # Over SAEI, in every arm of paid: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
-PAID_ARMS = {  # of paid alone: what the attack's time buys plain GRPO, and SaEI's earlier recipes
-    "plain-time": {"intervention": "none", "steps": 190, "save_every": 190},
-    "plain-rollouts": {"intervention": "none", "rollouts": 10},
+# Of paid alone: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
+# tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with 10
+# rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
+PAID_ARMS = {
+    "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
+    "plain-rollouts": {"intervention": "none", "rollouts": 13},
+    "noise-time": {"intervention": "noise", "steps": 184, "save_every": 184},
     "saei-was": {"prompts_per_step": 16, "steps": 80, "save_every": 80, "pgd_steps": 3},
-    "saei-confirm": {"prompts_per_step": 16, "steps": 80, "save_every": 80} | CONFIRM,
 }
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
-    "paid": ("temperature",),  # nearly plain GRPO
+    "paid": ("temperature", "egas"),  # nearly plain GRPO; what TsEC adds is asked in the others
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},

@@ -31,9 +31,9 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "temperature": "plain GRPO, matched temperature",
     "random": "random signs",
     "noise": "NoisyRollout",
+    "noise-time": "NoisyRollout, SaEI's time in steps",
     "egas": "EgAS without TsEC",
     "saei-was": "SaEI as in shifted",
-    "saei-confirm": "SaEI as in confirm",
     "saei": "SaEI",
     "eps-1": "eps 1/255",
     "eps-4": "eps 4/255",
@@ -62,8 +62,8 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "saei-two-updates": "SaEI, 2 updates a batch",
     "saei-kl_cov": "SaEI and KL-Cov, 2 updates a batch",
 }
-MAIN = ("plain", "plain-time", "plain-rollouts", "temperature", "random", "noise", "egas")
-MAIN += ("saei-was", "saei-confirm", "saei")
+MAIN = ("plain", "plain-time", "plain-rollouts", "temperature", "random", "noise")
+MAIN += ("noise-time", "egas", "saei-was", "saei")
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 ABLATIONS = tuple(arm for arm in ARMS if arm not in ("before", *MAIN, *CONTROLS))
 BASES = {  # what an arm is compared with, if not with SaEI (ablations) or plain GRPO (controls)
