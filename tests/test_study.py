@@ -234,6 +234,18 @@ def test_a_run_from_training_to_table(tmp_path):
     assert "| SaEI | 1 | " in text and "tokens, shifted" in text and "nan" not in text
 
 
+def test_long_runs_are_evaluated_on_the_way(tmp_path):
+    sizes = {"problems": 3, "samples": 8, "deep": 2, "deep_samples": 32}
+    for arm in ("plain", "saei"):
+        run.one_run(arguments(tmp_path, sizes=sizes), "long", arm, 90)
+    runs = tables.load(tmp_path / "results")["long"]
+    (first,) = runs["saei"][90]["on the way"].values()  # of step 1; the evaluation is of step 2
+    assert 0 < first["seconds/cpu"] < runs["saei"][90]["seconds/cpu"]
+    rows = tables.long_table(tmp_path / "results").splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:4]] == ["| 1", "| 2"]
+    assert tables.each(tmp_path / "results", tables.main_table) == tables.NONE_YET
+
+
 def test_the_picture_has_a_line_per_arm_and_panel():
     pytest.importorskip("matplotlib")
     from study import curves
