@@ -58,7 +58,7 @@ class SaEIArgs(args.Options):
     tsec_high: float = option(0.8, "ours", "TsEC's high quantile (inferred too); 1: none", high=1)
     tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "tokens chosen")
     eps: float = option(2 / 255, "ours, by the study", "L-inf radius, such as 2/255", low=0, high=1)
-    pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
+    pgd_steps: int = option(1, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
     reward: list[str] = option(
         ["accuracy:0.9", "format:0.1"], "ours", "NAME:WEIGHT or file.py:function:WEIGHT, several"
     )

@@ -70,6 +70,7 @@ SAEI = {  # over the recipe, in every arm
     "tsec_low": 0.2,
     "tsec_high": 0.8,
 }
+FIRST_RECIPE = {"prompts_per_step": 16, "steps": 80, "save_every": 80}  # of the demo, until paid
 CONFIRM = {"updates_per_step": 2, "pgd_steps": 1}  # over SAEI, in every arm of confirm
 TEMPERATURES = ROOT / "study/results/temperature.json"
 MAIN = {  # arm -> what differs from SAEI
@@ -90,7 +91,7 @@ PAID_ARMS = {
     "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
     "plain-rollouts": {"intervention": "none", "rollouts": 13},
     "noise-time": {"intervention": "noise", "steps": 184, "save_every": 184},
-    "saei-was": {"prompts_per_step": 16, "steps": 80, "save_every": 80, "pgd_steps": 3},
+    "saei-was": FIRST_RECIPE | {"pgd_steps": 3},
 }
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
@@ -150,6 +151,8 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
     Raises ValueError where the temperature of the arm `temperature` has not been measured yet.
     """
     options = {"model": SETTINGS[setting].model} | SAEI
+    if setting in ("shifted", "confirm"):
+        options |= FIRST_RECIPE
     if setting == "confirm":
         options |= CONFIRM
     if setting in ("paid", "long"):
