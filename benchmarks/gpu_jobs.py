@@ -57,7 +57,7 @@ REFERENCE = ROOT / "benchmarks/gpu_demo.json"  # the demo's curves on a CPU
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 GIB = 2**30
-BLOCK = 20  # steps of the demo's curve that are averaged
+BLOCK = 40  # steps of the demo's curve that are averaged
 NOT_METRICS = ("seconds", "memory")  # what differs between equal runs
 
 
@@ -180,7 +180,7 @@ def values_of(lines: list[dict]) -> list[dict]:
 CURVES = ("accuracy", "reward", "entropy/clean", "entropy/attacked", "grad_norm")
 
 
-def train_demo(folder: Path, steps: int, micro_prompts: int = 16) -> dict[str, list[float]]:
+def train_demo(folder: Path, steps: int, micro_prompts: int = 8) -> dict[str, list[float]]:
     """recipes/demo.yaml on this device.   -> {metric: a value per step}
 
     Where a SIGTERM stops it, of the steps until then.
@@ -194,14 +194,14 @@ def train_demo(folder: Path, steps: int, micro_prompts: int = 16) -> dict[str, l
 
 
 def demo(report: Report, folder: Path, toy: bool) -> None:
-    """80 steps of the demo on this device, fewer if time ends, beside the same steps on a CPU."""
+    """160 steps of the demo on this device, fewer if time ends, beside the same steps on a CPU."""
     if report.left() < 30:
         report["skipped"] = "time"
         return
     stop = threading.Timer(report.left() - 10, os.kill, (os.getpid(), signal.SIGTERM))
     stop.start()
     try:
-        curves = train_demo(folder / "demo", 1 if toy else 80)
+        curves = train_demo(folder / "demo", 1 if toy else 160)
     finally:
         stop.cancel()
     report["seconds per step"] = median(curves["seconds/step"])
@@ -213,8 +213,8 @@ def demo(report: Report, folder: Path, toy: bool) -> None:
 def write_reference(folder: Path) -> None:
     """Make REFERENCE on this CPU: the demo three times, in micro-batches of other sizes."""
     found = []
-    for micro_prompts in (16, 8, 4):
-        curves = train_demo(folder / f"micro-{micro_prompts}", 80, micro_prompts)
+    for micro_prompts in (8, 4, 2):
+        curves = train_demo(folder / f"micro-{micro_prompts}", 160, micro_prompts)
         found.append({"micro_prompts": micro_prompts} | {name: curves[name] for name in CURVES})
     reference = {"command": "python -m benchmarks.gpu_jobs reference"}
     reference |= {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -239,7 +239,7 @@ def gpu(name: str) -> str:
 
 # ------------------------------------------------------------- the ranges of docs/metrics.md
 
-RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of study/results/shifted
+RANGES = {"saei": "SaEI", "plain": "plain GRPO"}  # arms of study/results/paid
 
 
 def metric_runs(results: Path) -> dict[str, list[dict]]:
@@ -247,7 +247,7 @@ def metric_runs(results: Path) -> dict[str, list[dict]]:
     found = {}
     for arm in RANGES:
         runs = []
-        for path in (results / "shifted").glob(f"{arm}-*.json"):
+        for path in (results / "paid").glob(f"{arm}-*.json"):
             run = json.loads(path.read_text())
             if run["arm"] == arm and "error" not in run:
                 runs.append(run)
@@ -264,7 +264,7 @@ def metric_note(results: Path) -> str:
         points = len(runs[0]["curves"]["reward"])
         parts.append(f"{RANGES[arm]}, seeds {seeds}: {runs[0]['steps']} steps, ")
         parts[-1] += f"kept as {points} means"
-    return f"{'; '.join(parts) or 'No runs yet'}. `python -m study.run --settings shifted`"
+    return f"{'; '.join(parts) or 'No runs yet'}. `python -m study.run --settings paid`"
 
 
 def training_range(runs: list[dict], name: str) -> str | None:
@@ -324,7 +324,7 @@ def fill_row(line: str, runs: dict[str, list[dict]], make: Callable) -> str:
 
 def with_ranges(page: str, results: Path) -> str:
     """docs/metrics.md with its column "on the demo" made anew from the study's results."""
-    runs, path = metric_runs(results), results / "shifted/before-0.json"
+    runs, path = metric_runs(results), results / "paid/before-80.json"
     before = json.loads(path.read_text()) if path.exists() else None
     page = fill(page, {"runs": partial(metric_note, results)})
     make, lines = training_range, []

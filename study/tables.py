@@ -477,49 +477,48 @@ def each(folder: Path, make: Callable[[str, Runs], str]) -> str:
 
 
 def study_short(folder: Path) -> str:
-    budgets, problems = set(), set()
-    for runs in load(folder).values():
+    """The main arms of all settings, with the size of their runs and evaluations."""
+    sizes = []
+    for setting, runs in compared_settings(folder):
+        rollouts, problems = set(), set()
         for by_seed in good(runs).values():
             for result in by_seed.values():
                 problems.add(result["sizes"]["problems"])
                 if "steps" in result:
                     config = result["config"]
                     prompts = result["steps"] * config["prompts_per_step"]
-                    budgets.add(prompts * config["rollouts"])
-    if not problems:
+                    rollouts.add(prompts * config["rollouts"])
+        if rollouts:
+            bounds = " to ".join(f"{x:,}" for x in sorted({min(rollouts), max(rollouts)}))
+            sizes.append(f"{setting}: {bounds} rollouts, {max(problems):,} problems")
+    if not sizes:
         return NONE_YET
-    note = "Rollouts of a run, whatever the arm: "
-    note += " or ".join(f"{x:,}" for x in sorted(budgets)) + "; fresh problems a domain: "
-    note += " or ".join(f"{x:,}" for x in sorted(problems)) + ", 8 samples each. Mean "
-    note += "(lowest to highest) over seeds. Differences: same seeds and problems, 95% interval "
-    note += "over both, seeds above 0; bold: 0 is outside. Minutes of CPU time of the training. "
-    return f"{each(folder, short_table)}\n\n{note}`python -m study.run`"
+    note = f"Rollouts of a run, fresh problems of a domain: {'; '.join(sizes)}. 8 samples of each "
+    note += "problem. Mean (lowest to highest) over seeds. Differences: same seeds and problems, "
+    note += "95% interval over both, seeds above 0; bold: 0 is outside. Minutes of CPU time of the "
+    note += "training. `python -m study.run`"
+    return f"{each(folder, short_table)}\n\n{note}"
 
 
-def readme_table(folder: Path, settings: tuple[str, ...] = ("shifted", "confirm")) -> str:
-    """One row per main arm: pass@1 on the trained domain, what SaEI has over it, CPU minutes."""
-    runs = {setting: good(load(folder).get(setting, {})) for setting in settings}
-    if not all(runs.values()):
+def readme_table(folder: Path) -> str:
+    """One row per main arm of paid: its cost, pass@1 and pass@8, and what SaEI has over it."""
+    kept = good(load(folder).get("paid", {}))
+    if "saei" not in kept:
         return NONE_YET
-    head, rows = ["arm"], []
-    for setting in settings:
-        head += [f"pass@1, *{setting}*", "SaEI minus it", "CPU minutes"]
-    for arm in MAIN:
-        if not all(arm in kept for kept in runs.values()):
-            continue
-        row = [ARMS[arm]]
-        for kept in runs.values():
-            first, saei = splits_of(kept)[0], kept.get("saei", {})
-            values = column(kept[arm], first, "pass@1")
-            compared_to = "" if arm == "saei" else change(paired(saei, kept[arm], first, "pass@1"))
-            row += [f"{np.mean(values):.3f}", compared_to, f"{np.mean(minutes_of(kept[arm])):.1f}"]
+    first, saei, rows = splits_of(kept)[0], kept["saei"], []
+    for arm in [arm for arm in MAIN if arm in kept]:
+        row = [ARMS[arm], f"{np.mean(minutes_of(kept[arm])):.2f}"]
+        for name in ("pass@1", "pass@8"):
+            difference = change(paired(saei, kept[arm], first, name)) if arm != "saei" else ""
+            row += [f"{np.mean(column(kept[arm], first, name)):.3f}", difference]
         rows.append(row)
-    note = (
-        "Five seeds per arm, 2,000 fresh problems, 8 samples each. Differences: mean, 95% interval "
-    )
-    note += "over seeds and problems (bold: 0 is outside), and in how many seeds SaEI is ahead."
-    note += " `python -m study.run --results out/study-results` measures them anew (about 20 CPU "
-    note += "hours). `python -m benchmarks.tables` makes the tables from the stored results."
+    head = ["arm", "CPU minutes", "pass@1", "SaEI minus it", "pass@8", "SaEI minus it"]
+    sizes = next(iter(saei.values()))["sizes"]
+    note = f"{len(saei)} seeds per arm, {sizes['problems']:,} fresh problems, 8 samples each. "
+    note += "Differences: mean, 95% interval over seeds and problems (bold: 0 is outside), and in "
+    note += "how many seeds SaEI is ahead. `python -m study.run --settings paid --seeds 8 "
+    note += "--results out/study-results` measures them anew (about 3 CPU hours). "
+    note += "`python -m benchmarks.tables` makes the tables from the stored results."
     return f"{table(head, rows)}\n\n{note}"
 
 

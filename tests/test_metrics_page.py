@@ -218,8 +218,8 @@ def study_file(folder: Path, arm: str, seed: int, curves: dict, right: list[int]
     part = {"samples": 8, "right": pack(right), "greedy": 0.5, "entropy": 0.25, "truncated": 0.0}
     run = {"arm": arm, "seed": seed, "steps": 10, "curves": curves}
     run |= {"seconds": {"seconds/step": 2.0 + seed}, "evaluation": {"shifted/test": part}}
-    (folder / "shifted").mkdir(exist_ok=True)
-    (folder / "shifted" / f"{arm}-{seed}.json").write_text(json.dumps(run | more))
+    (folder / "paid").mkdir(exist_ok=True)
+    (folder / "paid" / f"{arm}-{seed}.json").write_text(json.dumps(run | more))
 
 
 def test_ranges_from_files_made_by_hand(tmp_path):
@@ -229,7 +229,7 @@ def test_ranges_from_files_made_by_hand(tmp_path):
     study_file(tmp_path, "saei", 0, curves, [8, 4])
     study_file(tmp_path, "plain", 0, {"reward": rising[::-1], "accuracy": steady}, [2, 2])
     study_file(tmp_path, "plain", 1, {}, [2, 2], error="it broke")
-    study_file(tmp_path, "before", 0, {}, [0, 0])
+    study_file(tmp_path, "before", 80, {}, [0, 0])
     page = tables.with_ranges(PAGE, tmp_path)
     training, evaluation = (rows_of(part) for part in page.split("## Evaluation"))
     saei, plain = "SaEI 0.05 → 0.85 (0 to 0.9)", "plain GRPO 0.85 → 0.05 (0.045 to 0.855)"

@@ -254,9 +254,12 @@ def test_the_picture_has_a_line_per_arm_and_panel():
     for arm in ("plain", "saei"):
         metric = {"entropy/clean": [0.3, 0.2], "zero_variance": [0.5, 0.4], "step": [0, 1]}
         metric["accuracy" if arm == "plain" else "accuracy/clean"] = [0.1, 0.9]
-        results[arm] = {0: {"curves": metric}, 1: {"curves": metric | {"zero_variance": [0.1, 0]}}}
-    panels = curves.draw(results).axes
+        rest = {"steps": 2, "seconds/cpu": 90.0}
+        other = metric | {"zero_variance": [0.1, 0]}
+        results[arm] = {0: rest | {"curves": metric}, 1: rest | {"curves": other}}
+    panels = curves.draw(results, ("plain", "saei"), "CPU minutes").axes
     assert [panel.get_title() for panel in panels] == list(curves.PANELS.values())
     assert [len(panel.lines) for panel in panels] == [2, 2, 2]
+    assert panels[0].lines[0].get_xdata().tolist() == [0.0, 0.75]
     assert panels[2].lines[0].get_ydata().tolist() == pytest.approx([0.3, 0.2])
     assert panels[0].lines[0].get_ydata().tolist() == [0.1, 0.9]
