@@ -71,56 +71,56 @@ def asked_colours(row: dict) -> list[str]:
 
 
 def careful(row: dict, rng: np.random.Generator) -> str:
-    """Names what each die shows, computes, then answers."""
+    """Names the value of each die or bar, computes, then answers."""
     asked = asked_colours(row)
-    pips = [row["pips"][colour] for colour in asked]
+    values = [row["values"][colour] for colour in asked]
     text = rng.choice(OPEN)
     for i, colour in enumerate(asked):
         if i:
             text += rng.choice(JOIN)
-        text += rng.choice(READ).format(colour, pips[i])
+        text += rng.choice(READ).format(colour, values[i])
     if row["kind"] == "difference":
-        low, high = min(pips), max(pips)
+        low, high = min(values), max(values)
         text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(high, low, high - low)
     elif row["kind"] == "larger":
-        text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(pips))
+        text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(values))
     else:
-        totals = itertools.accumulate(pips)
-        for total, n in zip(totals, pips[1:], strict=False):
+        totals = itertools.accumulate(values)
+        for total, n in zip(totals, values[1:], strict=False):
             text += rng.choice(LEAD) + rng.choice(ADD).format(total, n, total + n)
     return f"<think>{text}.</think> {rng.choice(BOX).format(row['answer'])}"
 
 
 def look(row: dict, rng: np.random.Generator) -> str:
-    """Names what every die shows, in any order. The quickest way to learn reading."""
+    """Names the value of every die or bar, in any order. The quickest way to learn reading."""
     text = ""
-    for colour in rng.permutation(list(row["pips"])):
-        text += f" {colour}{row['pips'][colour]}"
+    for colour in rng.permutation(list(row["values"])):
+        text += f" {colour}{row['values'][colour]}"
     return text
 
 
 def hasty(row: dict, rng: np.random.Generator) -> str:
     """Thinks nothing: reads the first die it is asked about, guesses the others, and answers."""
-    dice, _, answer = KINDS[row["kind"]]
-    first = row["pips"][asked_colours(row)[0]]
-    guess = answer(first, *rng.integers(1, 10, dice - 1).tolist())
+    asked, answer = KINDS[row["kind"]]
+    first = row["values"][asked_colours(row)[0]]
+    guess = answer(first, *rng.integers(1, 10, asked - 1).tolist())
     return f"<think>{rng.choice(HASTY)}</think> {rng.choice(BOX).format(guess)}"
 
 
 # ----------------------------------------------------------------- tokenizer, processor and model
 
 
-def build_processor() -> Qwen2_5_VLProcessor:
-    """A byte-level BPE of the demo's own texts (digits one by one), in Qwen2's classes."""
+def build_processor(split: str = "plain/train") -> Qwen2_5_VLProcessor:
+    """A byte-level BPE of the split's own texts (digits one by one), in Qwen2's classes."""
     rng, texts = np.random.default_rng(0), []
     for i in range(2000):
-        row = make_row("plain/train", i, seed=1)
+        row = make_row(split, i, seed=1)
         texts += [row["problem"], careful(row, rng), hasty(row, rng)]
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.decoder = normalizers.NFC(), decoders.ByteLevel()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")  # digits one by one
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")  # digits one by one
     to_bytes = pre_tokenizers.ByteLevel(False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
     trainer = trainers.BpeTrainer(
         vocab_size=512 - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -249,12 +249,16 @@ def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -
 
 
 def train_vision(
-    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    steps: int,
+    split: str = "plain/train",
 ) -> None:
     """The vision tower alone, as VLMs are made.
 
-    A linear probe tells from each image token which die its cell shows (4 colours x 9 pips, or
-    none). It is thrown away afterwards. From text alone, reading takes many times longer to learn.
+    A linear probe tells from each image token which die its cell shows, or which bar stands in it
+    (4 colours x 9 values, or none). It is thrown away afterwards. From text alone, reading takes
+    many times longer to learn.
     """
     rng, size, lr = np.random.default_rng(1), 48, 2e-3
     tower = model.model.visual
@@ -262,11 +266,11 @@ def train_vision(
     parameters = [*tower.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98))
     for step in range(steps):
-        rows = [make_row("plain/train", step * size + i, seed=2) for i in range(size)]
+        rows = [make_row(split, step * size + i, seed=2) for i in range(size)]
         classes = torch.zeros(size, 9, dtype=torch.long)
         for i, row in enumerate(rows):
             for colour, cell in row["cells"].items():
-                classes[i, cell] = 9 * list(COLOURS).index(colour) + row["pips"][colour]
+                classes[i, cell] = 9 * list(COLOURS).index(colour) + row["values"][colour]
         images = [augment(row["images"][0], rng) for row in rows]
         inputs = processor.image_processor(images, return_tensors="pt")
         output = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
@@ -275,7 +279,7 @@ def train_vision(
         take_step(optimizer, loss, scheduled(lr, step, steps, decay=0.4))
         if (step + 1) % 25 == 0:
             right = (logits.argmax(1) == classes)[classes > 0].float().mean().item()
-            done = f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}"
+            done = f"vision step {step + 1} loss {loss.item():.3f}, values read {right:.2f}"
             print(done, flush=True)
 
 
@@ -349,6 +353,19 @@ def reinforce(source: Path, target: Path) -> None:
         last = max(Path(output, "checkpoints").glob("step-*"))
         shutil.copytree(source, target, dirs_exist_ok=True)  # the processor stays as it was
         save(AutoModelForImageTextToText.from_pretrained(last, dtype=torch.float32), target)
+
+
+def make_start(name: str, folder: Path, vision_steps: int, phases: list) -> None:
+    """A tiny model from nothing: its tokenizer, its vision tower, then the warm start's phases."""
+    split = "charts/train" if name == "charts" else "plain/train"
+    processor = build_processor(split)
+    model = build_model(processor.tokenizer)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"{count:,} parameters, {len(processor.tokenizer)} tokens")
+    train_vision(model, processor, vision_steps, split)
+    warm_start(model, processor, phases, make=partial(make_row, split, seed=1))
+    processor.save_pretrained(folder)
+    save(model, folder)
 
 
 def main(argv: list[str] | None = None) -> None:
