@@ -52,11 +52,13 @@ class Setting(NamedTuple):
 
 SHIFTED = ("shifted", "plain", "styles", "offset", "sums")
 PLAIN = ("plain", "shifted", "styles", "offset", "sums")
+CHARTS = ("charts-shifted", "charts", "charts-styles", "charts-offset", "charts-sums")
 SETTINGS = {
     "shifted": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "elicit": Setting("recipes/elicit.yaml", "demo/mixed", PLAIN, "demo/confident"),
     "confirm": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
+    "charts": Setting("recipes/charts.yaml", "demo/confident-charts", CHARTS),
 }
 FIRST_SEED = {"confirm": FRESH, "paid": PAID}
 SAEI = {  # over the recipe, in every arm
@@ -79,7 +81,7 @@ MAIN = {  # arm -> what differs from SAEI
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-# Over SAEI, in every arm of paid: the same rollouts in twice as many steps of half the prompts.
+# Over SAEI, in paid and charts: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 PAID_ARMS = {  # of paid alone: what the attack's time buys plain GRPO, and SaEI's earlier recipes
     "plain-time": {"intervention": "none", "steps": 190, "save_every": 190},
@@ -90,6 +92,7 @@ PAID_ARMS = {  # of paid alone: what the attack's time buys plain GRPO, and SaEI
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
     "paid": ("temperature",),  # nearly plain GRPO
+    "charts": ("temperature",),
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
@@ -146,7 +149,7 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
     options = {"model": SETTINGS[setting].model} | SAEI
     if setting == "confirm":
         options |= CONFIRM
-    if setting == "paid":
+    if setting in ("paid", "charts"):
         options |= ON_POLICY
     options |= (MAIN | FURTHER | PAID_ARMS | tried)[arm] | {"seed": seed}
     if arm == "temperature":

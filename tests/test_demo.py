@@ -14,7 +14,7 @@ from demo import make_demo, measure
 from demo.task import COLOURS, DOMAINS, KINDS, SIZE, make_row
 
 DEMO = Path(make_demo.__file__).parent
-CHECKPOINTS = ["mixed", "confident"]
+CHECKPOINTS = {"mixed": "plain", "confident": "plain", "confident-charts": "charts"}
 SPLITS = [f"{domain}/{part}" for domain in DOMAINS for part in ("train", "test")]
 
 
@@ -199,7 +199,8 @@ def test_a_checkpoint_loads_answers_and_is_small(name, processor):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     processor.tokenizer.padding_side = "left"
-    answers, entropies = measure.generate(model, processor, first_rows("plain/train")[:16], 0)
+    rows = first_rows(f"{CHECKPOINTS[name]}/train")[:16]
+    answers, entropies = measure.generate(model, processor, rows, 0)
     formed = [re.fullmatch(r"<think>.+</think>.*\\boxed\{\d+\}", text) for (text,) in answers]
     assert sum(map(bool, formed)) >= 14 and len(entropies) == 16
 
