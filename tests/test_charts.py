@@ -92,9 +92,11 @@ def test_teaching_charts_gives_the_same_policy_again(tmp_path):
     for name in "ab":
         make_demo.teach_charts(ROOT / "demo/confident", tmp_path / name, vision_steps=1, steps=1)
         made.append(AutoModelForImageTextToText.from_pretrained(tmp_path / name).state_dict())
+    changed = 0
     for key, value in start.state_dict().items():
         assert torch.equal(made[0][key], made[1][key])
-        assert not torch.equal(made[0][key], value)
+        changed += not torch.equal(made[0][key], value)
+    assert changed > 10
     for path in (ROOT / "demo/confident").glob("*.json"):
         if path.name != "config.json":  # holds the version of transformers
             assert path.read_bytes() == (POLICY / path.name).read_bytes()
