@@ -1,10 +1,13 @@
-"""Make the demo's checkpoints: `python -m demo.make_demo` (about 20 minutes on a core).
+"""Make the demo's checkpoints: `python -m demo.make_demo` (about 25 minutes on a core).
 
-    demo/mixed      a tiny Qwen2.5-VL after a supervised warm start on plain/train. It answers in
-                    two ways: mostly hastily, with an empty thought, reading one die and guessing
-                    the others, and seldom carefully, naming what each die shows.
-    demo/confident  demo/mixed after plain GRPO on plain/train: careful, confident, and wrong on
-                    other renderings.
+    demo/mixed              a tiny Qwen2.5-VL after a supervised warm start on plain/train. It
+                            answers in two ways: mostly hastily, with an empty thought, reading one
+                            die and guessing the others, and seldom carefully, naming what each die
+                            shows.
+    demo/confident          demo/mixed after plain GRPO on plain/train: careful, confident, and
+                            wrong on other renderings.
+    demo/confident-charts   demo/confident after supervised training on charts/train: the same
+                            about bar charts.
 
 Tokenizer, processor and model are the real classes of Qwen2.5-VL, only small: 415 tokens, 1.3 M
 parameters. `python -m demo.measure` prints what a checkpoint does.
@@ -29,6 +32,7 @@ from PIL import Image, ImageFilter
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    AutoProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -71,39 +75,39 @@ def asked_colours(row: dict) -> list[str]:
 
 
 def careful(row: dict, rng: np.random.Generator) -> str:
-    """Names what each die shows, computes, then answers."""
+    """Names the value of each die or bar, computes, then answers."""
     asked = asked_colours(row)
-    pips = [row["pips"][colour] for colour in asked]
+    values = [row["values"][colour] for colour in asked]
     text = rng.choice(OPEN)
     for i, colour in enumerate(asked):
         if i:
             text += rng.choice(JOIN)
-        text += rng.choice(READ).format(colour, pips[i])
+        text += rng.choice(READ).format(colour, values[i])
     if row["kind"] == "difference":
-        low, high = min(pips), max(pips)
+        low, high = min(values), max(values)
         text += rng.choice(LEAD) + rng.choice(SUBTRACT).format(high, low, high - low)
     elif row["kind"] == "larger":
-        text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(pips))
+        text += rng.choice(LEAD) + rng.choice(HIGHER).format(max(values))
     else:
-        totals = itertools.accumulate(pips)
-        for total, n in zip(totals, pips[1:], strict=False):
+        totals = itertools.accumulate(values)
+        for total, n in zip(totals, values[1:], strict=False):
             text += rng.choice(LEAD) + rng.choice(ADD).format(total, n, total + n)
     return f"<think>{text}.</think> {rng.choice(BOX).format(row['answer'])}"
 
 
 def look(row: dict, rng: np.random.Generator) -> str:
-    """Names what every die shows, in any order. The quickest way to learn reading."""
+    """Names the value of every die or bar, in any order. The quickest way to learn reading."""
     text = ""
-    for colour in rng.permutation(list(row["pips"])):
-        text += f" {colour}{row['pips'][colour]}"
+    for colour in rng.permutation(list(row["values"])):
+        text += f" {colour}{row['values'][colour]}"
     return text
 
 
 def hasty(row: dict, rng: np.random.Generator) -> str:
     """Thinks nothing: reads the first die it is asked about, guesses the others, and answers."""
-    dice, _, answer = KINDS[row["kind"]]
-    first = row["pips"][asked_colours(row)[0]]
-    guess = answer(first, *rng.integers(1, 10, dice - 1).tolist())
+    asked, answer = KINDS[row["kind"]]
+    first = row["values"][asked_colours(row)[0]]
+    guess = answer(first, *rng.integers(1, 10, asked - 1).tolist())
     return f"<think>{rng.choice(HASTY)}</think> {rng.choice(BOX).format(guess)}"
 
 
@@ -249,12 +253,16 @@ def take_step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, lr: float) -
 
 
 def train_vision(
-    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, steps: int
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    steps: int,
+    split: str = "plain/train",
 ) -> None:
     """The vision tower alone, as VLMs are made.
 
-    A linear probe tells from each image token which die its cell shows (4 colours x 9 pips, or
-    none). It is thrown away afterwards. From text alone, reading takes many times longer to learn.
+    A linear probe tells from each image token which die its cell shows, or which bar stands in it
+    (4 colours x 9 values, or none). It is thrown away afterwards. From text alone, reading takes
+    many times longer to learn.
     """
     rng, size, lr = np.random.default_rng(1), 48, 2e-3
     tower = model.model.visual
@@ -262,11 +270,11 @@ def train_vision(
     parameters = [*tower.parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98))
     for step in range(steps):
-        rows = [make_row("plain/train", step * size + i, seed=2) for i in range(size)]
+        rows = [make_row(split, step * size + i, seed=2) for i in range(size)]
         classes = torch.zeros(size, 9, dtype=torch.long)
         for i, row in enumerate(rows):
             for colour, cell in row["cells"].items():
-                classes[i, cell] = 9 * list(COLOURS).index(colour) + row["pips"][colour]
+                classes[i, cell] = 9 * list(COLOURS).index(colour) + row["values"][colour]
         images = [augment(row["images"][0], rng) for row in rows]
         inputs = processor.image_processor(images, return_tensors="pt")
         output = tower(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
@@ -275,7 +283,7 @@ def train_vision(
         take_step(optimizer, loss, scheduled(lr, step, steps, decay=0.4))
         if (step + 1) % 25 == 0:
             right = (logits.argmax(1) == classes)[classes > 0].float().mean().item()
-            done = f"vision step {step + 1} loss {loss.item():.3f}, dice read {right:.2f}"
+            done = f"vision step {step + 1} loss {loss.item():.3f}, values read {right:.2f}"
             print(done, flush=True)
 
 
@@ -351,24 +359,44 @@ def reinforce(source: Path, target: Path) -> None:
         save(AutoModelForImageTextToText.from_pretrained(last, dtype=torch.float32), target)
 
 
+# ------------------------------------------------------------------------------------- charts
+
+
+def teach_charts(source: Path, target: Path, vision_steps: int = 150, steps: int = 400) -> None:
+    """A policy that answers carefully about dice learns to do so about bars.
+
+    It keeps its tokenizer: the questions about bars are spelled in smaller pieces.
+    """
+    processor = AutoProcessor.from_pretrained(source)
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    torch.manual_seed(0)
+    train_vision(model, processor, vision_steps, "charts/train")
+    make = partial(make_row, "charts/train", seed=1)
+    warm_start(model, processor, [(steps, {careful: 1.0})], lr=1e-3, make=make)
+    shutil.copytree(source, target, dirs_exist_ok=True)  # the processor stays as it was
+    save(model, target)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Make one checkpoint or both."""
+    """Make one checkpoint or all."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", default="both", choices=["both", "mixed", "confident"])
+    names = ["mixed", "confident", "confident-charts"]
+    parser.add_argument("what", nargs="?", default="all", choices=["all", *names])
     parser.add_argument("--folder", type=Path, default=ROOT / "demo", help="of the checkpoints")
     parser.add_argument(
         "--steps",
         type=int,
         nargs=4,
         default=(100, 150, 700, 350),
-        help="of the tower, of look, of careful, and of the mix",
+        help="of mixed: of the tower, of look, of careful, and of the mix",
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    started, mixed = time.time(), args.folder.resolve() / "mixed"
-    if args.what in ("both", "mixed"):
+    started = time.time()
+    mixed, confident, charts = (args.folder.resolve() / name for name in names)
+    if args.what in ("all", "mixed"):
         processor = build_processor()
         model = build_model(processor.tokenizer)
         count = sum(p.numel() for p in model.parameters())
@@ -378,8 +406,10 @@ def main(argv: list[str] | None = None) -> None:
         warm_start(model, processor, list(zip(args.steps[1:], ways, strict=True)))
         processor.save_pretrained(mixed)
         save(model, mixed)
-    if args.what in ("both", "confident"):
-        reinforce(mixed, mixed.parent / "confident")
+    if args.what in ("all", "confident"):
+        reinforce(mixed, confident)
+    if args.what in ("all", "confident-charts"):
+        teach_charts(confident, charts)
     print(f"done in {(time.time() - started) / 60:.0f} minutes")
 
 

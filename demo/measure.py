@@ -1,5 +1,7 @@
 """What a demo checkpoint does: accuracy, careful and hasty answers apart, and entropy.
 
+"equal" is the share of problems whose sampled answers are all right or all wrong.
+
     python -m demo.measure demo/mixed --splits plain/test --n 1000
     python -m demo.measure demo/mixed --splits plain/test --n 1000 --picture blank
 
@@ -97,6 +99,7 @@ def measure(model, processor, split: str, n: int, start: int, samples: int, pict
         "greedy": mean(greedy),
         "pass@1": mean(right),
         f"pass@{samples}": mean(right.any(1)),
+        "equal": mean(right.all(1) | ~right.any(1)),
         "careful": mean(careful),
         "careful right": mean(right[careful]),
         "hasty right": mean(right[~careful]),

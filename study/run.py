@@ -52,12 +52,14 @@ class Setting(NamedTuple):
 
 SHIFTED = ("shifted", "plain", "styles", "offset", "sums")
 PLAIN = ("plain", "shifted", "styles", "offset", "sums")
+CHARTS = ("charts-shifted", "charts", "charts-styles", "charts-offset", "charts-sums")
 SETTINGS = {
     "shifted": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "elicit": Setting("recipes/elicit.yaml", "demo/mixed", PLAIN, "demo/confident"),
     "confirm": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "long": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
+    "charts": Setting("recipes/charts.yaml", "demo/confident-charts", CHARTS),
 }
 FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG}
 SAEI = {  # over the recipe, in every arm
@@ -81,7 +83,7 @@ MAIN = {  # arm -> what differs from SAEI
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-# Over SAEI, in every arm of paid: the same rollouts in twice as many steps of half the prompts.
+# Over SAEI, in paid and charts: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
 # Of paid alone: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
@@ -97,6 +99,7 @@ LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
     "paid": ("temperature", "egas"),  # nearly plain GRPO; what TsEC adds is asked in the others
     "long": ("temperature", "random", "noise", "egas"),
+    "charts": ("temperature",),
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
@@ -155,7 +158,7 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
         options |= FIRST_RECIPE
     if setting == "confirm":
         options |= CONFIRM
-    if setting in ("paid", "long"):
+    if setting in ("paid", "long", "charts"):
         options |= ON_POLICY
     if setting == "long":
         options |= LONGER

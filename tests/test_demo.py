@@ -14,7 +14,7 @@ from demo import make_demo, measure
 from demo.task import COLOURS, DOMAINS, KINDS, SIZE, make_row
 
 DEMO = Path(make_demo.__file__).parent
-CHECKPOINTS = ["mixed", "confident"]
+CHECKPOINTS = {"mixed": "plain", "confident": "plain", "confident-charts": "charts"}
 SPLITS = [f"{domain}/{part}" for domain in DOMAINS for part in ("train", "test")]
 
 
@@ -58,9 +58,11 @@ def test_an_unknown_split_is_refused(split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_answers_agree_with_the_question_and_the_pips(split):
     for row in first_rows(split):
-        assert set(row["pips"]) == set(COLOURS) and set(row["pips"].values()) <= set(range(1, 10))
+        assert len(row["values"]) == (3 if split.startswith("charts") else 4)
+        assert set(row["values"]) <= set(COLOURS)
+        assert set(row["values"].values()) <= set(range(1, 10))
         words = re.findall(r"\w+", row["problem"])
-        asked = sorted(row["pips"][word] for word in words if word in row["pips"])
+        asked = sorted(row["values"][word] for word in words if word in row["values"])
         assert len(asked) == KINDS[row["kind"]][0]
         if "total" in row["problem"]:
             right = sum(asked)
@@ -81,7 +83,7 @@ def test_the_picture_shows_the_pips():
             body = saturated & (rgb.argmax(2) == channel)
             if colour != "green":
                 body &= rgb[..., 1] < 120  # not yellow
-            sizes[row["pips"][colour]].append(body.sum())
+            sizes[row["values"][colour]].append(body.sum())
     means = [np.mean(sizes[n]) for n in range(1, 10)]
     assert means == sorted(means, reverse=True)
 
@@ -149,7 +151,7 @@ def test_both_ways_of_answering_are_well_formed_and_the_careful_one_is_right():
         lucky.append(measure.correct(hasty, row["answer"]))
         thought, guess = careful.split("</think>")[0], hasty.split("</think>")[0]
         for colour in make_demo.asked_colours(row):
-            assert str(row["pips"][colour]) in thought
+            assert str(row["values"][colour]) in thought
         assert not re.search(r"\d", guess)
     assert 0.15 < np.mean(lucky) < 0.45
 
@@ -197,7 +199,8 @@ def test_a_checkpoint_loads_answers_and_is_small(name, processor):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert len(processor.tokenizer) == model.config.text_config.vocab_size
     processor.tokenizer.padding_side = "left"
-    answers, entropies = measure.generate(model, processor, first_rows("plain/train")[:16], 0)
+    rows = first_rows(f"{CHECKPOINTS[name]}/train")[:16]
+    answers, entropies = measure.generate(model, processor, rows, 0)
     formed = [re.fullmatch(r"<think>.+</think>.*\\boxed\{\d+\}", text) for (text,) in answers]
     assert sum(map(bool, formed)) >= 14 and len(entropies) == 16
 
@@ -216,7 +219,8 @@ def test_measure_counts_careful_and_hasty_answers(monkeypatch):
     found = measure.measure(None, None, "sums/test", 60, 0, 2, "blank")
     expected = {"split": "sums/test", "picture": "blank", "n": 60, "greedy": 1.0, "pass@1": 0.5}
     expected |= {"pass@2": 1.0, "careful": 0.5, "careful right": 1.0, "hasty right": 0.0}
-    expected |= {"entropy": 0.5, "careful, hasty right by kind": {"sum3": [1.0, 0.0]}}
+    expected |= {"equal": 0.0, "entropy": 0.5}
+    expected |= {"careful, hasty right by kind": {"sum3": [1.0, 0.0]}}
     assert found == expected
 
 

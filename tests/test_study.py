@@ -142,7 +142,7 @@ def test_tuning_has_seeds_and_problems_of_its_own(tmp_path):
     problems = []
     for seed in (0, 49, 50, 100, 80):
         rows = evaluation.study_rows("plain/test", 40, seed)
-        problems.append({row["problem"] + str(row["pips"]) for row in rows})
+        problems.append({row["problem"] + str(row["values"]) for row in rows})
     assert problems[0] == problems[1]
     for i, j in ((0, 2), (0, 3), (2, 3), (0, 4), (2, 4), (3, 4)):
         assert len(problems[i] & problems[j]) < 3
