@@ -61,7 +61,7 @@ SETTINGS = {
     "long": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "charts": Setting("recipes/charts.yaml", "demo/confident-charts", CHARTS),
 }
-FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG}
+FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG, "charts": 0}  # no changed pictures
 SAEI = {  # over the recipe, in every arm
     "rollouts": 8,
     "adversarial_rollouts": 4,
@@ -86,7 +86,7 @@ MAIN = {  # arm -> what differs from SAEI
 # Over SAEI, in paid and charts: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
-# Of paid alone: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
+# Of paid and charts: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
 # tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with 10
 # rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
 PAID_ARMS = {
@@ -99,7 +99,7 @@ LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
     "paid": ("temperature", "egas"),  # nearly plain GRPO; what TsEC adds is asked in the others
     "long": ("temperature", "random", "noise", "egas"),
-    "charts": ("temperature",),
+    "charts": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
@@ -220,7 +220,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
             number = seed + FIRST_SEED.get(setting, 0) if seed < FRESH else seed
             if seed == first_seed:
                 listed.append((setting, "before", number))
-            arms = MAIN | PAID_ARMS if setting == "paid" else MAIN
+            arms = MAIN | PAID_ARMS if setting in ("paid", "charts") else MAIN
             for arm in args.tried or arms:
                 if arm not in LEFT_OUT.get(setting, ()):
                     listed.append((setting, arm, number))
