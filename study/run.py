@@ -86,9 +86,9 @@ MAIN = {  # arm -> what differs from SAEI
 # Over SAEI, in paid and charts: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
-# Of paid and charts: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
-# tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with 10
-# rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
+# Of paid and charts: what the attack's time buys the others, and SaEI's first recipe. CPU seconds
+# of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with
+# 10 rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
 PAID_ARMS = {
     "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
     "plain-rollouts": {"intervention": "none", "rollouts": 13},
