@@ -33,7 +33,7 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "noise": "NoisyRollout",
     "noise-time": "NoisyRollout, SaEI's time in steps",
     "egas": "EgAS without TsEC",
-    "saei-was": "SaEI as in shifted",
+    "saei-was": "SaEI, first recipe",
     "saei": "SaEI",
     "eps-1": "eps 1/255",
     "eps-4": "eps 4/255",
