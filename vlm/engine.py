@@ -41,7 +41,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from vlm import adapt
 from vlm.cache import ReadPrompts
 from vlm.decode import uniforms
-from vlm.engine_child import SUPPORTED, TOKEN, Message, pack, receive, send, unpack
+from vlm.engine_child import (
+    FEATURES,
+    PIXELS,
+    SUPPORTED,
+    TOKEN,
+    Message,
+    pack,
+    receive,
+    send,
+    unpack,
+)
 from vlm.policy import Policy, Prompts, Responses
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -52,9 +62,6 @@ RESTARTS = 3  # of a child that dies, in a row
 PATIENCE = 600  # seconds that a server may be away in the middle of a run
 CHECK_EVERY, CHECKED_PROMPTS = 10, 4  # steps, prompts of such a step
 
-# Families whose vision features vLLM takes as they are (image_embeds).
-EMBEDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-
 # Log-probs of engine and trainer may differ by this, in the mean over tokens: rounding.
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
 
@@ -63,7 +70,7 @@ MENDS = {
     OUT_OF_MEMORY: "give it another share of the GPU's memory (--engine_memory)",
     r"No module named 'vllm'": "`bash run.sh engine` makes an environment that has it",
     r"is not supported": "`bash run.sh engine` makes an environment with the right one",
-    r"other tokens than the trainer": "use --engine own",
+    r"other (tokens|pixels) than the trainer": "use --engine own",
 }
 
 
@@ -138,12 +145,12 @@ class Engine:
         self.policy, self.dtype = policy, dtype
         model = str(Path(model).absolute()) if Path(model).exists() else model
         kind = policy.model.config.model_type
-        if kind not in EMBEDS:
+        if kind not in FEATURES + PIXELS:
             raise ValueError(
-                f"--engine: vLLM takes the features of attacked pictures as floats for "
-                f"{', '.join(EMBEDS)}, not for {kind}: use --engine own"
+                f"--engine: vLLM gives {kind} other log-probs than the trainer does, or was not "
+                f"tried (docs/engine.md). It has {', '.join(FEATURES + PIXELS)}: use --engine own"
             )
-        self.image_id = getattr(policy.model.config, "image_token_id", None)
+        self.pixels = kind in PIXELS
         self.trained = set()  # names of weights that change
         for name, parameter in policy.model.named_parameters():
             if ".base_layer.weight" in name if policy.lora_rank else parameter.requires_grad:
@@ -242,35 +249,39 @@ class Engine:
         return wait
 
     def _entries(self, prompts: Prompts) -> list[Message]:
-        """Of each prompt its tokens, with one token per picture, and its pictures."""
-        pictures = self._pictures(prompts.images)
+        """Of each prompt its tokens and its pictures."""
+        # Of vLLM's processor: as the policy's own.
+        options = {"do_resize": False, **self.policy.family.untiled}
+        pictures = []
+        if prompts.images:
+            pictures = (self._pixels if self.pixels else self._features)(prompts.images)
         entries, first = [], 0
         for ids, mask, images in zip(prompts.ids, prompts.mask, prompts.counts, strict=True):
-            ids, mine = ids[mask].tolist(), pictures[first : first + images]
+            mine = pictures[first : first + images]
             first += images
-            entry = {"ids": ids, "short": shortened(ids, self.image_id, [x[1] for x in mine])}
-            entry["images"] = None
-            if mine:
-                embeds = torch.cat([x[0] for x in mine])
-                grids = torch.stack([x[2] for x in mine])
-                entry["images"] = {"image_embeds": embeds, "image_grid_thw": grids}
-            entries.append(entry)
+            entries.append({"ids": ids[mask].tolist(), "pictures": mine, "options": options})
         return entries
 
-    def _pictures(self, images: list[Tensor]) -> list[tuple[Tensor, int, Tensor]]:
-        """The features of each image from the policy's own tower, their number, the grid."""
-        if not images:
-            return []
+    def _features(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What the policy's own tower gives for each image: floats, that an attack changes."""
         policy = self.policy
         vision = policy._in_precision(policy.to_pixel_values(images))
         found = policy.model.model.get_image_features(**vision, return_dict=True)
-        features = list(found.pooler_output)
         levels = getattr(found, "deepstack_features", None) or []  # Qwen3-VL: more per image
         pictures = []
-        for i, x in enumerate(features):
+        for i, x in enumerate(found.pooler_output):
             whole = torch.cat([x, *(level[i] for level in levels)], dim=-1)
             whole = whole.to(getattr(torch, self.dtype)).cpu().clone()
-            pictures.append((whole, len(x), vision["image_grid_thw"][i].cpu().clone()))
+            grid = vision["image_grid_thw"][i].cpu().clone()
+            pictures.append({"image_embeds": whole, "image_grid_thw": grid})
+        return pictures
+
+    def _pixels(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """For vLLM's tower: each image in 8 bits, and its exact pixel values, normalised."""
+        pictures = []
+        for x in images:
+            exact = self.policy.to_pixel_values([x])["pixel_values"].cpu().clone()
+            pictures.append({"rounded": (x * 255).round().byte().cpu(), "pixel_values": exact})
         return pictures
 
     def _collect(self, waits: list[Callable[[], list]], P: int, n: int) -> Responses:
@@ -333,7 +344,8 @@ class Engine:
         state = adapt.merged(dict(policy.model.named_parameters()))
         for name, w in state.items():
             inner = name.removeprefix("model.")
-            if policy.family.in_tower(inner) or policy.family.in_projector(inner):
+            of_vision = policy.family.in_tower(inner) or policy.family.in_projector(inner)
+            if of_vision and not self.pixels:
                 continue  # the trainer computes the features
             if whole or name in self.trained:
                 sent[name] = w.detach()
@@ -396,19 +408,6 @@ def checked(answer: Message, who: str) -> Message:
     if "error" in answer:
         raise failed(who, answer["error"])
     return answer
-
-
-def shortened(ids: list[int], image_id: int | None, sizes: list[int]) -> list[int]:
-    """The tokens with one for each picture, as before the processor repeated it `size` times."""
-    left, short, skip = iter(sizes), [], 0
-    for i in ids:
-        if skip:
-            skip -= 1
-            continue
-        short.append(i)
-        if i == image_id:
-            skip = next(left) - 1
-    return short
 
 
 def shared_name() -> str:
