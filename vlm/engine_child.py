@@ -156,6 +156,7 @@ class Engine:
             "hidden": config.get_hidden_size(),
             "dtype": message["dtype"],
             "weights": None,  # the version of the weights, given by the trainer
+            "steps": 0,  # of vLLM so far
         }
 
     def run(self) -> None:
@@ -261,6 +262,7 @@ class Engine:
 
     def step(self) -> None:
         """A token more for all that run. Answer the questions whose rows have all ended."""
+        self.info["steps"] += 1
         finished = [output for output in self.vllm.step() if output.finished]
         if not finished:
             return

@@ -185,13 +185,27 @@ def test_what_a_partial_synchronisation_leaves_is_found(prompts, seeds, monkeypa
             vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
 
 
-def test_bfloat16_passes_its_check(seeds):
-    policy = Policy.from_pretrained(MODEL, "bfloat16")
+def test_in_bfloat16_weights_of_one_step_before_are_found_and_good_ones_pass(seeds):
+    """Steps of the demo's learning rate. The limit is 2e-3."""
+    policy = Policy.from_pretrained(MODEL)
     prompts = encode(policy)
-    with Engine(policy, MODEL, "bfloat16", ["vllm"]) as vllm:
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    with autocast, Engine(policy, MODEL, "bfloat16", ["vllm"]) as vllm:
         vllm.load_weights()
         found = vllm.sample(prompts, 4, seeds, 64)
-        assert 1e-5 < vllm.compare(prompts, found, 1.0)["logprobs"] < 0.05
+        assert 0 < vllm.compare(prompts, found, 1.0)["shift"] < 1e-3
+        for _ in range(2):
+            _, entropy = policy.score(prompts[:4], found.tokens[:16], found.mask[:16])
+            (-entropy[found.mask[:16]].mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            old = vllm.sample(prompts, 4, seeds, 64)
+            with pytest.raises(EngineError, match=r"disagree: .* median shift 0\.0[1-9]"):
+                vllm.compare(prompts, old, 1.0)
+            vllm.load_weights()
+            found = vllm.sample(prompts, 4, seeds, 64)
+            assert vllm.compare(prompts, found, 1.0)["shift"] < 1e-3
 
 
 # ------------------------------------------------------------------------------------- failures
