@@ -4,7 +4,8 @@ Needs `bash run.sh engine`. About 2 minutes on 2 free cores. Writes engine.json:
     seconds      of the start, the weights, 16 prompts' responses (both samplers), and of the
                  answer after the child was killed
     differences  the engine's log-probs and entropies to Policy.score, by both sides' dtype
-    kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's.
+    kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's,
+                 and vLLM's steps of both, where all responses run at once and where most wait.
                  Nothing is attacked here: this is what the phases cost the engine alone.
 """
 
@@ -24,6 +25,7 @@ from vlm.policy import Policy, Prompts, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TOKENS, REPEATS = "demo/confident", 64, 3
+FEW_AND_MANY = (16, 128)  # prompts
 DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 
 
@@ -73,8 +75,31 @@ def two_phases(vllm: Engine, prompts: Prompts, size: int) -> None:
         wait()
 
 
+def steps_and_seconds(vllm: Engine, work: Callable[[], object]) -> tuple[int, float]:
+    def steps() -> int:
+        return vllm.connections[0].call({"kind": "info"})()["steps"]
+
+    before = steps()
+    took = seconds(work)
+    return steps() - before, took
+
+
+def kept(vllm: Engine, policy: Policy, count: int) -> list[dict]:
+    """Of `count` prompts: two phases, waited for in parts of several sizes."""
+    prompts = encode(policy, count)
+    plain, took = steps_and_seconds(
+        vllm, lambda: vllm.sample(prompts, 8, list(range(count)), TOKENS)
+    )
+    rows = []
+    for size in (count, count // 4, count // 8):
+        steps, of_two = steps_and_seconds(vllm, lambda size=size: two_phases(vllm, prompts, size))
+        row = {"prompts": count, "together": size, "plain steps": plain, "steps": steps}
+        rows.append(row | {"kept": took / of_two})
+    return rows
+
+
 def main() -> None:
-    found = {"model": MODEL, "seconds": {}, "differences": [], "kept": {}}
+    found = {"model": MODEL, "seconds": {}, "differences": [], "kept": []}
     for of_engine, of_trainer in DTYPES:
         policy = Policy.from_pretrained(MODEL, of_trainer)
         prompts = encode(policy, 16)
@@ -91,10 +116,10 @@ def main() -> None:
         times = found["seconds"]
         times["start"] = time.perf_counter() - start
         times["weights"] = median(vllm.load_weights)
-        times["sample, vLLM"] = plain = median(lambda: vllm.sample(*arguments))
+        times["sample, vLLM"] = median(lambda: vllm.sample(*arguments))
         times["sample, own"] = median(lambda: policy.sample(*arguments))
-        for size in (16, 4, 2):
-            found["kept"][size] = plain / median(lambda size=size: two_phases(vllm, prompts, size))
+        for count in FEW_AND_MANY:
+            found["kept"] += kept(vllm, policy, count)
         os.kill(vllm.connections[0].process.pid, signal.SIGKILL)
         times["sample after kill -9"] = seconds(lambda: vllm.sample(*arguments))
     print(json.dumps(found, indent=1))

@@ -225,8 +225,12 @@ def engine() -> str:
         numbers = [f"{row[name]:.1e}" for name in ("log-prob", "mean", "entropy")]
         rows.append([row["engine"], row["trainer"], *numbers, ratio])
     parts.append(table(head, rows))
-    rows = [[str(size), f"{share:.2f}"] for size, share in result["kept"].items()]
-    parts.append(table(["prompts waited for together", "responses per second, plain = 1"], rows))
+    rows = []
+    for row in result["kept"]:
+        numbers = [str(row[name]) for name in ("prompts", "together", "plain steps", "steps")]
+        rows.append([*numbers, f"{row['plain steps'] / row['steps']:.2f}", f"{row['kept']:.2f}"])
+    head = ["prompts", "waited for together", "steps, plain", "steps, two phases", "ratio"]
+    parts.append(table([*head, "responses per second, plain = 1"], rows))
     note = f"{result['model']} on 2 CPU cores, beside other work. `python -m benchmarks.engine`"
     return "\n\n".join([*parts, note])
 
