@@ -18,7 +18,6 @@ apart from rounding.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -59,7 +58,7 @@ class SaEIArgs(args.Options):
     tsec_high: float = option(0.8, "ours", "TsEC's high quantile (inferred too); 1: none", high=1)
     tsec_keep: Literal["moderate", "extreme"] = option("moderate", "second-hand", "tokens chosen")
     eps: float = option(2 / 255, "ours, by the study", "L-inf radius, such as 2/255", low=0, high=1)
-    pgd_steps: int = option(3, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
+    pgd_steps: int = option(1, "ours", "PGD steps of min(2.5 * eps / pgd_steps, eps)", low=1)
     reward: list[str] = option(
         ["accuracy:0.9", "format:0.1"], "ours", "NAME:WEIGHT or file.py:function:WEIGHT, several"
     )
@@ -250,33 +249,30 @@ def update(
 ) -> dict[str, float]:
     """Step 6: updates_per_step optimiser steps, each normalised by all its response tokens.
 
-    Old log-probs are those of the image that conditions the update. In the first update they are
-    the scored ones, detached (ratio 1). Those of further updates are computed before it.
+    Log-probs that the updates compare with are computed before them: pi_old's of the prompts that
+    are not in the first one, the reference's for the KL, and, where an engine sampled, pi_old's of
+    the adversarial responses on their own images.
     passes: what was kept of the policy before the first optimiser step, which empties it.
     -> global metrics
     """
     cfg, control, accelerator = config.saei, config.control, run.accelerator
     P, counts = len(sampled.prompts), sampled.prompts.counts
     distributed.refuse_text_alone(accelerator, config.memory, counts, micro, step)
-    whole = rollouts.all_responses(sampled, cfg.zero_variance)
+    lr = distributed.warm_up(optimizer, cfg.lr, step, cfg.warmup_steps)
+    batch = rollouts.all_responses(sampled, cfg.zero_variance)
     if control.update_control != "none":
-        whole = apply_control.treat(control, run, wrapped, optimizer, sampled, whole, micro, step)
-    batches = rollouts.by_condition(whole, sampled, cfg.condition)
-    lr = cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+        batch = apply_control.treat(control, run, wrapped, optimizer, sampled, batch, micro, step)
+    batches = rollouts.by_condition(batch, sampled, cfg.condition)
     first, *further = micro_batches(P, P // cfg.updates_per_step)  # one optimiser step each
-    old_logprobs, ref_logprobs, on_attacked = {}, {}, {}
-    for chunk in further:
-        old_logprobs |= rollouts.score_all(batches, wrapped, cfg.temperature, micro, chunk, passes)
-    everything = (cfg.temperature, micro, slice(0, P), Passes())
+    asked = [("old", wrapped, batches, chunk, passes) for chunk in further]
     if reference is not None:
-        with accelerator.autocast():  # as accelerate does for `wrapped`
-            ref_logprobs = rollouts.score_all(batches, reference, *everything)
+        asked.append(("reference", reference, batches, slice(0, P), Passes()))
     if config.engine.is_used and cfg.condition == "clean" and sampled.adversarial is not None:
-        _, batch = rollouts.by_condition(whole, sampled, "sampled")
-        on_attacked = rollouts.score_all([batch], wrapped, *everything)
-    sums, norms, largest = Counter(), [], []
+        _, attacked = rollouts.by_condition(batch, sampled, "sampled")
+        asked.append(("on_attacked", wrapped, [attacked], slice(0, P), Passes()))
+    with accelerator.autocast():  # as accelerate does for `wrapped`
+        fixed = rollouts.fixed_logprobs(asked, cfg.temperature, micro)
+    found, norms = [], []
     for chunk in (first, *further):
         tokens = sum(batch.mask[chunk].sum() for batch in batches)
         tokens = accelerator.reduce(tokens, "sum").clamp(min=1)  # the normaliser of all processes
@@ -284,16 +280,12 @@ def update(
             with accelerator.accumulate(wrapped):
                 losses = []
                 for k, batch in enumerate(batches):
-                    old, ref = old_logprobs.get((part.start, k)), ref_logprobs.get((part.start, k))
                     kept = passes if k == 0 else Passes()  # the clean images come first
                     scores = kept.score(wrapped, batch, part, cfg.temperature)
-                    adversarial = on_attacked.get((part.start, 0))
-                    arguments = (batch.take(part), old, ref, adversarial, tokens)
-                    loss, metrics = batch_loss(config, scores, *arguments)
+                    compared = fixed.get((part.start, k), {})
+                    loss, metrics = batch_loss(config, batch.take(part), scores, compared, tokens)
                     losses.append(loss)
-                    if config.engine.is_used:
-                        largest.append(metrics.pop("engine/ratio_max"))
-                    sums.update(metrics)
+                    found.append(metrics)
                 # DDP and accelerate divide by these two. `tokens` has done it already.
                 scale = accelerator.num_processes * accelerator.gradient_accumulation_steps
                 accelerator.backward(sum(losses) * scale)
@@ -304,45 +296,39 @@ def update(
                 optimizer.step()
                 optimizer.zero_grad()
                 passes.clear()
-    names = sorted(sums)
-    means = torch.stack([sums[name] for name in names]) / cfg.updates_per_step
-    means = dict(zip(names, accelerator.reduce(means, "sum").tolist(), strict=True))
-    if config.engine.is_used:
-        means["engine/ratio_max"] = accelerator.gather(torch.stack(largest).max()).max().item()
+    means = distributed.reduced(accelerator, found, cfg.updates_per_step)
     return means | {"grad_norm": sum(norms) / len(norms), "lr": lr}
 
 
 def batch_loss(
     config: Config,
-    scores: tuple[Tensor, Tensor],
     batch: TrainingBatch,
-    old_logprobs: Tensor | None,
-    ref_logprobs: Tensor | None,
-    on_attacked: Tensor | None,
+    scores: tuple[Tensor, Tensor],
+    fixed: dict[str, Tensor],
     tokens: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """A micro-batch's clipped policy loss, control term and KL, each divided by `tokens`.
 
-    on_attacked: the adversarial responses' old log-probs on the images they were sampled on, where
-    the update has other images and an engine sampled.
+    scores: log-probs and entropies, (P * n, T) each. fixed: what `update` computed before. Without
+    "old", the old log-probs are the scored ones, detached: the ratio is 1.
     """
     cfg, control = config.saei, config.control.update_control
-    logprobs, entropy = scores  # (P * n, T)
-    old = logprobs.detach() if old_logprobs is None else old_logprobs
+    logprobs, entropy = scores
+    old = fixed.get("old", logprobs.detach())
     clip = (1.0, math.inf) if control in apply_control.UNCLIPPED else (cfg.clip_low, cfg.clip_high)
     advantages, loss_mask = batch.advantages.flatten(), batch.loss_mask.flatten(0, 1)
     weights, engine_metrics = None, {}
     if config.engine.is_used:
-        arguments = (old, on_attacked, config.engine.engine_cap, tokens)
-        weights, engine_metrics = rollouts.engine_weights(batch, *arguments)
+        compared = (old, fixed.get("on_attacked"), config.engine.engine_cap, tokens)
+        weights, engine_metrics = rollouts.engine_weights(batch, *compared)
     loss, metrics = grpo.policy_loss(logprobs, old, advantages, loss_mask, *clip, tokens, weights)
     metrics |= engine_metrics
     if control != "none":
         metrics |= apply_control.terms(batch, logprobs, old, entropy, tokens)
         loss = loss + metrics["control/loss"]
-    if ref_logprobs is not None:
+    if "reference" in fixed:
         padding = ~batch.mask.flatten(0, 1)  # there k3(0, 0) = 0
-        pair = (logprobs.masked_fill(padding, 0.0), ref_logprobs.masked_fill(padding, 0.0))
+        pair = [x.masked_fill(padding, 0.0) for x in (logprobs, fixed["reference"])]
         metrics["kl"] = grpo.kl_k3(*pair).sum() / tokens
         loss = loss + cfg.kl_coef * metrics["kl"]
     metrics["loss"] = loss

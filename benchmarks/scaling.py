@@ -177,7 +177,7 @@ def tables(options: argparse.Namespace) -> str:
     note = (
         f"A step of {options.prompts} prompts ({options.image_tokens} image and "
         f"{options.text_tokens} text tokens) with {options.rollouts} responses of "
-        f"{options.new_tokens} tokens, {options.pgd_steps} PGD steps, {options.micro_prompts} "
+        f"{options.new_tokens} tokens, PGD steps: {options.pgd_steps}, {options.micro_prompts} "
         f"prompts a micro-batch; of one GPU of {options.tflops:g} TFLOP/s, used to "
         f"{options.mfu:.0%}, {options.bandwidth:g} GB/s of memory, {options.link:g} GB/s of link; "
         f"the sampler issues a layer in {options.layer_us:g} microseconds."
@@ -195,7 +195,7 @@ def main() -> None:
     add("--image_tokens", type=int, default=1024)
     add("--text_tokens", type=int, default=128)
     add("--new_tokens", type=int, default=512)
-    add("--pgd_steps", type=int, default=3)
+    add("--pgd_steps", type=int, default=1)
     add("--micro_prompts", type=int, default=2)
     add("--tflops", type=float, default=312, help="peak in bfloat16: A100")
     add("--mfu", type=float, default=0.4, help="share of the peak that is reached: assumed")

@@ -52,7 +52,7 @@ from runtime.args import flat  # noqa: E402
 from runtime.run import Batch, Clock, Run  # noqa: E402
 from vlm.policy import Policy  # noqa: E402
 
-ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", f"SaEI, {train_saei.SaEIArgs.pgd_steps} PGD steps"]
+ARMS = ["TRL GRPO", "GRPO", "SaEI, 1 PGD step", "SaEI, 3 PGD steps"]
 QUESTION = "how many dots of the two pictures shows red"
 VOCABULARY, LR = 1024, 1e-6
 

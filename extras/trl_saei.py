@@ -63,7 +63,7 @@ class SaEITrainer(trl.GRPOTrainer):
     """
 
     def __init__(
-        self, *args, adversarial=4, eps=2 / 255, pgd_steps=3, tsec_low=0.2, tsec_high=0.8, **kwargs
+        self, *args, adversarial=4, eps=2 / 255, pgd_steps=1, tsec_low=0.2, tsec_high=0.8, **kwargs
     ):
         method = getattr(trl.GRPOTrainer, "_generate_single_turn", lambda: None)
         found = list(inspect.signature(method).parameters)
@@ -239,7 +239,7 @@ class Options:
     dataset: str | None = None
     adversarial: int = 4
     eps: float = 2 / 255
-    pgd_steps: int = 3
+    pgd_steps: int = 1
 
 
 def boxed(completions: list, answer: list[str], **columns) -> list[float]:

@@ -224,6 +224,36 @@ def refuse_text_alone(
             )
 
 
+def warm_up(optimizer: torch.optim.Optimizer, lr: float, step: int, steps: int) -> float:
+    """Set the learning rate of a step, which grows to lr over the first steps.   -> it"""
+    lr = lr * min(1.0, (step + 1) / max(1, steps))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def reduced(
+    accelerator: Accelerator, found: list[dict[str, Tensor]], updates: int
+) -> dict[str, float]:
+    """Metrics of micro-batches, summed over these and the processes, divided by the updates.
+
+    Of a name that ends in _max, the largest value.
+    """
+    values = {}
+    for metrics in found:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    sums, largest = {}, {}
+    for name in sorted(values):
+        stacked = torch.stack(values[name])
+        if name.endswith("_max"):
+            largest[name] = accelerator.gather(stacked.max()).max().item()
+        else:
+            sums[name] = stacked.sum() / updates
+    means = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
+    return dict(zip(sums, means, strict=True)) | largest
+
+
 def place_reference(accelerator: Accelerator, reference: Policy) -> None:
     """To this device and the computation's dtype. The reference is not trained and never saved.
 

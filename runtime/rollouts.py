@@ -4,6 +4,7 @@ Symbols: P prompts of this process, G responses per prompt (the clean ones first
 (padded).
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
@@ -351,20 +352,22 @@ class Passes:
 
 
 @torch.no_grad()
-def score_all(
-    batches: list[TrainingBatch],
-    policy: nn.Module,
+def fixed_logprobs(
+    asked: list[tuple[str, nn.Module, list[TrainingBatch], slice, Passes]],
     temperature: float,
     micro: int,
-    prompts: slice,
-    passes: Passes,
-) -> dict[tuple[int, int], Tensor]:
-    """{(first prompt of a micro-batch, which batch): log-probs (P * n, T)} of some prompts"""
-    found = {}
-    for part in micro_batches(prompts.stop, micro, prompts.start):
-        for k, batch in enumerate(batches):
-            kept = passes if k == 0 else Passes()  # the clean images come first
-            found[part.start, k] = kept.score(policy, batch, part, temperature)[0].detach()
+) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """Log-probs before the updates: {(micro-batch's first prompt, batch): {name: (P * n, T)}}
+
+    asked: (name, policy, batches, which prompts, what was kept of this policy's passes)
+    """
+    found = defaultdict(dict)
+    for name, policy, batches, prompts, passes in asked:
+        for part in micro_batches(prompts.stop, micro, prompts.start):
+            for k, batch in enumerate(batches):
+                kept = passes if k == 0 else Passes()  # the clean images come first
+                logprobs, _ = kept.score(policy, batch, part, temperature)
+                found[part.start, k][name] = logprobs.detach()
     return found
 
 

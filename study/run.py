@@ -13,9 +13,9 @@ setting with one seed: train_saei.py into out/study/<setting>/<arm>-<seed>, then
 is done. If the run failed, the file holds the error: delete it to try again.
 
 The main arms run first, seed by seed, then the ablations and the controls of the update. Seeds
-below 50 are those of the settings shifted and elicit, 50 to 79 those of confirm, 80 to 99 those of
-paid. Seeds from 100 on tune: they have problems of their own, and their results go to
-study/results/tuning, which no table reads.
+below 50 are those of the settings shifted and elicit, 50 to 79 those of confirm, 80 to 89 those of
+paid, 90 to 99 those of long. Seeds from 100 on tune: they have problems of their own, and their
+results go to study/results/tuning, which no table reads.
 """
 
 import argparse
@@ -37,7 +37,7 @@ import yaml
 
 import train_saei
 from study import tables
-from study.evaluation import FRESH, PAID, TUNING, diagnose, evaluate
+from study.evaluation import FRESH, LONG, PAID, TUNING, diagnose, evaluate
 from vlm.policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,8 +57,9 @@ SETTINGS = {
     "elicit": Setting("recipes/elicit.yaml", "demo/mixed", PLAIN, "demo/confident"),
     "confirm": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
+    "long": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
 }
-FIRST_SEED = {"confirm": FRESH, "paid": PAID}
+FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG}
 SAEI = {  # over the recipe, in every arm
     "rollouts": 8,
     "adversarial_rollouts": 4,
@@ -69,6 +70,7 @@ SAEI = {  # over the recipe, in every arm
     "tsec_low": 0.2,
     "tsec_high": 0.8,
 }
+FIRST_RECIPE = {"prompts_per_step": 16, "steps": 80, "save_every": 80}  # of the demo, until paid
 CONFIRM = {"updates_per_step": 2, "pgd_steps": 1}  # over SAEI, in every arm of confirm
 TEMPERATURES = ROOT / "study/results/temperature.json"
 MAIN = {  # arm -> what differs from SAEI
@@ -81,15 +83,20 @@ MAIN = {  # arm -> what differs from SAEI
 }
 # Over SAEI, in every arm of paid: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
-PAID_ARMS = {  # of paid alone: what the attack's time buys plain GRPO, and SaEI's earlier recipes
-    "plain-time": {"intervention": "none", "steps": 190, "save_every": 190},
-    "plain-rollouts": {"intervention": "none", "rollouts": 10},
-    "saei-was": {"prompts_per_step": 16, "steps": 80, "save_every": 80, "pgd_steps": 3},
-    "saei-confirm": {"prompts_per_step": 16, "steps": 80, "save_every": 80} | CONFIRM,
+LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
+# Of paid alone: what the attack's time buys the others, and SaEI's first recipe. CPU seconds of the
+# tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with 10
+# rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
+PAID_ARMS = {
+    "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
+    "plain-rollouts": {"intervention": "none", "rollouts": 13},
+    "noise-time": {"intervention": "noise", "steps": 184, "save_every": 184},
+    "saei-was": FIRST_RECIPE | {"pgd_steps": 3},
 }
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
-    "paid": ("temperature",),  # nearly plain GRPO
+    "paid": ("temperature", "egas"),  # nearly plain GRPO; what TsEC adds is asked in the others
+    "long": ("temperature", "random", "noise", "egas"),
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
@@ -144,10 +151,14 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
     Raises ValueError where the temperature of the arm `temperature` has not been measured yet.
     """
     options = {"model": SETTINGS[setting].model} | SAEI
+    if setting in ("shifted", "confirm"):
+        options |= FIRST_RECIPE
     if setting == "confirm":
         options |= CONFIRM
-    if setting == "paid":
+    if setting in ("paid", "long"):
         options |= ON_POLICY
+    if setting == "long":
+        options |= LONGER
     options |= (MAIN | FURTHER | PAID_ARMS | tried)[arm] | {"seed": seed}
     if arm == "temperature":
         found = json.loads(TEMPERATURES.read_text()) if TEMPERATURES.exists() else {}
@@ -155,7 +166,7 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
             raise ValueError(f"{TEMPERATURES} has no {setting}: python -m study.run --temperature")
         options["temperature"] = found[setting]["temperature"]
     if smoke:
-        options |= {"steps": 2, "prompts_per_step": 4, "micro_prompts": 4}
+        options |= {"steps": 2, "save_every": 1, "prompts_per_step": 4, "micro_prompts": 4}
     return options
 
 
@@ -227,7 +238,7 @@ def run_all(args: argparse.Namespace) -> None:
     for job in waiting:  # an invalid configuration stops here, not hours later
         if job[1] != "before":
             train_saei.load_config(train_arguments(args, *job))
-    for setting in {setting for setting, _, _ in waiting}:
+    for setting in {setting for setting, _, _ in waiting} - {"long"}:
         make_judge(args, setting)
 
     def stop(*_) -> None:
@@ -289,7 +300,9 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
             extent = "splits"
         splits = [f"{domain}/test" for domain in SETTINGS[setting].domains]
         result |= evaluate(Policy.from_pretrained(str(model)), splits, seed, args.sizes, extent)
-        if arm != "before":
+        if arm != "before" and setting == "long":
+            result["on the way"] = on_the_way(folder, result, splits, seed, args.sizes)
+        elif arm != "before":
             make_judge(args, setting)
             result["diagnostics"] = diagnose(folder, judge_of(args, setting))
     except (RuntimeError, ArithmeticError, ValueError, OSError) as error:
@@ -302,6 +315,24 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
     aside.rename(path)  # so that the name means a complete result
     for name in ("checkpoints", "pictures"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def on_the_way(folder: Path, result: dict, splits: list[str], seed: int, sizes: dict) -> dict:
+    """{step: {"evaluation", "seconds/cpu"}} of a run's checkpoints before the last.
+
+    The CPU time up to a step is the run's, in proportion to the seconds of the steps.
+    """
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    seconds = np.cumsum([json.loads(line)["seconds/step"] for line in lines])
+    found = {}
+    for path in sorted((folder / "checkpoints").iterdir())[:-1]:
+        step = int(path.name.removeprefix("step-"))
+        policy = Policy.from_pretrained(str(path))
+        found[step] = evaluate(policy, splits, seed, sizes, "splits")
+        if "seconds/cpu" in result:
+            share = seconds[step - 1] / seconds[-1]
+            found[step]["seconds/cpu"] = round(result["seconds/cpu"] * share, 1)
+    return found
 
 
 def last_checkpoint(folder: Path) -> Path | None:

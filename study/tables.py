@@ -31,9 +31,9 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "temperature": "plain GRPO, matched temperature",
     "random": "random signs",
     "noise": "NoisyRollout",
+    "noise-time": "NoisyRollout, SaEI's time in steps",
     "egas": "EgAS without TsEC",
     "saei-was": "SaEI as in shifted",
-    "saei-confirm": "SaEI as in confirm",
     "saei": "SaEI",
     "eps-1": "eps 1/255",
     "eps-4": "eps 4/255",
@@ -62,8 +62,8 @@ ARMS = {  # name of the files -> name in the tables, in their order
     "saei-two-updates": "SaEI, 2 updates a batch",
     "saei-kl_cov": "SaEI and KL-Cov, 2 updates a batch",
 }
-MAIN = ("plain", "plain-time", "plain-rollouts", "temperature", "random", "noise", "egas")
-MAIN += ("saei-was", "saei-confirm", "saei")
+MAIN = ("plain", "plain-time", "plain-rollouts", "temperature", "random", "noise")
+MAIN += ("noise-time", "egas", "saei-was", "saei")
 CONTROLS = tuple(ARMS)[tuple(ARMS).index("two-updates") :]
 ABLATIONS = tuple(arm for arm in ARMS if arm not in ("before", *MAIN, *CONTROLS))
 BASES = {  # what an arm is compared with, if not with SaEI (ablations) or plain GRPO (controls)
@@ -433,12 +433,46 @@ def cost_table(setting: str, runs: Runs) -> str:
     return f"{table(head, rows)}\n\n{note}" if rows else ""
 
 
+def long_table(folder: Path) -> str:
+    """The setting long: plain GRPO and SaEI after more and more steps."""
+    kept = good(load(folder).get("long", {}))
+    plain, saei = kept.get("plain"), kept.get("saei")
+    if not plain or not saei:
+        return NONE_YET
+    (first, *others), rows = splits_of(kept), []
+    steps = [*next(iter(saei.values()))["on the way"], None]  # None: the last
+    for step in steps:
+        at = []  # of plain GRPO and SaEI: {seed: {"evaluation", "seconds/cpu"}}
+        for arm in (plain, saei):
+            at.append({s: r["on the way"][step] if step else r for s, r in arm.items()})
+        row = [step or str(next(iter(saei.values()))["steps"])]
+        for arm in at:
+            row += [f"{np.mean(column(arm, first, name)):.3f}" for name in ("pass@1", "pass@8")]
+            elsewhere = [column(arm, other, "pass@1") for other in others]
+            row += [f"{np.mean(elsewhere):.3f}", f"{np.mean(minutes_of(arm)):.1f}"]
+        row += [change(paired(at[1], at[0], first, name)) for name in ("pass@1", "pass@8")]
+        pooled = [paired(at[1], at[0], other, "pass@1") for other in others]
+        rows.append([*row, change(np.concatenate(pooled, axis=1))])
+    four = [" pass@1", " pass@8", f" pass@1, {len(others)} untrained domains", " minutes"]
+    head = ["steps", *["plain GRPO:" + name for name in four], *["SaEI:" + name for name in four]]
+    head += ["SaEI minus plain GRPO: pass@1", "pass@8", "pass@1, untrained domains"]
+    sizes = next(iter(saei.values()))["sizes"]
+    note = f"{len(saei)} seeds, {sizes['problems']:,} fresh problems a domain, 8 samples each. "
+    note += "Minutes of CPU time up to the step. `python -m study.run --settings long --seeds 3`"
+    return f"{table(head, rows)}\n\n{note}"
+
+
 # ------------------------------------------------------------------------- sections of a page
+
+
+def compared_settings(folder: Path) -> list[tuple[str, Runs]]:
+    """All settings but long, which has a table of its own."""
+    return [(setting, runs) for setting, runs in load(folder).items() if setting != "long"]
 
 
 def each(folder: Path, make: Callable[[str, Runs], str]) -> str:
     """A table of every setting that has a finished run."""
-    parts = [make(setting, runs) for setting, runs in load(folder).items() if good(runs)]
+    parts = [make(setting, runs) for setting, runs in compared_settings(folder) if good(runs)]
     return "\n\n".join(part for part in parts if part) or NONE_YET
 
 
@@ -493,7 +527,7 @@ def study_differences(folder: Path) -> str:
     """All intervals, and how many there are."""
     parts, count = [], 0
     for make in (differences, ablation_table, control_table):
-        for setting, runs in load(folder).items():
+        for setting, runs in compared_settings(folder):
             part, intervals = make(setting, runs) if good(runs) else ("", 0)
             count += intervals
             parts += [part] if part else []
@@ -521,6 +555,7 @@ def study_failures(folder: Path) -> str:
 PARTS = {  # marker of docs/study.md -> heading, what makes it from the folder of the results
     "study-main": ("The trained domain", lambda folder: each(folder, main_table)),
     "study-differences": ("Differences and ablations", study_differences),
+    "study-long": ("Longer runs", long_table),
     "study-corruption": ("Changed pictures", lambda folder: each(folder, corruption_table)),
     "study-diagnostics": ("During training", lambda folder: each(folder, diagnostic_table)),
     "study-tokens": ("What TsEC keeps", lambda folder: each(folder, token_table)),

@@ -111,7 +111,8 @@ def test_order_of_the_runs_is_balanced(tmp_path):
     assert confirm[0] == ("confirm", "before", 50) and {seed for *_, seed in confirm} == {50, 51}
     assert len(confirm) == 1 + 2 * len(run.MAIN)
     paid = run.jobs(arguments(tmp_path, settings=["paid"]))
-    assert {arm for _, arm, _ in paid} == {"before", *run.MAIN, *run.PAID_ARMS} - {"temperature"}
+    arms = {"before", *run.MAIN, *run.PAID_ARMS} - set(run.LEFT_OUT["paid"])
+    assert {arm for _, arm, _ in paid} == arms
     assert {seed for *_, seed in paid} == {80, 81}
 
 
@@ -154,10 +155,8 @@ def test_every_arm_is_a_valid_configuration_of_equal_rollouts(tmp_path):
         if arm == "before":
             continue
         options = run.run_options(setting, arm, seed, smoke=True, tried={})
-        assert (options["rollouts"], options["seed"]) == (
-            10 if arm == "plain-rollouts" else 8,
-            seed,
-        )
+        rollouts = 13 if arm == "plain-rollouts" else 8
+        assert (options["rollouts"], options["seed"]) == (rollouts, seed)
         assert (options["intervention"] == "none") == (arm in plain)
         if setting == "confirm":
             assert run.CONFIRM.items() <= options.items()
@@ -233,6 +232,18 @@ def test_a_run_from_training_to_table(tmp_path):
     assert sum(sum(numbers[:3]) for numbers in kinds) > 100
     text = tables.everything(tmp_path / "results")
     assert "| SaEI | 1 | " in text and "tokens, shifted" in text and "nan" not in text
+
+
+def test_long_runs_are_evaluated_on_the_way(tmp_path):
+    sizes = {"problems": 3, "samples": 8, "deep": 2, "deep_samples": 32}
+    for arm in ("plain", "saei"):
+        run.one_run(arguments(tmp_path, sizes=sizes), "long", arm, 90)
+    runs = tables.load(tmp_path / "results")["long"]
+    (first,) = runs["saei"][90]["on the way"].values()  # of step 1; the evaluation is of step 2
+    assert 0 < first["seconds/cpu"] < runs["saei"][90]["seconds/cpu"]
+    rows = tables.long_table(tmp_path / "results").splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:4]] == ["| 1", "| 2"]
+    assert tables.each(tmp_path / "results", tables.main_table) == tables.NONE_YET
 
 
 def test_the_picture_has_a_line_per_arm_and_panel():

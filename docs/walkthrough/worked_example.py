@@ -4,9 +4,10 @@
     python docs/walkthrough/worked_example.py --write    # writes their numbers into the page
 
 The worked example has P = 2 prompts and G = 4 responses, 2 clean and 2 adversarial. The tables of
-variants have P = 16 and G = 8. Policy, rows and settings are those of recipes/demo.yaml. Nothing is
-trained. A function `worked_N` returns the lines of a block of the page. A function `variants_N`
-returns the bold numbers of a table, row by row. tests/test_walkthrough.py compares the page.
+variants have P = 16 and G = 8. Policy, rows and settings are those of recipes/demo.yaml, but with 3
+PGD steps. Nothing is trained. A function `worked_N` returns the lines of a block of the page. A
+function `variants_N` returns the bold numbers of a table, row by row. tests/test_walkthrough.py
+compares the page.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from vlm.policy import Policy, Prompts, Responses
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/walkthrough/README.md"
-CONFIG = train_saei.load_config(["--config", str(ROOT / "recipes/demo.yaml")])
+# Three PGD steps show more of PGD than the recipe's one.
+CONFIG = train_saei.load_config(["--config", str(ROOT / "recipes/demo.yaml")], pgd_steps=3)
 SAEI = CONFIG.saei
 STEP_SIZE = min(2.5 * SAEI.eps / SAEI.pgd_steps, SAEI.eps)  # as egas.pgd_ascent chooses it
 FURTHER = 4  # random numbers for more clean responses
@@ -413,7 +415,7 @@ def variants_6(step: Step) -> list[list[str]]:
     sampled = []
     for batch in rollouts.by_condition(step.training, step, "sampled"):
         scores = batch.score(step.policy, SAEI.temperature)
-        loss, _ = train_saei.batch_loss(CONFIG, scores, batch, None, None, None, tokens)
+        loss, _ = train_saei.batch_loss(CONFIG, batch, scores, {}, tokens)
         sampled.append(loss)
     return [
         [f"{lengths.min():.0f}", f"{lengths.max():.0f}", *step.compared(per_response)],
