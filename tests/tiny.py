@@ -687,7 +687,6 @@ def widened(config: dict) -> dict:
     """The same with heads of 32: the smallest that vLLM's attention takes on a CPU."""
     wide = dict.fromkeys(("hidden_size", "out_hidden_size", "embed_dim"), 128)
     wide |= {"head_dim": 32, "mrope_section": [8, 4, 4]}
-    wide |= dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64)
     found = {}
     for name, x in config.items():
         found[name] = widened(x) if isinstance(x, dict) else wide.get(name, x)
