@@ -25,7 +25,7 @@ from vlm.policy import Policy, Prompts, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TOKENS, REPEATS = "demo/confident", 64, 3
-FEW_AND_MANY = (16, 128)  # prompts
+FEW_AND_MANY = (16, 64)  # prompts
 DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 
 

@@ -687,6 +687,7 @@ def widened(config: dict) -> dict:
     """The same with heads of 32: the smallest that vLLM's attention takes on a CPU."""
     wide = dict.fromkeys(("hidden_size", "out_hidden_size", "embed_dim"), 128)
     wide |= {"head_dim": 32, "mrope_section": [8, 4, 4]}
+    wide |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
     found = {}
     for name, x in config.items():
         found[name] = widened(x) if isinstance(x, dict) else wide.get(name, x)

@@ -65,7 +65,7 @@ CHECK_EVERY, CHECKED_PROMPTS = 10, 4  # steps, prompts of such a step
 # Rounding: the median `shift` that is always taken for it, and what never is. Between these
 # LIKE_FIRST times the first one, which was measured with weights that were all sent. The mean
 # differences have ten times the limit of the median.
-ROUNDING = {"float32": (1e-5, 1e-5), "bfloat16": (2e-3, 5e-2)}
+ROUNDING = {"float32": (1e-5, 1e-5), "bfloat16": (2e-3, 0.1)}
 LIKE_FIRST, OPEN = 4, 0.9  # tokens of a lower probability are open
 
 OUT_OF_MEMORY = r"out of memory|memory for the cache|auto-fit max_model_len|Free memory on device"

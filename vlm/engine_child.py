@@ -36,7 +36,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 # How pictures reach vLLM, by the config's model_type. Each family was seen to give the trainer's
 # log-probs (tests/engine/test_families.py).
-FEATURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # the policy's own features, as floats
+FEATURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")  # the policy's own features, as floats
 PIXELS = ("llava", "llava_next", "internvl", "idefics3", "smolvlm")  # floats for vLLM's own tower
 ROUNDED = 0.05  # normalised pixels differ by less between a picture and the same in 8 bits
 

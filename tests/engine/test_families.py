@@ -31,7 +31,7 @@ def checkpoint(kind: str, folder) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", FEATURES + PIXELS)
+@pytest.mark.parametrize("kind", sorted({*FEATURES, *PIXELS} - {"qwen3_5"}))
 def test_log_probs_entropies_and_weights_are_the_policy_s(kind, tmp_path):
     model = checkpoint(kind, tmp_path)
     policy = Policy.from_pretrained(model)
@@ -54,3 +54,22 @@ def test_log_probs_entropies_and_weights_are_the_policy_s(kind, tmp_path):
         vllm.load_weights()
         found = vllm.sample(attacked, 4, [1, 2, 3], 12)
         assert differences(policy, attacked, found)[0] < 5e-5
+
+
+def test_linear_attention_in_bfloat16(tmp_path):
+    """vLLM has no other on a CPU. The policy in bfloat16 is itself 0.16 off the one in float32."""
+    model = checkpoint("qwen3_5", tmp_path)
+    policy = Policy.from_pretrained(model, "bfloat16")
+    prompts = policy.encode(PROBLEMS, PICTURES)
+    with Engine(policy, model, "bfloat16", ["vllm"]) as vllm:
+        vllm.load_weights()
+        old = vllm.sample(prompts, 4, [1, 2, 3], 12)
+        assert max(differences(policy, prompts, old)) < 0.3
+        vllm.compare(prompts, old, 1.0)
+        perturb(policy)
+        assert differences(policy, prompts, old)[0] > 0.6
+        vllm.load_weights()
+        found = vllm.sample(prompts, 4, [1, 2, 3], 12)
+        assert max(differences(policy, prompts, found)) < 0.3
+        inverted = prompts.with_images([1 - x for x in prompts.images])
+        assert differences(policy, inverted, found)[0] > 0.6
