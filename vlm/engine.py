@@ -7,9 +7,9 @@
 
 vLLM runs in an environment of its own, so no version of the trainer's moves: as a child process
 over a pipe, or as servers (vlm/engine_child.py is both). The attacked image reaches it in floats:
-as the policy's own image features, or as pixel values for vLLM's own tower. Tokens are drawn from the same random numbers as in
-Policy.sample (vlm/engine_worker.py), so that in float32 the responses are the same, but for
-rounding. docs/engine.md: how to start it, what was measured.
+as the policy's own image features, or as pixel values for vLLM's own tower. Tokens are drawn from
+the same random numbers as in Policy.sample (vlm/engine_worker.py), so that in float32 the responses
+are the same, but for rounding. docs/engine.md: how to start it, what was measured.
 """
 
 import atexit
