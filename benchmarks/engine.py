@@ -4,9 +4,8 @@ Needs `bash run.sh engine`. About 2 minutes on 2 free cores. Writes engine.json:
     seconds      of the start, the weights, 16 prompts' responses (both samplers), and of the
                  answer after the child was killed
     differences  the engine's log-probs and entropies to Policy.score, by both sides' dtype
-    kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's,
-                 and vLLM's steps of both, where all responses run at once and where most wait.
-                 Nothing is attacked here: this is what the phases cost the engine alone.
+    steps        of vLLM, for plain GRPO's responses and for SaEI's two dependent phases: where all
+                 responses run at once, and where some wait
 """
 
 import json
@@ -75,31 +74,30 @@ def two_phases(vllm: Engine, prompts: Prompts, size: int) -> None:
         wait()
 
 
-def steps_and_seconds(vllm: Engine, work: Callable[[], object]) -> tuple[int, float]:
-    def steps() -> int:
+def steps(vllm: Engine, work: Callable[[], object]) -> int:
+    """vLLM's steps of it. They do not depend on what else the machine does."""
+
+    def so_far() -> int:
         return vllm.connections[0].call({"kind": "info"})()["steps"]
 
-    before = steps()
-    took = seconds(work)
-    return steps() - before, took
+    before = so_far()
+    work()
+    return so_far() - before
 
 
-def kept(vllm: Engine, policy: Policy, count: int) -> list[dict]:
+def phases(vllm: Engine, policy: Policy, count: int) -> list[dict]:
     """Of `count` prompts: two phases, waited for in parts of several sizes."""
-    prompts = encode(policy, count)
-    plain, took = steps_and_seconds(
-        vllm, lambda: vllm.sample(prompts, 8, list(range(count)), TOKENS)
-    )
+    prompts, seeds = encode(policy, count), list(range(count))
+    plain = steps(vllm, lambda: vllm.sample(prompts, 8, seeds, TOKENS))
     rows = []
     for size in (count, count // 4, count // 8):
-        steps, of_two = steps_and_seconds(vllm, lambda size=size: two_phases(vllm, prompts, size))
-        row = {"prompts": count, "together": size, "plain steps": plain, "steps": steps}
-        rows.append(row | {"kept": took / of_two})
+        of_two = steps(vllm, lambda size=size: two_phases(vllm, prompts, size))
+        rows.append({"prompts": count, "together": size, "plain": plain, "two phases": of_two})
     return rows
 
 
 def main() -> None:
-    found = {"model": MODEL, "seconds": {}, "differences": [], "kept": []}
+    found = {"model": MODEL, "seconds": {}, "differences": [], "steps": []}
     for of_engine, of_trainer in DTYPES:
         policy = Policy.from_pretrained(MODEL, of_trainer)
         prompts = encode(policy, 16)
@@ -119,7 +117,7 @@ def main() -> None:
         times["sample, vLLM"] = median(lambda: vllm.sample(*arguments))
         times["sample, own"] = median(lambda: policy.sample(*arguments))
         for count in FEW_AND_MANY:
-            found["kept"] += kept(vllm, policy, count)
+            found["steps"] += phases(vllm, policy, count)
         os.kill(vllm.connections[0].process.pid, signal.SIGKILL)
         times["sample after kill -9"] = seconds(lambda: vllm.sample(*arguments))
     print(json.dumps(found, indent=1))
