@@ -4,8 +4,8 @@ Needs `bash run.sh engine`. About 2 minutes on 2 free cores. Writes engine.json:
     seconds      of the start, the weights, 16 prompts' responses (both samplers), and of the
                  answer after the child was killed
     differences  the engine's log-probs and entropies to Policy.score, by both sides' dtype
-    kept         responses per second of SaEI's two dependent phases, as a share of plain GRPO's.
-                 Nothing is attacked here: this is what the phases cost the engine alone.
+    steps        of vLLM, for plain GRPO's responses and for SaEI's two dependent phases: where all
+                 responses run at once, and where some wait
 """
 
 import json
@@ -24,6 +24,7 @@ from vlm.policy import Policy, Prompts, Responses
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TOKENS, REPEATS = "demo/confident", 64, 3
+FEW_AND_MANY = (16, 64)  # prompts
 DTYPES = [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")]
 
 
@@ -73,8 +74,30 @@ def two_phases(vllm: Engine, prompts: Prompts, size: int) -> None:
         wait()
 
 
+def steps(vllm: Engine, work: Callable[[], object]) -> int:
+    """vLLM's steps of it. They do not depend on what else the machine does."""
+
+    def so_far() -> int:
+        return vllm.connections[0].call({"kind": "info"})()["steps"]
+
+    before = so_far()
+    work()
+    return so_far() - before
+
+
+def phases(vllm: Engine, policy: Policy, count: int) -> list[dict]:
+    """Of `count` prompts: two phases, waited for in parts of several sizes."""
+    prompts, seeds = encode(policy, count), list(range(count))
+    plain = steps(vllm, lambda: vllm.sample(prompts, 8, seeds, TOKENS))
+    rows = []
+    for size in (count, count // 4, count // 8):
+        of_two = steps(vllm, lambda size=size: two_phases(vllm, prompts, size))
+        rows.append({"prompts": count, "together": size, "plain": plain, "two phases": of_two})
+    return rows
+
+
 def main() -> None:
-    found = {"model": MODEL, "seconds": {}, "differences": [], "kept": {}}
+    found = {"model": MODEL, "seconds": {}, "differences": [], "steps": []}
     for of_engine, of_trainer in DTYPES:
         policy = Policy.from_pretrained(MODEL, of_trainer)
         prompts = encode(policy, 16)
@@ -91,10 +114,10 @@ def main() -> None:
         times = found["seconds"]
         times["start"] = time.perf_counter() - start
         times["weights"] = median(vllm.load_weights)
-        times["sample, vLLM"] = plain = median(lambda: vllm.sample(*arguments))
+        times["sample, vLLM"] = median(lambda: vllm.sample(*arguments))
         times["sample, own"] = median(lambda: policy.sample(*arguments))
-        for size in (16, 4, 2):
-            found["kept"][size] = plain / median(lambda size=size: two_phases(vllm, prompts, size))
+        for count in FEW_AND_MANY:
+            found["steps"] += phases(vllm, policy, count)
         os.kill(vllm.connections[0].process.pid, signal.SIGKILL)
         times["sample after kill -9"] = seconds(lambda: vllm.sample(*arguments))
     print(json.dumps(found, indent=1))

@@ -225,8 +225,11 @@ def engine() -> str:
         numbers = [f"{row[name]:.1e}" for name in ("log-prob", "mean", "entropy")]
         rows.append([row["engine"], row["trainer"], *numbers, ratio])
     parts.append(table(head, rows))
-    rows = [[str(size), f"{share:.2f}"] for size, share in result["kept"].items()]
-    parts.append(table(["prompts waited for together", "responses per second, plain = 1"], rows))
+    rows = []
+    for row in result["steps"]:
+        rows.append([*map(str, row.values()), f"{row['plain'] / row['two phases']:.2f}"])
+    head = ["prompts", "waited for together", "steps, plain", "steps, two phases", "ratio"]
+    parts.append(table(head, rows))
     note = f"{result['model']} on 2 CPU cores, beside other work. `python -m benchmarks.engine`"
     return "\n\n".join([*parts, note])
 

@@ -12,6 +12,7 @@ from runtime import data, distributed
 from runtime.args import ControlArgs, require
 from runtime.rollouts import Rollouts, TrainingBatch, by_prompt, joined, micro_batches
 from runtime.run import Run
+from vlm.policy import Prompts
 
 UNCLIPPED = ("kl_cov", "sent")  # their log-ratio penalty stands in for the clip
 BRANCH = 3  # of the step's random numbers; 0 to 2 are train_saei.py's
@@ -55,9 +56,7 @@ def treat(
         "clean_entropy": by_prompt(rollouts.clean.entropy, P),
     }
     if control.update_control == "vogue":
-        tensors["divergence"] = branch_divergence(
-            rollouts, batch, wrapped, run.options["temperature"], micro
-        )
+        tensors["divergence"] = branch_divergence(rollouts, batch, wrapped, run.options, micro)
     tensors = distributed.gather_rows(accelerator, tensors)
     mean_entropy = float(tensors.pop("clean_entropy")[tensors.pop("clean_mask")].mean())
     seed = data.row_seeds(run.args.seed, step, [0], BRANCH)[0]
@@ -77,15 +76,22 @@ def treat(
 
 @torch.no_grad()
 def branch_divergence(
-    rollouts: Rollouts, batch: TrainingBatch, wrapped: nn.Module, temperature: float, micro: int
+    rollouts: Rollouts, batch: TrainingBatch, wrapped: nn.Module, options: dict, micro: int
 ) -> Tensor:
-    """VOGUE: responses sampled on the changed image, scored on the clean one.   (P, G_adv, T)"""
+    """VOGUE: responses sampled on the changed image, scored on the clean one.   (P, G_adv, T)
+
+    An engine's log-probs are rounded in another way, so these are scored on the changed image, too.
+    """
     P, sampled = len(rollouts.prompts), rollouts.adversarial
-    noisy = batch._replace(tokens=by_prompt(sampled.tokens, P), mask=by_prompt(sampled.mask, P))
-    clean = []
-    for part in micro_batches(P, micro):
-        clean.append(noisy.take(part).score(wrapped, temperature)[0])
-    return by_prompt(controls.symmetric_kl(sampled.logprobs, torch.cat(clean)), P)
+    tokens, mask = by_prompt(sampled.tokens, P), by_prompt(sampled.mask, P)
+
+    def score(prompts: Prompts) -> Tensor:
+        responses = batch._replace(prompts=prompts, tokens=tokens, mask=mask)
+        parts = [responses.take(part) for part in micro_batches(P, micro)]
+        return torch.cat([part.score(wrapped, options["temperature"])[0] for part in parts])
+
+    noisy = sampled.logprobs if options["engine"] == ["own"] else score(rollouts.attacked)
+    return by_prompt(controls.symmetric_kl(noisy, score(rollouts.prompts)), P)
 
 
 def terms(

@@ -1,8 +1,10 @@
 """vlm/engine.py without vLLM: what it refuses, what it says. tests/engine has what needs vLLM."""
 
+import contextlib
 import fcntl
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +13,8 @@ from runtime import rollouts
 from runtime.args import EngineArgs
 from runtime.rollouts import TrainingBatch
 from vlm import engine
-from vlm.engine import Engine, EngineError, OwnSampler, failed, shortened
-
-
-def test_image_tokens_are_shortened_to_one_for_each_picture():
-    ids = [1, 9, 9, 9, 2, 9, 9, 9, 9, 9, 3]  # the second run is two pictures, side by side
-    assert shortened(ids, 9, [3, 2, 3]) == [1, 9, 2, 9, 9, 3]
-    assert shortened([1, 2], 9, []) == [1, 2]
+from vlm.engine import Engine, EngineError, OwnSampler, failed, shift
+from vlm.policy import Responses
 
 
 @pytest.mark.parametrize(
@@ -74,7 +71,7 @@ def test_an_unreachable_server_is_named(policy):
 
 def test_another_family_is_refused(policy, monkeypatch):
     monkeypatch.setattr(policy.model.config, "model_type", "gemma3", raising=False)
-    with pytest.raises(ValueError, match="not for gemma3: use --engine own"):
+    with pytest.raises(ValueError, match="vLLM gives gemma3 other log-probs .*use --engine own"):
         Engine(policy, "m", "float32", ["vllm"])
 
 
@@ -89,6 +86,40 @@ def test_another_family_is_refused(policy, monkeypatch):
 def test_out_of_memory_names_the_option(said):
     assert str(failed("vLLM", said + " x" * 999)).endswith("memory (--engine_memory)")
     assert len(str(failed("vLLM", said + " x" * 999))) < 400
+
+
+def test_shift_is_by_how_much_the_logits_of_open_tokens_differ():
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, 50, generator=generator)
+    tokens = torch.distributions.Categorical(logits=logits).sample()[:, None]
+    old = logits.log_softmax(-1).gather(1, tokens).squeeze(1)
+    for size in (0.01, 0.1):
+        noise = size * torch.randn(400, 50, generator=generator)
+        new = (logits + noise).log_softmax(-1).gather(1, tokens).squeeze(1)
+        assert shift(new, old) == pytest.approx(size, rel=0.5)
+    few = old.clone()
+    few[:100] += 1.0  # rounding in some contexts
+    assert shift(few, old) == 0
+    assert shift(torch.zeros(3), torch.ones(3)) == 0  # no token is open
+
+
+@pytest.mark.parametrize(
+    "first, later, passes",
+    [(0.0, 0.001, True), (0.0, 0.004, False), (0.01, 0.03, True), (0.01, 0.05, False)],
+)
+def test_later_checks_are_compared_with_the_first(monkeypatch, first, later, passes):
+    """In bfloat16: 2e-3, or four times the first."""
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    responses = Responses(mask.long(), mask, torch.full((2, 3), -0.7), torch.ones(2, 3))
+    checker = Engine.__new__(Engine)
+    checker.dtype, checker.first, checker.policy = "bfloat16", None, SimpleNamespace()
+    p = torch.tensor(-0.7).exp()
+    for x, passes_now in ((first, True), (later, passes)):
+        pair = (responses.logprobs + x * (1 - p), responses.entropy)
+        checker.policy.score = lambda *args, pair=pair: pair
+        expected = contextlib.nullcontext() if passes_now else pytest.raises(EngineError)
+        with expected:
+            checker.compare(["a prompt", "another"], responses, 1.0)
 
 
 def test_folders_of_dead_processes_are_removed(tmp_path, monkeypatch):

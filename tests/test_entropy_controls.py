@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,8 +19,11 @@ import grpo
 import rewards
 import train_saei
 from demo.make_demo import build_model
+from demo.task import make_row
+from extras import apply_control
 from extras import entropy_controls as controls
 from runtime import args
+from runtime.rollouts import TrainingBatch
 from vlm.policy import Policy
 
 TIGHT = {"atol": 1e-6, "rtol": 1e-5}
@@ -379,6 +383,25 @@ def test_vogue_by_hand():
     divergence = torch.tensor([[1.0, 3.0], [1.0, 3.0], [100.0, 100.0], [50.0, torch.nan]])
     bonus = controls.shaped_advantages(advantages, divergence, ~divergence.isnan(), scale=0.1)
     torch.testing.assert_close(bonus, torch.tensor([0.2, 0.2, 0.25, 0.25]))
+
+
+def test_vogue_does_not_mix_an_engine_s_log_probs_with_the_trainer_s(policy):
+    """Both images are scored by the trainer, where an engine sampled."""
+    row = make_row("shifted/train", 0)
+    prompts = policy.encode([row["problem"]] * 2, [row["images"]] * 2)
+    attacked = prompts.with_images([(x + 0.05).clamp(0, 1) for x in prompts.images])
+    sampled = policy.sample(attacked, 2, [1, 2], 6)
+    tensors = dict.fromkeys(TrainingBatch._fields, torch.zeros(2, 2, 6))
+    whole = TrainingBatch(**tensors)
+    found = []
+    for engine, shift in (("own", 0.0), ("vllm", 0.5)):
+        adversarial = replace(sampled, logprobs=sampled.logprobs + shift)
+        rollouts = SimpleNamespace(prompts=prompts, attacked=attacked, adversarial=adversarial)
+        options = {"temperature": 1.0, "engine": [engine]}
+        found.append(apply_control.branch_divergence(rollouts, whole, policy, options, micro=1))
+    mask = sampled.mask.unflatten(0, (2, 2))
+    assert found[0][mask].abs().max() > 1e-6
+    torch.testing.assert_close(found[0][mask], found[1][mask], atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def qwen(kind: str):
             text |= dict(linear_key_head_dim=16, linear_value_head_dim=32)
             text["rope_parameters"]["partial_rotary_factor"] = 1.0
         if kind.endswith("moe"):
-            text |= EXPERTS | dict(shared_expert_intermediate_size=24)
+            text |= EXPERTS | dict(shared_expert_intermediate_size=24, norm_topk_prob=True)
     processor = processor_class(image_processor, tokenizer, video(**sizes), chat_template=template)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     return dict(text_config=text, vision_config=tower, **ids), processor
@@ -683,10 +683,22 @@ OTHER_TEXT = {
 }
 
 
-def build(kind: str):
+def widened(config: dict) -> dict:
+    """The same with heads of 32: the smallest that vLLM's attention takes on a CPU."""
+    wide = dict.fromkeys(("hidden_size", "out_hidden_size", "embed_dim"), 128)
+    wide |= {"head_dim": 32, "mrope_section": [8, 4, 4]}
+    wide |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    found = {}
+    for name, x in config.items():
+        found[name] = widened(x) if isinstance(x, dict) else wide.get(name, x)
+    return found
+
+
+def build(kind: str, wide: bool = False):
     """A tiny random model of a family and its processor. kind: of BUILD or of OTHER_TEXT"""
     family, _, text = kind.partition(" ")
     config, processor = BUILD[family](family)
+    config = widened(config) if wide else config
     if text:
         config["text_config"] |= dict(model_type=text, **OTHER_TEXT[kind])
     config["text_config"]["vocab_size"] = len(processor.tokenizer)

@@ -6,10 +6,10 @@
     responses = wait()                           # Responses: tokens, mask, log-probs, entropies
 
 vLLM runs in an environment of its own, so no version of the trainer's moves: as a child process
-over a pipe, or as servers (vlm/engine_child.py is both). The attacked image reaches it as the
-policy's own image features, in floats. Tokens are drawn from the same random numbers as in
-Policy.sample (vlm/engine_worker.py), so that in float32 the responses are the same, but for
-rounding. docs/engine.md: how to start it, what was measured.
+over a pipe, or as servers (vlm/engine_child.py is both). The attacked image reaches it in floats:
+as the policy's own image features, or as pixel values for vLLM's own tower. Tokens are drawn from
+the same random numbers as in Policy.sample (vlm/engine_worker.py), so that in float32 the responses
+are the same, but for rounding. docs/engine.md: how to start it, what was measured.
 """
 
 import atexit
@@ -41,7 +41,17 @@ from transformers.core_model_loading import revert_weight_conversion
 from vlm import adapt
 from vlm.cache import ReadPrompts
 from vlm.decode import uniforms
-from vlm.engine_child import SUPPORTED, TOKEN, Message, pack, receive, send, unpack
+from vlm.engine_child import (
+    FEATURES,
+    PIXELS,
+    SUPPORTED,
+    TOKEN,
+    Message,
+    pack,
+    receive,
+    send,
+    unpack,
+)
 from vlm.policy import Policy, Prompts, Responses
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -52,18 +62,19 @@ RESTARTS = 3  # of a child that dies, in a row
 PATIENCE = 600  # seconds that a server may be away in the middle of a run
 CHECK_EVERY, CHECKED_PROMPTS = 10, 4  # steps, prompts of such a step
 
-# Families whose vision features vLLM takes as they are (image_embeds).
-EMBEDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
-
-# Log-probs of engine and trainer may differ by this, in the mean over tokens: rounding.
-LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
+# Rounding: the median `shift` that is always taken for it, and what never is. Between these
+# LIKE_FIRST times the first one, which was measured with weights that were all sent. The mean
+# differences have ten times the limit of the median.
+ROUNDING = {"float32": (1e-5, 1e-5), "bfloat16": (2e-3, 0.1)}
+LIKE_FIRST, OPEN = 4, 0.9  # tokens of a lower probability are open
 
 OUT_OF_MEMORY = r"out of memory|memory for the cache|auto-fit max_model_len|Free memory on device"
 MENDS = {
     OUT_OF_MEMORY: "give it another share of the GPU's memory (--engine_memory)",
     r"No module named 'vllm'": "`bash run.sh engine` makes an environment that has it",
     r"is not supported": "`bash run.sh engine` makes an environment with the right one",
-    r"other tokens than the trainer": "use --engine own",
+    r"requires BF16": "use --dtype bfloat16, or accelerate's --mixed_precision bf16",
+    r"other (tokens|pixels) than the trainer": "use --engine own",
 }
 
 
@@ -138,18 +149,19 @@ class Engine:
         self.policy, self.dtype = policy, dtype
         model = str(Path(model).absolute()) if Path(model).exists() else model
         kind = policy.model.config.model_type
-        if kind not in EMBEDS:
+        if kind not in FEATURES + PIXELS:
             raise ValueError(
-                f"--engine: vLLM takes the features of attacked pictures as floats for "
-                f"{', '.join(EMBEDS)}, not for {kind}: use --engine own"
+                f"--engine: vLLM gives {kind} other log-probs than the trainer does, or was not "
+                f"tried (docs/engine.md). It has {', '.join(FEATURES + PIXELS)}: use --engine own"
             )
-        self.image_id = getattr(policy.model.config, "image_token_id", None)
+        self.pixels = kind in PIXELS
         self.trained = set()  # names of weights that change
         for name, parameter in policy.model.named_parameters():
             if ".base_layer.weight" in name if policy.lora_rank else parameter.requires_grad:
                 self.trained.add(name.replace(".base_layer.", "."))
         self.folder, self.lock = own_folder()
         self.run, self.updates, self.checks = shared_name(), 0, 0
+        self.first: float | None = None  # median shift of the first check
         self.version: str | None = None
         self.ours = where == ["vllm"]
         atexit.register(self.close)
@@ -242,35 +254,39 @@ class Engine:
         return wait
 
     def _entries(self, prompts: Prompts) -> list[Message]:
-        """Of each prompt its tokens, with one token per picture, and its pictures."""
-        pictures = self._pictures(prompts.images)
+        """Of each prompt its tokens and its pictures."""
+        # Of vLLM's processor: as the policy's own.
+        options = {"do_resize": False, **self.policy.family.untiled}
+        pictures = []
+        if prompts.images:
+            pictures = (self._pixels if self.pixels else self._features)(prompts.images)
         entries, first = [], 0
         for ids, mask, images in zip(prompts.ids, prompts.mask, prompts.counts, strict=True):
-            ids, mine = ids[mask].tolist(), pictures[first : first + images]
+            mine = pictures[first : first + images]
             first += images
-            entry = {"ids": ids, "short": shortened(ids, self.image_id, [x[1] for x in mine])}
-            entry["images"] = None
-            if mine:
-                embeds = torch.cat([x[0] for x in mine])
-                grids = torch.stack([x[2] for x in mine])
-                entry["images"] = {"image_embeds": embeds, "image_grid_thw": grids}
-            entries.append(entry)
+            entries.append({"ids": ids[mask].tolist(), "pictures": mine, "options": options})
         return entries
 
-    def _pictures(self, images: list[Tensor]) -> list[tuple[Tensor, int, Tensor]]:
-        """The features of each image from the policy's own tower, their number, the grid."""
-        if not images:
-            return []
+    def _features(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """What the policy's own tower gives for each image: floats, that an attack changes."""
         policy = self.policy
         vision = policy._in_precision(policy.to_pixel_values(images))
         found = policy.model.model.get_image_features(**vision, return_dict=True)
-        features = list(found.pooler_output)
         levels = getattr(found, "deepstack_features", None) or []  # Qwen3-VL: more per image
         pictures = []
-        for i, x in enumerate(features):
+        for i, x in enumerate(found.pooler_output):
             whole = torch.cat([x, *(level[i] for level in levels)], dim=-1)
             whole = whole.to(getattr(torch, self.dtype)).cpu().clone()
-            pictures.append((whole, len(x), vision["image_grid_thw"][i].cpu().clone()))
+            grid = vision["image_grid_thw"][i].cpu().clone()
+            pictures.append({"image_embeds": whole, "image_grid_thw": grid})
+        return pictures
+
+    def _pixels(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """For vLLM's tower: each image in 8 bits, and its exact pixel values, normalised."""
+        pictures = []
+        for x in images:
+            exact = self.policy.to_pixel_values([x])["pixel_values"].cpu().clone()
+            pictures.append({"rounded": (x * 255).round().byte().cpu(), "pixel_values": exact})
         return pictures
 
     def _collect(self, waits: list[Callable[[], list]], P: int, n: int) -> Responses:
@@ -333,7 +349,8 @@ class Engine:
         state = adapt.merged(dict(policy.model.named_parameters()))
         for name, w in state.items():
             inner = name.removeprefix("model.")
-            if policy.family.in_tower(inner) or policy.family.in_projector(inner):
+            of_vision = policy.family.in_tower(inner) or policy.family.in_projector(inner)
+            if of_vision and not self.pixels:
                 continue  # the trainer computes the features
             if whole or name in self.trained:
                 sent[name] = w.detach()
@@ -358,25 +375,34 @@ class Engine:
     ) -> dict[str, float]:
         """Score some of the engine's responses with the policy.
 
-        -> the mean differences of log-probs and entropies. Raises EngineError if they are more
-        than the dtype's rounding: a weight or a cache of the engine is not that of the policy.
+        -> the mean differences of log-probs and entropies, and the median shift (`shift`). Raises
+        EngineError if they are more than rounding: a weight or a cache of the engine is not that of
+        the policy.
         """
         some = slice(0, min(CHECKED_PROMPTS, len(prompts)))
         rows = slice(0, some.stop * (len(responses.tokens) // len(prompts)))
         mask = responses.mask[rows]
-        pair = self.policy.score(prompts[some], responses.tokens[rows], mask, temperature)
-        found = {}
-        names = ("logprobs", "entropy")
-        for name, ours in zip(names, pair, strict=True):
-            theirs = getattr(responses, name)[rows]
-            found[name] = (ours - theirs)[mask].abs().mean().item()
-        limit = LIMITS[self.dtype]
-        if not max(found.values()) <= limit:
+        ours = self.policy.score(prompts[some], responses.tokens[rows], mask, temperature)
+        logprobs, entropy = (x[mask] for x in ours)
+        theirs = responses.logprobs[rows][mask]
+        found = {
+            "logprobs": (logprobs - theirs).abs().mean().item(),
+            "entropy": (entropy - responses.entropy[rows][mask]).abs().mean().item(),
+            "shift": shift(logprobs, theirs),
+        }
+        least, most = ROUNDING[self.dtype]
+        if self.first is None:
+            self.first = found["shift"]
+            limit = most
+        else:
+            limit = min(most, max(least, LIKE_FIRST * self.first))
+        within = found["shift"] <= limit
+        if not (within and max(found["logprobs"], found["entropy"]) <= 10 * limit):
             raise EngineError(
                 f"the engine and the trainer disagree: mean difference of log-probs "
-                f"{found['logprobs']:.3g}, of entropies {found['entropy']:.3g}, rounding in "
-                f"{self.dtype} is below {limit:g}: its weights or its way with this model differ. "
-                "Use --engine own"
+                f"{found['logprobs']:.3g}, of entropies {found['entropy']:.3g}, median shift "
+                f"{found['shift']:.3g}, rounding in {self.dtype} is below {10 * limit:.2g} and "
+                f"{limit:.2g}: its weights or its way with this model differ. Use --engine own"
             )
         return found
 
@@ -392,23 +418,23 @@ class Engine:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def shift(ours: Tensor, theirs: Tensor) -> float:
+    """The median of |log p - log p'| / (1 - p) over open tokens (p < OPEN).   (tokens,) each
+
+    About by how much logits differ: a likely token's log-prob moves by 1 - p of it. Rounding moves
+    few tokens much and most of them hardly, other weights move all. A median tells these apart.
+    """
+    p = ours.exp()
+    is_open = p < OPEN
+    if not is_open.any():
+        return 0.0
+    return ((ours - theirs).abs() / (1 - p))[is_open].median().item()
+
+
 def checked(answer: Message, who: str) -> Message:
     if "error" in answer:
         raise failed(who, answer["error"])
     return answer
-
-
-def shortened(ids: list[int], image_id: int | None, sizes: list[int]) -> list[int]:
-    """The tokens with one for each picture, as before the processor repeated it `size` times."""
-    left, short, skip = iter(sizes), [], 0
-    for i in ids:
-        if skip:
-            skip -= 1
-            continue
-        short.append(i)
-        if i == image_id:
-            skip = next(left) - 1
-    return short
 
 
 def shared_name() -> str:

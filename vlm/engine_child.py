@@ -12,6 +12,7 @@ that listens on this machine alone needs no token.
 """
 
 import argparse
+import hashlib
 import hmac
 import io
 import os
@@ -27,10 +28,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
 
 import torch
+from PIL import Image
 
 SUPPORTED = "0.32."  # the versions that the tests run with
 TOKEN = "SAEI_ENGINE_TOKEN"
 LOCAL = ("127.0.0.1", "localhost", "::1")
+
+# How pictures reach vLLM, by the config's model_type. Each family was seen to give the trainer's
+# log-probs (tests/engine/test_families.py).
+FEATURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")  # the policy's own features, as floats
+PIXELS = ("llava", "llava_next", "internvl", "idefics3", "smolvlm")  # floats for vLLM's own tower
+ROUNDED = 0.05  # normalised pixels differ by less between a picture and the same in 8 bits
 
 Message = dict[str, Any]
 Reply = Callable[[Message], None]
@@ -72,10 +80,14 @@ def vllm_options(message: Message) -> dict[str, Any]:
     from transformers import AutoConfig
     from vllm.platforms import current_platform
 
-    vision = AutoConfig.from_pretrained(message["model"]).vision_config
-    deepstack = getattr(vision, "deepstack_visual_indexes", None)  # lost without a tower
-    # 0: the vision tower is not even loaded, as the trainer computes its features.
-    limit = 999 if deepstack else 0
+    config = AutoConfig.from_pretrained(message["model"])
+    overrides = {}
+    if hasattr(config, "image_grid_pinpoints"):  # one tile, as in the policy
+        overrides["image_grid_pinpoints"] = [[config.vision_config.image_size] * 2]
+    # 0: the vision tower is not even loaded, where the trainer computes its features. Without a
+    # tower vLLM would lose Qwen3-VL's deepstack features.
+    deepstack = getattr(config.vision_config, "deepstack_visual_indexes", None)
+    limit = 999 if config.model_type in PIXELS or deepstack else 0
     options = {
         "model": message["model"],
         "dtype": message["dtype"],
@@ -86,11 +98,13 @@ def vllm_options(message: Message) -> dict[str, Any]:
         "limit_mm_per_prompt": {"image": limit, "video": 0},
         "mm_processor_cache_gb": 0,
         "skip_mm_profiling": True,
+        "mm_device_do_normalize": False,  # pixel values come normalised
         "logits_processors": ["vlm.engine_worker:Draw"],
         "worker_extension_cls": "vlm.engine_worker.Extension",
         "async_scheduling": False,  # the processor reads the tokens so far
         "disable_log_stats": True,
         "seed": 0,
+        "hf_overrides": overrides,
     }
     if current_platform.is_cpu():
         # block_size: with a CPU's own 128, a short prompt fills no block, and none is shared.
@@ -112,6 +126,7 @@ class Engine:
         if not vllm.__version__.startswith(SUPPORTED):
             raise ValueError(f"vLLM {vllm.__version__} is not supported, {SUPPORTED}* is")
         options = vllm_options(message)
+        self.tiles = options["hf_overrides"].get("image_grid_pinpoints")
         self.vllm = LLMEngine.from_engine_args(EngineArgs(**options))
         self.sleeps, self.asleep = options.get("enable_sleep_mode", False), False
         self.queue: queue.SimpleQueue[tuple[Message, Reply]] = queue.SimpleQueue()
@@ -127,6 +142,7 @@ class Engine:
             "hidden": config.get_hidden_size(),
             "dtype": message["dtype"],
             "weights": None,  # the version of the weights, given by the trainer
+            "steps": 0,  # of vLLM so far
         }
 
     def run(self) -> None:
@@ -174,14 +190,45 @@ class Engine:
         self.questions[question] = reply, [None] * rows
 
     def render(self, entry: Message) -> Message:
-        """A prompt as vLLM's input. Raises ValueError if its image tokens become others."""
-        prompt = {"prompt_token_ids": entry["short"]}
-        if entry["images"] is not None:
-            prompt["multi_modal_data"] = {"image": entry["images"]}
-        (rendered,) = self.vllm.renderer.render_cmpl([prompt])
-        if list(rendered["prompt_token_ids"]) != entry["ids"]:
+        """A prompt as vLLM's input. Its tokens are the trainer's, which has placed the pictures.
+
+        pictures: each its features (image_embeds, image_grid_thw), or itself in 8 bits (rounded)
+        and its exact pixel_values, which replace what vLLM makes of the rounded ones. Raises
+        ValueError where vLLM's way with a picture is another one: other tokens, or other pixels.
+        """
+        from vllm.inputs.engine import mm_input, tokens_input
+        from vllm.multimodal.processing.context import TimingContext
+        from vllm.multimodal.processing.inputs import ProcessorInputs
+
+        ids, pictures = entry["ids"], entry["pictures"]
+        if not pictures:
+            return tokens_input(ids)
+        if "image_embeds" in pictures[0]:
+            options, data = (
+                {},
+                {"image_grid_thw": torch.stack([x["image_grid_thw"] for x in pictures])},
+            )
+            data["image_embeds"] = torch.cat([x["image_embeds"] for x in pictures])
+        else:
+            options = entry["options"]
+            data = [Image.fromarray(x["rounded"].permute(1, 2, 0).numpy()) for x in pictures]
+        processor = self.vllm.renderer.get_mm_processor()
+        if self.tiles:
+            of_images = processor.info.get_hf_processor(**options).image_processor
+            of_images.image_grid_pinpoints = self.tiles
+        items = processor.info.parse_mm_data({"image": data})
+        inputs = ProcessorInputs(ids, items, hf_processor_mm_kwargs=options)
+        made = processor._apply_hf_processor(inputs, TimingContext(enabled=False))
+        for i, picture in enumerate(pictures):
+            if "pixel_values" in picture:
+                replace_pixels(made.kwargs["image"][i]["pixel_values"], picture["pixel_values"])
+                exact = picture["pixel_values"].numpy().tobytes()
+                made.hashes["image"][i] = hashlib.sha256(exact).hexdigest()  # names it in caches
+        found = processor._find_mm_placeholders(ids, made.prompt_updates).get("image", [])
+        if len(found) != len(pictures):
             raise ValueError("vLLM gives a prompt's pictures other tokens than the trainer does")
-        return rendered
+        places = {"image": [place.to_range() for place in found]}
+        return mm_input(ids, made.kwargs, made.hashes, places)
 
     def add(self, key: str, prompt: Message, uniforms: list[float], message: Message) -> None:
         """One response, to be sampled: `uniforms` has a number for each of its tokens."""
@@ -201,6 +248,7 @@ class Engine:
 
     def step(self) -> None:
         """A token more for all that run. Answer the questions whose rows have all ended."""
+        self.info["steps"] += 1
         finished = [output for output in self.vllm.step() if output.finished]
         if not finished:
             return
@@ -247,6 +295,19 @@ class Engine:
         if self.asleep:
             self.vllm.wake_up()
             self.asleep = False
+
+
+def replace_pixels(field: Any, exact: torch.Tensor) -> None:
+    """Put exact pixel values in place of the rounded ones (field.data) of the same picture."""
+    rounded = field.data
+    if exact.numel() != rounded.numel():
+        shapes = f"{tuple(rounded.shape)}, the trainer {tuple(exact.shape)}"
+        raise ValueError(f"vLLM gives a picture other pixels than the trainer does: {shapes}")
+    exact = exact.reshape(rounded.shape).to(rounded.dtype)
+    difference = (exact - rounded).abs().max().item()
+    if difference > ROUNDED:
+        raise ValueError(f"vLLM gives a picture other pixels than the trainer does: {difference:g}")
+    field.data = exact
 
 
 def told(error: Exception) -> Message:

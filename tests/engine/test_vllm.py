@@ -185,13 +185,35 @@ def test_what_a_partial_synchronisation_leaves_is_found(prompts, seeds, monkeypa
             vllm.compare(prompts, vllm.sample(prompts, 4, seeds, 64), 1.0)
 
 
-def test_bfloat16_passes_its_check(seeds):
-    policy = Policy.from_pretrained(MODEL, "bfloat16")
+def test_in_bfloat16_weights_of_one_step_before_are_found_and_good_ones_pass(seeds):
+    """Steps of the demo's learning rate. The limit is 2e-3."""
+    policy = Policy.from_pretrained(MODEL)
     prompts = encode(policy)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-4)
+
+    def precision():  # a new one each time: it keeps rounded weights
+        return torch.autocast("cpu", torch.bfloat16)
+
     with Engine(policy, MODEL, "bfloat16", ["vllm"]) as vllm:
         vllm.load_weights()
-        found = vllm.sample(prompts, 4, seeds, 64)
-        assert 1e-5 < vllm.compare(prompts, found, 1.0)["logprobs"] < 0.05
+        with precision():
+            found = vllm.sample(prompts, 4, seeds, 64)
+            assert 0 < vllm.compare(prompts, found, 1.0)["shift"] < 1e-3
+        for _ in range(2):
+            with precision():
+                _, entropy = policy.score(prompts[:4], found.tokens[:16], found.mask[:16])
+                (-entropy[found.mask[:16]].mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with precision():
+                old = vllm.sample(prompts, 4, seeds, 64)
+                with pytest.raises(EngineError, match="disagree: .* median shift") as error:
+                    vllm.compare(prompts, old, 1.0)
+            print(error.value)
+            vllm.load_weights()
+            with precision():
+                found = vllm.sample(prompts, 4, seeds, 64)
+                assert vllm.compare(prompts, found, 1.0)["shift"] < 1e-3
 
 
 # ------------------------------------------------------------------------------------- failures
