@@ -3,7 +3,7 @@
     pip install -r requirements-dev.txt    # matplotlib
     python -m study.loop_picture
 
-It trains a few steps of recipes/demo.yaml with one prompt each, and draws the first step whose
+It trains 300 steps of recipes/demo.yaml with one prompt each, and draws the first step whose
 clean responses are neither all right nor all wrong. Everything shown is in the run's folder.
 """
 
@@ -29,7 +29,7 @@ LINE, CHARACTER = 19, 6.1  # height of a line of tokens, width of a character
 
 def real_step(folder: Path) -> dict:
     """The first step that fits.   Raises StopIteration where there is none."""
-    size = ["--steps", "60", "--save_every", "60", "--prompts_per_step", "1"]
+    size = ["--steps", "300", "--save_every", "300", "--prompts_per_step", "1"]
     command = [sys.executable, "train_saei.py", "--config", "recipes/demo.yaml", *size]
     subprocess.run([*command, "--output", str(folder)], cwd=ROOT, check=True)
     lines = {}
@@ -84,7 +84,7 @@ def response(axes: Axes, sample: dict, y: float) -> float:
     colour = BLUE if advantage > 0 else RED
     axes.text(RIGHT + 46, middle, f"{sample['reward']:.1f}", ha="right", fontsize=9)
     axes.text(RIGHT + 96, middle, f"{advantage:+.2f}", ha="right", color=colour, fontsize=9)
-    axes.add_patch(Rectangle((RIGHT + 120, middle - 9), 18 * advantage, 10, color=colour))
+    axes.add_patch(Rectangle((RIGHT + 138, middle - 9), 12 * advantage, 10, color=colour))
     return y
 
 
