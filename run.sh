@@ -80,7 +80,7 @@ test)
     .venv/bin/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal tests
     ;;
 engine)
-    echo "The engine's tests take about 15 minutes on two CPU cores."
+    echo "The engine's tests take about 20 minutes on two CPU cores."
     setup requirements-dev.txt
     setup_engine
     SAEI_ENGINE_TESTS=1 .venv/bin/python -m pytest -q tests/engine

@@ -177,7 +177,7 @@ def values_of(lines: list[dict]) -> list[dict]:
 # ------------------------------------------------------------------------------ (a) demo
 
 
-CURVES = ("accuracy", "reward", "entropy/clean", "entropy/attacked", "grad_norm")
+CURVES = ("accuracy", "reward", "entropy/clean", "grad_norm")  # of every step
 
 
 def train_demo(folder: Path, steps: int, micro_prompts: int = 8) -> dict[str, list[float]]:

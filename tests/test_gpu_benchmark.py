@@ -271,13 +271,13 @@ def test_memory_that_does_not_suffice_leads_to_the_next_setting(monkeypatch):
 def test_the_reference_is_of_several_runs_that_learn():
     reference = json.loads(gpu_jobs.REFERENCE.read_text())
     curves = [run["accuracy"] for run in reference["runs"]]
-    assert len(curves) == 3 and {len(curve) for curve in curves} == {80}
+    assert len(curves) == 3 and {len(curve) for curve in curves} == {160}
     for i, run in enumerate(reference["runs"]):
         others = reference["runs"][:i] + reference["runs"][i + 1 :]
         found = gpu_jobs.compare_curves(run, others)
         assert found["the same learning"]
         assert found["accuracy, blocks"][-1] > found["accuracy, blocks"][0] + 0.1
-    flat = {"accuracy": [curves[0][0]] * 80}  # a device on which nothing is learnt
+    flat = {"accuracy": [curves[0][0]] * 160}  # a device on which nothing is learnt
     assert not gpu_jobs.compare_curves(flat, reference["runs"])["the same learning"]
 
 
@@ -287,7 +287,7 @@ def test_a_demo_that_is_stopped_has_the_steps_until_then(tmp_path, monkeypatch):
 
     def train(accuracy, output, **options):
         lines = []
-        for i in range(30):
+        for i in range(50):
             line = {name: reference[name][i] for name in gpu_jobs.CURVES} | {"seconds/step": 2.0}
             lines.append(json.dumps(line) + "\n")
         Path(output).mkdir()
@@ -297,7 +297,7 @@ def test_a_demo_that_is_stopped_has_the_steps_until_then(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_jobs, "train", train)
     report = gpu_jobs.Report(tmp_path / "a.json", 100)
     gpu_jobs.demo(report, tmp_path, toy=False)
-    assert len(report.found["curves"]["accuracy"]) == 30
+    assert len(report.found["curves"]["accuracy"]) == 50
     found = report.found["against the CPU"]
     assert found["the same learning"] and len(found["accuracy, blocks"]) == 2
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]

@@ -52,7 +52,7 @@ class Spied:
     ):
         saei = trainer is trl_saei.SaEITrainer
         if saei:
-            rest = dict(adversarial=ADVERSARIAL, eps=EPS) | rest
+            rest = dict(adversarial=ADVERSARIAL, eps=EPS, pgd_steps=3) | rest
         self.calls, self.updates, self.attacks, self.frozen, self.completions = [], [], [], [], []
         config = trl.GRPOConfig(str(folder), **PLAIN | (options or {}))
         self.trainer = trainer(model, self.reward, config, dataset(rows), **rest)
