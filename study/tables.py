@@ -517,8 +517,8 @@ def readme_table(folder: Path) -> str:
     note = f"{len(saei)} seeds per arm, {sizes['problems']:,} fresh problems, 8 samples each. "
     note += "Differences: mean, 95% interval over seeds and problems (bold: 0 is outside), and in "
     note += "how many seeds SaEI is ahead. `python -m study.run --settings paid --seeds 8 "
-    note += f"--problems {sizes['problems']} --results out/study-results` measures them anew (about "
-    note += "3 CPU hours). "
+    note += f"--problems {sizes['problems']} --results out/study-results` measures them anew "
+    note += "(about 3 CPU hours). "
     note += "`python -m benchmarks.tables` makes the tables from the stored results."
     return f"{table(head, rows)}\n\n{note}"
 
