@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from demo import make_demo, measure
 from demo.task import CELL, COLOURS, DOMAINS, UNIT, make_row
 from study import run
+from train_saei import load_config
 
 POLICY = ROOT / "demo/confident-charts"
 ON_A_TABLE = [name for name in DOMAINS if name.startswith("charts") and "shifted" not in name]
@@ -106,6 +107,7 @@ def test_the_study_runs_the_recipe():
     recipe = yaml.safe_load((ROOT / run.SETTINGS["charts"].recipe).read_text())
     options = run.run_options("charts", "saei", 0, smoke=False, tried={})
     shared = recipe.keys() & options.keys()
-    assert shared >= {"model", "pgd_steps", "prompts_per_step", "steps"}
+    assert shared >= {"model", "prompts_per_step", "steps"}
     assert all(recipe[name] == options[name] for name in shared)
+    assert options["pgd_steps"] == load_config().saei.pgd_steps  # which the recipe leaves
     assert recipe["split"] == f"{run.SETTINGS['charts'].domains[0]}/train"
