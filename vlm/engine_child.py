@@ -204,11 +204,9 @@ class Engine:
         if not pictures:
             return tokens_input(ids)
         if "image_embeds" in pictures[0]:
-            options, data = (
-                {},
-                {"image_grid_thw": torch.stack([x["image_grid_thw"] for x in pictures])},
-            )
-            data["image_embeds"] = torch.cat([x["image_embeds"] for x in pictures])
+            options, grids = {}, torch.stack([x["image_grid_thw"] for x in pictures])
+            embeds = torch.cat([x["image_embeds"] for x in pictures])
+            data = {"image_embeds": embeds, "image_grid_thw": grids}
         else:
             options = entry["options"]
             data = [Image.fromarray(x["rounded"].permute(1, 2, 0).numpy()) for x in pictures]
