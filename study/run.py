@@ -97,7 +97,7 @@ PAID_ARMS = {
 }
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
-    "paid": ("temperature", "egas"),  # nearly plain GRPO; what TsEC adds is asked in the others
+    "paid": ("temperature",),  # nearly plain GRPO
     "long": ("temperature", "random", "noise", "egas"),
     "charts": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
 }
