@@ -155,12 +155,16 @@ def step() -> str:
     """Seconds of a step beside TRL's on the same work: a row per size and arm."""
     result = read("step")
     head = ["image tokens", "G", "T", "arm", "seconds", "TRL's seconds / its", "of CPU time"]
-    head += ["tokens/s", "peak, MiB", "outside the model", "attack / arithmetic"]
+    head += ["its / GRPO's", "tokens/s", "peak, MiB", "outside the model", "attack / arithmetic"]
     rows = []
     for entry in result["cells"]:
         for arm, found in entry["arms"].items():
             row = [str(entry["cell"][name]) for name in ("image_tokens", "G", "T")] + [arm]
             row += [median_range(found[name]) for name in ("seconds", "ratio", "cpu ratio")]
+            plain = entry["arms"]["GRPO"]["seconds"]
+            pairs = zip(found["seconds"], plain, strict=True)  # of the same turn
+            price = median_range([its / grpo for its, grpo in pairs])
+            row.append(price if arm.startswith("SaEI") else "")
             row.append(f"{found['tokens/s']:.0f}")
             row.append(f"{found['peak']:.0f}" if "peak" in found else "")
             row.append(f"{np.median(found['outside']):.1%}" if "outside" in found else "")

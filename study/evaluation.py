@@ -21,12 +21,12 @@ import tsec
 from demo.task import make_row
 from vlm.policy import Policy
 
-FRESH, PAID, LONG, TUNING = 50, 80, 90, 100  # first seeds: confirm, paid, long; of tuning
+FRESH, PAID, LONG, TUNING = 50, 80, 90, 100  # first seeds: confirm and bars, paid, long; tuning
 MAX_NEW_TOKENS = 64
 
 
 def study_rows(split: str, count: int, seed: int) -> list[dict]:
-    """The first problems of a split. Study, confirm, paid (and long) and tuning differ in them."""
+    """The first problems of a split. Study, confirm (and bars), paid (and long), tuning differ."""
     if seed >= TUNING:
         drawn = 1
     elif seed >= PAID:

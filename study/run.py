@@ -13,9 +13,9 @@ setting with one seed: train_saei.py into out/study/<setting>/<arm>-<seed>, then
 is done. If the run failed, the file holds the error: delete it to try again.
 
 The main arms run first, seed by seed, then the ablations and the controls of the update. Seeds
-below 50 are those of the settings shifted and elicit, 50 to 79 those of confirm, 80 to 89 those of
-paid, 90 to 99 those of long. Seeds from 100 on tune: they have problems of their own, and their
-results go to study/results/tuning, which no table reads.
+below 50 are those of the settings shifted, elicit and charts, 50 to 79 those of confirm and bars,
+80 to 89 those of paid, 90 to 99 those of long. Seeds from 100 on tune: they have problems of their
+own, and their results go to study/results/tuning, which no table reads.
 """
 
 import argparse
@@ -52,6 +52,7 @@ class Setting(NamedTuple):
 
 SHIFTED = ("shifted", "plain", "styles", "offset", "sums")
 PLAIN = ("plain", "shifted", "styles", "offset", "sums")
+BARS = ("charts-styles", "charts", "charts-shifted", "charts-offset", "charts-sums")
 CHARTS = ("charts-shifted", "charts", "charts-styles", "charts-offset", "charts-sums")
 SETTINGS = {
     "shifted": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
@@ -59,9 +60,11 @@ SETTINGS = {
     "confirm": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "long": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
+    "bars": Setting("recipes/charts.yaml", "demo/confident-charts", BARS),
     "charts": Setting("recipes/charts.yaml", "demo/confident-charts", CHARTS),
 }
-FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG, "charts": 0}  # no changed pictures
+# Of the settings without changed pictures
+FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG, "bars": FRESH, "charts": 0}
 SAEI = {  # over the recipe, in every arm
     "rollouts": 8,
     "adversarial_rollouts": 4,
@@ -83,12 +86,14 @@ MAIN = {  # arm -> what differs from SAEI
     "egas": {"tsec_low": 0.0, "tsec_high": 1.0},
     "saei": {},
 }
-# Over SAEI, in paid and charts: the same rollouts in twice as many steps of half the prompts.
+# Over SAEI, in the later settings: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
-# Of paid and charts: what the attack's time buys the others, and SaEI's first recipe. CPU seconds
-# of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112, plain with
-# 10 rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise 1.15 times.
+NOISY_CHARTS = {"split": "charts-shifted/train", "lr": 2e-4}  # over ON_POLICY, in charts
+# Of paid, bars and charts: what the attack's time buys the others, and SaEI's first recipe. CPU
+# seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112,
+# plain with 10 rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise
+# 1.15 times.
 PAID_ARMS = {
     "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
     "plain-rollouts": {"intervention": "none", "rollouts": 13},
@@ -99,6 +104,7 @@ LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
     "paid": ("temperature",),  # nearly plain GRPO
     "long": ("temperature", "random", "noise", "egas"),
+    "bars": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
     "charts": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
@@ -158,8 +164,10 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
         options |= FIRST_RECIPE
     if setting == "confirm":
         options |= CONFIRM
-    if setting in ("paid", "long", "charts"):
+    if setting in ("paid", "long", "bars", "charts"):
         options |= ON_POLICY
+    if setting == "charts":
+        options |= NOISY_CHARTS
     if setting == "long":
         options |= LONGER
     options |= (MAIN | FURTHER | PAID_ARMS | tried)[arm] | {"seed": seed}
@@ -220,7 +228,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
             number = seed + FIRST_SEED.get(setting, 0) if seed < FRESH else seed
             if seed == first_seed:
                 listed.append((setting, "before", number))
-            arms = MAIN | PAID_ARMS if setting in ("paid", "charts") else MAIN
+            arms = MAIN | PAID_ARMS if setting in ("paid", "bars", "charts") else MAIN
             for arm in args.tried or arms:
                 if arm not in LEFT_OUT.get(setting, ()):
                     listed.append((setting, arm, number))
