@@ -88,7 +88,8 @@ MAIN = {  # arm -> what differs from SAEI
 }
 # Over SAEI, in the later settings: the same rollouts in twice as many steps of half the prompts.
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
-LONGER = {"steps": 320, "save_every": 80}  # over ON_POLICY, in long; each checkpoint is evaluated
+# Over ON_POLICY, in long; each checkpoint is evaluated.
+LONGER = {"steps": 320, "save_every": 80, "keep_last": 0}
 NOISY_CHARTS = {"split": "charts-shifted/train", "lr": 2e-4}  # over ON_POLICY, in charts
 # Of paid, bars and charts: what the attack's time buys the others, and SaEI's first recipe. CPU
 # seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112,

@@ -244,6 +244,7 @@ def test_long_runs_are_evaluated_on_the_way(tmp_path):
     rows = tables.long_table(tmp_path / "results").splitlines()
     assert [row.split(" | ")[0] for row in rows[2:4]] == ["| 1", "| 2"]
     assert tables.each(tmp_path / "results", tables.main_table) == tables.NONE_YET
+    assert run.run_options("long", "saei", 90, smoke=False, tried={})["keep_last"] == 0  # all
 
 
 def test_the_picture_has_a_line_per_arm_and_panel():
