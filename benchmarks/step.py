@@ -399,7 +399,7 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="one size: 256 image tokens, G = 8, T = 48")
     add("--tokens", type=int, nargs="+", default=[64, 256, 1024], help="image tokens, squares")
-    add("--rollouts", type=int, nargs="+", default=[8, 16])
+    add("--rollouts", type=int, nargs="+", default=[8])
     add("--lengths", type=int, nargs="+", default=[48, 256])
     add("--prompts", type=int, default=2)
     add("--steps", type=int, default=5, help="turns after the warm-up")

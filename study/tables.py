@@ -434,31 +434,35 @@ def cost_table(setting: str, runs: Runs) -> str:
 
 
 def long_table(folder: Path) -> str:
-    """The setting long: plain GRPO and SaEI after more and more steps."""
+    """The setting long: plain GRPO and SaEI after more and more steps.
+
+    The last row has SaEI at three quarters of the steps, which takes about plain GRPO's CPU time.
+    """
     kept = good(load(folder).get("long", {}))
     plain, saei = kept.get("plain"), kept.get("saei")
     if not plain or not saei:
         return NONE_YET
     (first, *others), rows = splits_of(kept), []
-    steps = [*next(iter(saei.values()))["on the way"], None]  # None: the last
-    for step in steps:
-        at = []  # of plain GRPO and SaEI: {seed: {"evaluation", "seconds/cpu"}}
-        for arm in (plain, saei):
-            at.append({s: r["on the way"][step] if step else r for s, r in arm.items()})
-        row = [step or str(next(iter(saei.values()))["steps"])]
-        for arm in at:
-            row += [f"{np.mean(column(arm, first, name)):.3f}" for name in ("pass@1", "pass@8")]
-            elsewhere = [column(arm, other, "pass@1") for other in others]
-            row += [f"{np.mean(elsewhere):.3f}", f"{np.mean(minutes_of(arm)):.1f}"]
+    some = next(iter(saei.values()))
+    steps = [*some["on the way"], str(some["steps"])]
+    for of_plain, of_saei in [*zip(steps, steps, strict=True), (steps[-1], steps[-2])]:
+        at, row = [], [of_plain, of_saei]
+        for arm, step in ((plain, of_plain), (saei, of_saei)):
+            at.append({seed: run["on the way"].get(step, run) for seed, run in arm.items()})
+            row += [f"{np.mean(column(at[-1], first, name)):.3f}" for name in ("pass@1", "pass@8")]
+            elsewhere = [column(at[-1], other, "pass@1") for other in others]
+            row += [f"{np.mean(elsewhere):.3f}", f"{np.mean(minutes_of(at[-1])):.1f}"]
         row += [change(paired(at[1], at[0], first, name)) for name in ("pass@1", "pass@8")]
         pooled = [paired(at[1], at[0], other, "pass@1") for other in others]
         rows.append([*row, change(np.concatenate(pooled, axis=1))])
     four = [" pass@1", " pass@8", f" pass@1, {len(others)} untrained domains", " minutes"]
-    head = ["steps", *["plain GRPO:" + name for name in four], *["SaEI:" + name for name in four]]
-    head += ["SaEI minus plain GRPO: pass@1", "pass@8", "pass@1, untrained domains"]
-    sizes = next(iter(saei.values()))["sizes"]
-    note = f"{len(saei)} seeds, {sizes['problems']:,} fresh problems a domain, 8 samples each. "
-    note += "Minutes of CPU time up to the step. `python -m study.run --settings long --seeds 3`"
+    head = ["plain GRPO: steps", "SaEI: steps", *["plain GRPO:" + name for name in four]]
+    head += [*["SaEI:" + name for name in four], "SaEI minus plain GRPO: pass@1", "pass@8"]
+    head.append("pass@1, untrained domains")
+    problems = some["sizes"]["problems"]
+    note = f"{len(saei)} seeds, {problems:,} fresh problems a domain, 8 samples each. Minutes of "
+    note += "CPU time up to the step. The last row compares at about equal CPU time. "
+    note += f"`python -m study.run --settings long --seeds {len(saei)} --problems {problems}`"
     return f"{table(head, rows)}\n\n{note}"
 
 
