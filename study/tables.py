@@ -522,7 +522,7 @@ def readme_table(folder: Path) -> str:
     note += "Differences: mean, 95% interval over seeds and problems (bold: 0 is outside), and in "
     note += "how many seeds SaEI is ahead. `python -m study.run --settings paid --seeds 8 "
     note += f"--problems {sizes['problems']} --results out/study-results` measures them anew "
-    note += "(about 3 CPU hours). "
+    note += "(about 4 CPU hours). "
     note += "`python -m benchmarks.tables` makes the tables from the stored results."
     return f"{table(head, rows)}\n\n{note}"
 
