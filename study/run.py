@@ -101,12 +101,13 @@ PAID_ARMS = {
     "noise-time": {"intervention": "noise", "steps": 184, "save_every": 184},
     "saei-was": FIRST_RECIPE | {"pgd_steps": 3},
 }
+OF_CHARTS = ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was")
 LEFT_OUT = {
     "elicit": ("temperature", "noise", "egas"),  # it asks whether SaEI is no worse
     "paid": ("temperature",),  # nearly plain GRPO
     "long": ("temperature", "random", "noise", "egas"),
-    "bars": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
-    "charts": ("temperature", "random", "noise", "egas", "plain-rollouts", "saei-was"),
+    "bars": OF_CHARTS,
+    "charts": OF_CHARTS,
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
     "eps-1": {"eps": 1 / 255},
