@@ -45,8 +45,10 @@ def main(argv: list[str]) -> None:
         sys.exit(code if code > 0 else 128 - code)  # -9: killed by signal 9
     except ChildFailedError as error:
         said = []
-        for failure in error.failures.values():  # a message that faults.say left is a dict
-            if failure.exitcode == faults.EXIT_CODE and isinstance(failure.message, dict):
+        for failure in error.failures.values():
+            # A dict is what faults.say left. The exit code may be another one: a process can abort
+            # while it exits, when a thread of torch still waits for those that are gone.
+            if isinstance(failure.message, dict):
                 said.append(failure.message["message"])
         if not said:
             raise  # its table says how each process ended

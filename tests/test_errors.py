@@ -249,6 +249,25 @@ def test_a_fault_of_one_process_of_two_ends_both_with_its_line(tmp_path, monkeyp
     assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout
 
 
+ABORTING = """
+import os
+from runtime import faults
+
+faults.say("error: the picture is gone")
+os.abort()
+"""
+
+
+def test_a_fault_is_told_by_its_line_also_where_the_process_aborts_at_its_end(tmp_path):
+    """As seen: a thread of torch's, the other process gone. The exit code is -6 then, not 2."""
+    (tmp_path / "aborts.py").write_text(ABORTING)
+    launch = ("-m", "runtime.launch", "--multi_gpu", "--num_processes", 2, *PLAIN)
+    done = shell(tmp_path, *launch, "aborts.py")
+    assert done.returncode == 2, done.stdout[-3000:]
+    assert done.stdout.splitlines()[-1] == "error: the picture is gone"
+    assert "Traceback" not in done.stdout
+
+
 def test_a_script_that_does_not_exist_is_told_by_the_launcher(tmp_path):
     """Python's own exit code is 2 as well, and leaves no line."""
     launch = ("-m", "runtime.launch", "--multi_gpu", "--num_processes", 2, *PLAIN)
