@@ -127,7 +127,7 @@ _REWRITES = [  # (pattern, replacement) in this order; @ stands for the end of a
     (r"\^ ?(?:\{ ?\\circ ?\}|\\circ@)", "°"),
     (r"\\binom ?([0-9])([0-9])", r"\\binom{\1}{\2}"),
     (r"(?<![a-zA-Z\\])abs\(([^()|]*)\)", r"|\1|"),
-    (r"^(?:[Tt]he )?empty set$", r"\\emptyset "),
+    (r"^[ $]*(?:[Tt]he )?empty set[ $.]*$", r"\\emptyset "),
     (r"\b[Aa]ll real numbers\b", r"\\mathbb{R}"),
     (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
     (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
@@ -179,7 +179,7 @@ def _normalise(text: str) -> str:
     # no spaces at signs, but at commas: "1, 234" is a pair
     text = re.sub(r" (?=\\)| ?([-+*/=^_{()<>|]) ?| ?(\}) ?(?![a-zA-Z ])| (?=\})", r"\1\2", text)
     text = text.strip().removeprefix("**").removesuffix("**").strip()  # Markdown bold
-    text = re.sub(r"""^(["'`])(.*)\1$""", r"\2", text).removesuffix(".").rstrip()
+    text = re.sub(r"""^(["'`])(.*)\1\.?$""", r"\2", text).removesuffix(".").rstrip()
     return _LEAD.sub("", text, count=1).strip() if _LEAD.match(text) else text
 
 
@@ -492,7 +492,8 @@ class NeedsAlgebra(Exception): ...  # the rules cannot decide a comparison
 
 def _option(text: str, choices: Sequence[str] = ()) -> tuple[str, str] | None:
     """(letter, the words after it) of an answer that names one option: B, (B), option B: red."""
-    text = re.sub(r"^(\W*[A-J]\)?) +\(", r"\1: (", text.replace("**", ""))  # B (red)
+    text = re.sub(r"\*\*|\\displaystyle\b", "", text)
+    text = re.sub(r"^(\W*[A-J]\)?) +\(", r"\1: (", text)  # B (red)
     behind = "" if choices else r"(?=(?:an? |the )?[^\W\d_]{3})"
     text = _normalise(re.sub(rf"^(\W*[A-Z]\W*) +[-–—] +{behind}", r"\1: ", text))
     text = re.sub(r"(?i:^(?:option|choice|answer) ?(?=[A-Z(\[]))", "", text)

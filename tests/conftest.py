@@ -17,6 +17,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
@@ -32,6 +33,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of subprocesses
 ROOT = Path(__file__).resolve().parent.parent
 FORK = multiprocessing.get_context("forkserver")  # a new process costs no imports
 FORK.set_forkserver_preload(["train_saei", "eval"])
+
+# The same examples in every run. New ones: pytest --hypothesis-profile default
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 
 def pytest_configure(config):
