@@ -21,12 +21,12 @@ import tsec
 from demo.task import make_row
 from vlm.policy import Policy
 
-FRESH, PAID, LONG, TUNING = 50, 80, 90, 100  # first seeds: confirm and bars, paid, long; tuning
+FRESH, PAID, LONG, TUNING = 50, 80, 90, 100  # first seeds: confirm, bars; paid, bars-tuned; ...
 MAX_NEW_TOKENS = 64
 
 
 def study_rows(split: str, count: int, seed: int) -> list[dict]:
-    """The first problems of a split. Study, confirm (and bars), paid (and long), tuning differ."""
+    """The first problems of a split. Each range of seeds has others; PAID and LONG share theirs."""
     if seed >= TUNING:
         drawn = 1
     elif seed >= PAID:

@@ -14,8 +14,8 @@ is done. If the run failed, the file holds the error: delete it to try again.
 
 The main arms run first, seed by seed, then the ablations and the controls of the update. Seeds
 below 50 are those of the settings shifted, elicit and charts, 50 to 79 those of confirm and bars,
-80 to 89 those of paid, 90 to 99 those of long. Seeds from 100 on tune: they have problems of their
-own, and their results go to study/results/tuning, which no table reads.
+80 to 89 those of paid and bars-tuned, 90 to 99 those of long. Seeds from 100 on tune: they have
+problems of their own, and their results go to study/results/tuning, which no table reads.
 """
 
 import argparse
@@ -61,10 +61,12 @@ SETTINGS = {
     "paid": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "long": Setting("recipes/demo.yaml", "demo/confident", SHIFTED),
     "bars": Setting("recipes/charts.yaml", "demo/confident-charts", BARS),
+    "bars-tuned": Setting("recipes/charts.yaml", "demo/confident-charts", BARS),
     "charts": Setting("recipes/charts.yaml", "demo/confident-charts", CHARTS),
 }
 # Of the settings without changed pictures
-FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG, "bars": FRESH, "charts": 0}
+FIRST_SEED = {"confirm": FRESH, "paid": PAID, "long": LONG, "charts": 0}
+FIRST_SEED |= {"bars": FRESH, "bars-tuned": PAID}
 SAEI = {  # over the recipe, in every arm
     "rollouts": 8,
     "adversarial_rollouts": 4,
@@ -90,11 +92,12 @@ MAIN = {  # arm -> what differs from SAEI
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 # Over ON_POLICY, in long; each checkpoint is evaluated.
 LONGER = {"steps": 320, "save_every": 80, "keep_last": 0}
-NOISY_CHARTS = {"split": "charts-shifted/train", "lr": 2e-4}  # over ON_POLICY, in charts
-# Of paid, bars and charts: what the attack's time buys the others, and SaEI's first recipe. CPU
-# seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and 112,
-# plain with 10 rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and noise
-# 1.15 times.
+# Over ON_POLICY. bars-tuned has the recipe's lr, the best one of every arm.
+CHARTS_CHANGES = {"charts": {"split": "charts-shifted/train", "lr": 2e-4}, "bars": {"lr": 1e-4}}
+# Of paid and the charts' settings: what the attack's time buys the others, and SaEI's first recipe.
+# CPU seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and
+# 112, plain with 10 rollouts 91 and 93. So plain gets 1.36 times its steps, or 13 rollouts, and
+# noise 1.15 times.
 PAID_ARMS = {
     "plain-time": {"intervention": "none", "steps": 217, "save_every": 217},
     "plain-rollouts": {"intervention": "none", "rollouts": 13},
@@ -107,6 +110,7 @@ LEFT_OUT = {
     "paid": ("temperature",),  # nearly plain GRPO
     "long": ("temperature", "random", "noise", "egas"),
     "bars": OF_CHARTS,
+    "bars-tuned": OF_CHARTS,
     "charts": OF_CHARTS,
 }
 ABLATIONS = {  # of SAEI, in the setting shifted
@@ -166,10 +170,8 @@ def run_options(setting: str, arm: str, seed: int, smoke: bool, tried: dict) -> 
         options |= FIRST_RECIPE
     if setting == "confirm":
         options |= CONFIRM
-    if setting in ("paid", "long", "bars", "charts"):
-        options |= ON_POLICY
-    if setting == "charts":
-        options |= NOISY_CHARTS
+    if setting not in ("shifted", "confirm", "elicit"):
+        options |= ON_POLICY | CHARTS_CHANGES.get(setting, {})
     if setting == "long":
         options |= LONGER
     options |= (MAIN | FURTHER | PAID_ARMS | tried)[arm] | {"seed": seed}
@@ -230,7 +232,7 @@ def jobs(args: argparse.Namespace) -> list[tuple[str, str, int]]:
             number = seed + FIRST_SEED.get(setting, 0) if seed < FRESH else seed
             if seed == first_seed:
                 listed.append((setting, "before", number))
-            arms = MAIN | PAID_ARMS if setting in ("paid", "bars", "charts") else MAIN
+            arms = MAIN if setting in ("shifted", "elicit", "confirm", "long") else MAIN | PAID_ARMS
             for arm in args.tried or arms:
                 if arm not in LEFT_OUT.get(setting, ()):
                     listed.append((setting, arm, number))

@@ -105,9 +105,10 @@ def test_teaching_charts_gives_the_same_policy_again(tmp_path):
 
 def test_the_study_runs_the_recipe():
     recipe = yaml.safe_load((ROOT / run.SETTINGS["bars"].recipe).read_text())
-    options = run.run_options("bars", "saei", 0, smoke=False, tried={})
+    options = run.run_options("bars-tuned", "saei", 0, smoke=False, tried={})
     shared = recipe.keys() & options.keys()
     assert shared >= {"model", "prompts_per_step", "steps"}
     assert all(recipe[name] == options[name] for name in shared)
     assert options["pgd_steps"] == load_config().saei.pgd_steps  # which the recipe leaves
-    assert recipe["split"] == f"{run.SETTINGS['bars'].domains[0]}/train"
+    assert recipe["split"] == f"{run.SETTINGS['bars-tuned'].domains[0]}/train"
+    assert run.run_options("bars", "saei", 0, smoke=False, tried={}) == options | {"lr": 1e-4}
