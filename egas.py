@@ -59,11 +59,12 @@ def pgd_ascent(
         depends on its own images alone.
     eps, step_size: in [0, 1] pixel units. step_size None: min(2.5 * eps / steps, eps) (ours).
     random_start: begin at a uniform point of the eps ball, drawn from `generator`.
-    first_grads: image_gradients at `images`, where they are known: the first step computes none.
+    first_grads: image_gradients at `images`, if known: for a first step that is not random.
 
     Raises ValueError for images outside [0, 1] or not float32 or float64, eps outside [0, 1],
-    steps < 1; RuntimeError in inference mode or if an image has no gradient; FloatingPointError if
-    one is not finite. Warns if all gradients are exactly zero. No parameter's .grad is touched.
+    steps < 1, first_grads that do not fit; RuntimeError in inference mode or if an image has no
+    gradient; FloatingPointError if one is not finite. Warns if all gradients are exactly zero. No
+    parameter's .grad is touched.
     """
     clean = [images] if isinstance(images, Tensor) else list(images)
     check_images(clean)
@@ -74,6 +75,10 @@ def pgd_ascent(
         )
     if torch.is_inference_mode_enabled():  # enable_grad() does not end it
         raise RuntimeError("torch.inference_mode allows no gradient: use torch.no_grad instead")
+    if first_grads is not None and (
+        random_start or [g.shape for g in first_grads] != [x.shape for x in clean]
+    ):
+        raise ValueError("first_grads: one of each image's shape, and no random_start")
     step_size = min(2.5 * eps / steps, eps) if step_size is None else step_size
 
     clean = [x.detach() for x in clean]

@@ -146,7 +146,7 @@ def main(config: Config) -> None:
                 clock.lap("read")
 
                 # 1  y ~ pi_old(. | I, Q); entropies and log-probs are recorded while sampling
-                clean = wait(passes.values)
+                clean = wait(partial(passes.values, part))
                 clock.lap("sample")
 
                 # 2  TsEC: tokens of moderate entropy

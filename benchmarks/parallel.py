@@ -20,11 +20,14 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 FSDP2 = ["mixed", "drop/3", "drop/resume", "lots", "adapters", "pictures"]
 RUNS = [  # processes, what they run one after another: way/case
-    (1, ["ddp/mixed", "ddp/drop", "ddp/adapters", "ddp/pictures"]),
+    (1, ["ddp/mixed", "ddp/drop", "ddp/adapters", "ddp/pictures", "ddp/one-pass-sampled"]),
     (2, ["ddp/mixed", "ddp/drop", "ddp/lots", "ddp/adapters", "ddp/pictures"]),
+    (2, ["ddp/one-pass", "ddp/one-pass-sampled"]),
     (2, [f"fsdp2/{case}" for case in FSDP2]),
-    (4, ["ddp/mixed", "ddp/drop", "fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"]),
+    (4, ["ddp/mixed", "ddp/drop", "ddp/one-pass", "ddp/one-pass-sampled"]),
+    (4, ["fsdp2/mixed", "fsdp2/drop", "fsdp2/lots"]),
 ]
+SAME = ("lots", "one-pass")  # what `mixed` computes, in other passes
 DEEPSPEED_RUNS = [  # each in a launch of its own
     (2, ["zero2/adapters"]),
     (2, ["zero2/pictures/3"]),
@@ -62,7 +65,7 @@ def main() -> None:
                 way, case, *part = run.split("/")
                 if part == ["3"]:  # the first steps of a run that is resumed
                     continue
-                one = trained(1, "ddp", "mixed" if case == "lots" else case)
+                one = trained(1, "ddp", "mixed" if case in SAME else case)
                 apart = distance(trained(processes, way, case), one) / distance(one, start)
                 rows.append({"processes": processes, "way": way, "case": case, "apart": apart})
                 print(rows[-1])

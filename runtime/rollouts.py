@@ -324,9 +324,10 @@ class Passes:
         for some in micro_batches(part.stop, micro, part.start):
             self.reads[some.start] = policy.read(prompts[some], to_pixels)
 
-    def values(self) -> ReadPrompts | None:
-        """All prompts' pass without its graph, to sample from."""
-        return ReadPrompts.join(list(self.reads.values())) if self.reads else None
+    def values(self, part: slice) -> ReadPrompts | None:
+        """The pass over the prompts of `part` without its graph, to sample from."""
+        reads = [read for i, read in self.reads.items() if part.start <= i < part.stop]
+        return ReadPrompts.join(reads) if reads else None
 
     def score(
         self, policy: nn.Module, batch: TrainingBatch, part: slice, temperature: float
@@ -339,7 +340,7 @@ class Passes:
         clean = [by_prompt(right_padded(x, T), P) for x in self.scores[part.start]]
         n = clean[0].shape[1]
         if n == batch.tokens.shape[1]:
-            return self.scores[part.start]
+            return clean[0].flatten(0, 1), clean[1].flatten(0, 1)
         others = batch.of_responses(slice(n, None), T).score(policy, temperature, read)
         found = []
         for x, y in zip(clean, others, strict=True):

@@ -92,7 +92,7 @@ MAIN = {  # arm -> what differs from SAEI
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 # Over ON_POLICY, in long; each checkpoint is evaluated.
 LONGER = {"steps": 320, "save_every": 80, "keep_last": 0}
-# Over ON_POLICY. bars-tuned has the recipe's lr, the best one of every arm.
+# Over ON_POLICY. bars-tuned has the recipe's lr, of three the best one in tuning.
 CHARTS_CHANGES = {"charts": {"split": "charts-shifted/train", "lr": 2e-4}, "bars": {"lr": 1e-4}}
 # Of paid and the charts' settings: what the attack's time buys the others, and SaEI's first recipe.
 # CPU seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and
@@ -301,10 +301,8 @@ def one_run(args: argparse.Namespace, setting: str, arm: str, seed: int) -> None
     try:
         model = ROOT / SETTINGS[setting].model
         if arm != "before":
+            result["seconds/cpu"] = train(train_arguments(args, setting, arm, seed))
             model = last_checkpoint(folder)
-            if model is None:
-                result["seconds/cpu"] = train(train_arguments(args, setting, arm, seed))
-                model = last_checkpoint(folder)
             config = yaml.safe_load((folder / "config.yaml").read_text())
             config["output"] = None  # a path of this machine
             result |= {"config": config} | training(folder)
@@ -350,13 +348,10 @@ def on_the_way(folder: Path, result: dict, splits: list[str], seed: int, sizes: 
     return found
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of a run's last step, None where it has not finished."""
-    if not (folder / "config.yaml").exists():
-        return None
+def last_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a finished run's last step."""
     steps = yaml.safe_load((folder / "config.yaml").read_text())["steps"]
-    path = folder / "checkpoints" / f"step-{steps:06d}"
-    return path if path.exists() else None
+    return folder / "checkpoints" / f"step-{steps:06d}"
 
 
 def judge_of(args: argparse.Namespace, setting: str) -> Path:

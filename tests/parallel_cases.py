@@ -39,6 +39,9 @@ CASES = {
     "drop": {"condition": "sampled", "zero_variance": "drop"} | AER,
     # mixed, computed again in the backward
     "lots": {"update_control": "top_entropy", "gradient_checkpointing": True, "micro_responses": 2},
+    # One prompt pass for sampling, attack and update. Its graph is older than DDP's forward.
+    "one-pass": {"update_control": "top_entropy", "micro_prompts": 4},
+    "one-pass-sampled": {"condition": "sampled", "micro_prompts": 4},
     "adapters": {"lora_rank": 4, "lr": 1e-3},
     # bfloat16. Pixels in, log-probs and entropies out are checked to be float32.
     "half": {"updates_per_step": 2},

@@ -380,6 +380,9 @@ def test_bad_images_are_refused(image, message):
         ({"eps": math.nan}, "eps=nan"),
         ({"steps": 0}, "steps=0"),
         ({"step_size": -0.1}, "step_size=-0.1"),
+        ({"first_grads": [torch.ones(2)]}, "first_grads: one of each image's shape"),
+        ({"first_grads": torch.ones(1, 2)}, "first_grads: one of each image's shape"),
+        ({"first_grads": [torch.ones(1, 2)], "random_start": True}, "no random_start"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

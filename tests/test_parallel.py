@@ -19,19 +19,22 @@ from safetensors.torch import load_file
 from runtime import distributed
 from runtime.args import MemoryArgs
 
-RUNS = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/half/2"]
+ONE_PASS = ["ddp/one-pass", "ddp/one-pass-sampled"]
+RUNS = ["ddp/mixed", "fsdp2/mixed", "fsdp2/drop/3", "fsdp2/drop/resume", "fsdp2/half/2", *ONE_PASS]
+CASES = [("ddp", "mixed"), ("fsdp2", "mixed"), ("fsdp2", "drop")]
+CASES += [tuple(run.split("/")) for run in ONE_PASS]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The runs of all tests here. `half` checks itself."""
     out = tmp_path_factory.mktemp("parallel")
-    finish(start(1, parallel_cases.main, str(out / "1"), "ddp/mixed", "ddp/drop"))
+    finish(start(1, parallel_cases.main, str(out / "1"), "ddp/mixed", "ddp/drop", *ONE_PASS))
     finish(start(2, parallel_cases.main, str(out / "2"), *RUNS))
     return out
 
 
-@pytest.mark.parametrize("way, case", [("ddp", "mixed"), ("fsdp2", "mixed"), ("fsdp2", "drop")])
+@pytest.mark.parametrize("way, case", CASES)
 def test_two_processes_equal_one(folder, way, case):
     """Half of the prompts each, one process without images and with shorter responses.
 

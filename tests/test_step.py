@@ -21,6 +21,7 @@ import rewards
 import train_saei
 from demo.make_demo import build_model
 from runtime import data, distributed
+from vlm.engine import OwnSampler
 from vlm.policy import Policy
 
 
@@ -263,6 +264,20 @@ def test_one_prompt_pass_equals_separate_ones(processor, tmp_path, monkeypatch, 
     for ours, theirs in zip(one.grads, apart.grads, strict=True):
         assert_gradients_equal(ours, theirs, 1e-5)
     assert (one.passes, apart.passes) == passes
+
+
+@pytest.mark.parametrize("condition", ["clean", "sampled"])
+def test_a_step_in_parts_equals_a_whole_one(processor, tmp_path, monkeypatch, condition):
+    """As an engine samples. The longest responses of the parts differ in length."""
+    changes = dict(condition=condition, pgd_steps=1, updates_per_step=2, max_new_tokens=30, seed=4)
+    whole = train(processor, tmp_path / "whole", monkeypatch, **changes)
+    halves = [slice(0, 2), slice(2, 4)]
+    monkeypatch.setattr(OwnSampler, "parts", lambda *_: halves)
+    parts = train(processor, tmp_path / "parts", monkeypatch, **changes)
+    longest = [max(len(y) for group in clean for y in group) for clean in parts.sampled[:2]]
+    assert longest[0] != longest[1] and sum(parts.sampled, []) == sum(whole.sampled, [])
+    for ours, theirs in zip(parts.grads, whole.grads, strict=True):
+        assert_gradients_equal(ours, theirs, 1e-5)
 
 
 def test_the_two_conditions_differ(processor, tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """The vision tower's patch embedding as a matrix product.
 
 A vision tower cuts its image into patches by a convolution whose kernel is its stride. The patches
-do not overlap, so the convolution is one matrix product per patch. In the backward to the pixels,
-which every PGD step needs, the library's convolution takes a large share of the time, and the
-matrix product almost none (docs/speed.md). Weights and their names stay as they are.
+do not overlap, so the convolution is one matrix product per patch. Every PGD step needs its
+backward to the pixels, where a CPU's convolution is slow (docs/speed.md). Weights and their names
+stay as they are.
 """
 
 from torch import Tensor, nn

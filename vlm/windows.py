@@ -1,9 +1,9 @@
 """Attention over a vision tower's windows: one call per length of a window.
 
 The Qwen-like towers attend within windows, frames or pictures. The library computes these one
-after another with sdpa, and hands all of them over in one call to flash attention only. A GPU
-spends the loop on launches (docs/speed.md). Here the tower's sdpa takes all windows in one call, as
-flash attention does, and computes windows of equal length as a batch.
+after another with sdpa, and hands all of them over in one call to flash attention only. On a GPU
+each call is a launch (docs/speed.md counts them). Here the tower's sdpa takes all windows in one
+call, as flash attention does, and computes windows of equal length as a batch.
 """
 
 import inspect
