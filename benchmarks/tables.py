@@ -202,6 +202,8 @@ def parallel() -> str:
         "mixed": "pictures and text alone, responses of 1 to 12 tokens, 80/20",
         "drop": "groups dropped, AER",
         "lots": "the first, computed again in the backward",
+        "one-pass": "the first, one prompt pass for sampling, attack and update",
+        "one-pass-sampled": "one prompt pass, updated on the images of the sampling",
         "adapters": "LoRA",
         "pictures": "pictures in every row, AER, gradients clipped to 0.1",
     }
