@@ -92,7 +92,7 @@ MAIN = {  # arm -> what differs from SAEI
 ON_POLICY = {"prompts_per_step": 8, "steps": 160, "save_every": 160, "pgd_steps": 1}
 # Over ON_POLICY, in long; each checkpoint is evaluated.
 LONGER = {"steps": 320, "save_every": 80, "keep_last": 0}
-# Over ON_POLICY. bars-tuned has the recipe's lr, of three the best one in tuning.
+# Over ON_POLICY. bars-tuned has the recipe's lr, which was each arm's best in tuning.
 CHARTS_CHANGES = {"charts": {"split": "charts-shifted/train", "lr": 2e-4}, "bars": {"lr": 1e-4}}
 # Of paid and the charts' settings: what the attack's time buys the others, and SaEI's first recipe.
 # CPU seconds of paid's tuning seeds 104 and 105: plain 79 and 82, noise 92 and 97, saei 105 and
