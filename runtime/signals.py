@@ -35,7 +35,8 @@ class Signals:
         os.set_blocking(self.write_end, False)
         self.wakeup_before = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
         watch = {"target": self._watch, "args": (read_end,), "name": "signals", "daemon": True}
-        threading.Thread(**watch).start()
+        self.watcher = threading.Thread(**watch)
+        self.watcher.start()
 
     def _note(self, number: int, _frame: object = None) -> None:
         self.received = self.received or number
@@ -62,13 +63,18 @@ class Signals:
         return self.agreed > 0
 
     def restore(self) -> None:
-        """From now on the signals do what they did before."""
+        """From now on the signals do what they did before.
+
+        The thread holds the accelerator, and so the model. If it ended later than the main thread,
+        it would free tensors while the interpreter ends, which aborts the process.
+        """
         if self.write_end is not None:
             signal.set_wakeup_fd(self.wakeup_before)
             for number, handler in self.before.items():
                 signal.signal(number, handler)
             os.close(self.write_end)  # ends the thread
             self.write_end = None
+            self.watcher.join(timeout=1)  # not for ever: it may be writing to a lost terminal
 
     def leave_to_parent(self) -> None:
         """In a forked child: a signal ends it as ever, and does not count as the parent's."""

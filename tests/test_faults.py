@@ -100,6 +100,20 @@ def test_a_second_signal_ends_at_once_but_its_echo_does_not(monkeypatch):
     signals.restore()
 
 
+def test_the_thread_of_the_signals_ends_with_the_run(monkeypatch):
+    """It holds the model. Freed while the interpreter ends, tensors abort the process."""
+    watch = runs.Signals._watch
+
+    def slow(self, read_end: int) -> None:
+        watch(self, read_end)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(runs.Signals, "_watch", slow)
+    signals = runs.Signals(None)
+    signals.restore()
+    assert not signals.watcher.is_alive()
+
+
 def test_a_run_that_fails_gives_the_signals_back(tiny, tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(train_saei.rollouts, "grade", lambda *_: 1 / 0)
